@@ -1,0 +1,51 @@
+"""What every test shares: no network, a fixed seed, where the shared data lies, tiny models."""
+
+from __future__ import annotations
+
+import os
+
+# before transformers and datasets are imported, which read these once: a test that asks the network fails at once
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny import FAMILIES, tiny
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """The same random numbers in every test, alone or in the whole suite, in any order."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder with text corpora and small trained models, beside the checkout."""
+    folder = REPOSITORY.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the folder 'shared' (corpora and small trained models) beside the checkout")
+    return folder
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., tuple]:
+    """The factory `tests.tiny.tiny`: `model, batch = tiny_model("llama", labels=True)`."""
+    return tiny
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """The name of each model family in turn."""
+    return request.param
