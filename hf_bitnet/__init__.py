@@ -1,0 +1,81 @@
+"""hf_bitnet: BitNet quantization-aware training and inference for Hugging Face models.
+
+Importing it costs next to nothing: names are loaded when they are first used, and the transformers plug-in registers
+itself when transformers loads its quantizers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._register import register_when_transformers_loads
+
+if TYPE_CHECKING:
+    from .config import BitNetQuantizationConfig
+    from .modules import BitConv1D, BitLinear, PackedBitLinear
+    from .quantizers import Quantized
+    from .surgery import (
+        Coverage,
+        coverage,
+        dequantize_model,
+        harden,
+        kept_codes,
+        pack_model,
+        quantize_model,
+        set_norm_blend,
+        set_strength,
+        unpack_model,
+    )
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BitNetQuantizationConfig": "config",
+    "BitConv1D": "modules",
+    "BitLinear": "modules",
+    "PackedBitLinear": "modules",
+    "Quantized": "quantizers",
+    "Coverage": "surgery",
+    "coverage": "surgery",
+    "dequantize_model": "surgery",
+    "harden": "surgery",
+    "kept_codes": "surgery",
+    "pack_model": "surgery",
+    "quantize_model": "surgery",
+    "set_norm_blend": "surgery",
+    "set_strength": "surgery",
+    "unpack_model": "surgery",
+}
+
+__all__ = [
+    "BitConv1D",
+    "BitLinear",
+    "BitNetQuantizationConfig",
+    "Coverage",
+    "PackedBitLinear",
+    "Quantized",
+    "coverage",
+    "dequantize_model",
+    "harden",
+    "kept_codes",
+    "pack_model",
+    "quantize_model",
+    "set_norm_blend",
+    "set_strength",
+    "unpack_model",
+]
+
+register_when_transformers_loads()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,256 @@
+"""BitNetQuantizationConfig: what a model IS. Saved in its config.json under `quantization_config`. Own.
+
+How a run trains is in `training.QATArguments`. Every field is plain data; unknown keys are refused; an override by regular
+expression makes mixed precision a matter of data. Leaves out: modules, files.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .quantizers import ACTIVATION_SCHEMES, WEIGHT_SCHEMES, WeightQuantizer, make_weight_quantizer
+from .relaxations import RELAXATIONS
+from .ste import ESTIMATORS
+
+QUANT_METHOD = "hf_bitnet"
+FORMS = ("train", "packed")
+# raised when a saved field changes its meaning; an older or newer file is then refused instead of misread
+CONFIG_VERSION = 1
+
+_LAYER_FIELDS = ("weight", "weight_scale", "granularity", "group_size", "activation", "ste", "sub_norm")
+KEEP = "keep"
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """How one layer is quantized, as plain data; see `BitNetQuantizationConfig` for the fields."""
+
+    weight: str
+    weight_scale: str | None
+    granularity: str | None
+    group_size: int | None
+    activation: str
+    ste: str
+    sub_norm: bool
+
+    def quantizer(self) -> WeightQuantizer:
+        return make_weight_quantizer(self.weight, self.weight_scale, self.granularity, self.group_size)
+
+
+class BitNetQuantizationConfig(QuantizationConfigMixin):
+    """Configuration of a quantized model.
+
+    Args:
+        weight: "binary" (1 bit), "ternary" (1.58), "int2", "int2_seq" (symmetric), "int4" or "int8".
+        weight_scale: "absmean", "absmax", "threshold", "least_squares" or "learned"; None takes the scheme's default.
+        granularity: "tensor", "channel" or "group"; None takes the scheme's default ("group" where a group_size is given).
+        group_size: inputs per scale, for granularity "group".
+        activation: "int8" (per token), "int4", "sign", "int8_asymmetric", "int8_static" (calibrated) or "none".
+        ste: gradient estimator: "identity", "clipped", "tanh", "sigmoid" or "learnable".
+        ste_threshold: for "clipped": levels beyond the outermost that still get a gradient.
+        ste_temperature: steepness of the soft estimators; where the learnable one starts.
+        relaxation: what serves while a schedule holds the strength below 1.
+        sub_norm: regular expressions of layers that get an RMS norm in front, for example [r"o_proj", r"down_proj"].
+        keep: regular expressions of modules that stay in full precision, beside the default ones (heads, routers, ...).
+        overrides: {regular expression: "keep" | {field: value}}, first match wins. Fields: weight, weight_scale,
+            granularity, group_size, activation, ste, sub_norm (True or False). An override quantizes a layer that would be
+            kept by default.
+        form: "train" (float weights, BitLinear) or "packed" (PackedBitLinear).
+        min_coverage: `quantize_model` raises when less than this share of the parameters of linear maps is quantized.
+
+    Regular expressions are searched in the dotted module name (`re.search`). Raises ValueError or TypeError with the legal
+    values and the corrected call.
+    """
+
+    def __init__(
+        self,
+        weight: str = "ternary",
+        weight_scale: str | None = None,
+        granularity: str | None = None,
+        group_size: int | None = None,
+        activation: str = "int8",
+        ste: str = "identity",
+        ste_threshold: float = 0.5,
+        ste_temperature: float = 4.0,
+        relaxation: str = "linear",
+        sub_norm: list[str] | None = None,
+        keep: list[str] | None = None,
+        overrides: dict[str, str | dict[str, Any]] | None = None,
+        form: str = "train",
+        min_coverage: float = 0.0,
+        version: int = CONFIG_VERSION,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ) -> None:
+        self._refuse_unknown(unknown)
+        if quant_method != QUANT_METHOD:
+            raise ValueError(
+                f"this checkpoint's quant_method is {quant_method!r}, BitNetQuantizationConfig is for {QUANT_METHOD!r}; "
+                "load a native 'bitnet' checkpoint with hf_bitnet.load_native(path)"
+            )
+        if version != CONFIG_VERSION:
+            raise ValueError(
+                f"the quantization config has version {version!r}, this hf_bitnet reads version {CONFIG_VERSION}; "
+                "load it with the hf_bitnet release that wrote it (pip install 'hf_bitnet==...') and save it again"
+            )
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # the base's enum has no member for third parties
+        self.version = version
+        self.weight, self.weight_scale = weight, weight_scale
+        self.granularity, self.group_size = granularity, group_size
+        self.activation, self.ste = activation, ste
+        self.ste_threshold, self.ste_temperature = ste_threshold, ste_temperature
+        self.relaxation = relaxation
+        self.sub_norm = _list_of_patterns("sub_norm", sub_norm)
+        self.keep = _list_of_patterns("keep", keep)
+        self.overrides = dict(overrides or {}) if isinstance(overrides, dict | None) else overrides
+        self.form, self.min_coverage = form, min_coverage
+        self.post_init()
+
+    @classmethod
+    def _refuse_unknown(cls, unknown: dict[str, Any]) -> None:
+        if unknown:
+            name = next(iter(unknown))
+            fields = cls.__init__.__code__.co_varnames[1 : cls.__init__.__code__.co_argcount]
+            close = get_close_matches(name, fields, n=1)
+            hint = f" Did you mean {close[0]}={unknown[name]!r}?" if close else ""
+            raise ValueError(f"BitNetQuantizationConfig has no field {name!r}; fields: {', '.join(fields)}.{hint}")
+
+    def post_init(self) -> None:
+        """Validates every field. Raises ValueError or TypeError."""
+        for field in ("weight", "activation", "ste", "relaxation", "form"):
+            if not isinstance(getattr(self, field), str):
+                raise TypeError(
+                    f"{field} must be a string, got {getattr(self, field)!r}; for example "
+                    "BitNetQuantizationConfig(weight='ternary', activation='int8')"
+                )
+        if self.form not in FORMS:
+            raise ValueError(f"form={self.form!r}; legal: 'train' (float weights) or 'packed'")
+        RELAXATIONS.get(self.relaxation)
+        _number("ste_threshold", self.ste_threshold, lowest=0.0)
+        if _number("ste_temperature", self.ste_temperature, lowest=0.0) == 0.0:
+            raise ValueError("ste_temperature must be above 0; 4.0 is a good start")
+        _number("min_coverage", self.min_coverage, lowest=0.0, highest=1.0)
+        _validate_layer(self._base())
+        if not isinstance(self.overrides, dict):
+            raise TypeError(
+                f"overrides must be a dict of patterns, got {type(self.overrides).__name__}; for example "
+                "overrides={r'down_proj': {'weight': 'int4'}, r'layers\\.0\\.': 'keep'}"
+            )
+        for pattern, change in self.overrides.items():
+            _pattern("overrides", pattern)
+            layer = self._overridden(pattern, change)
+            if layer is not None:
+                _validate_layer(layer)
+
+    def _base(self) -> LayerConfig:
+        return LayerConfig(self.weight, self.weight_scale, self.granularity, self.group_size, self.activation, self.ste, False)
+
+    def _overridden(self, pattern: str, change: Any) -> LayerConfig | None:
+        if change == KEEP:
+            return None
+        if not isinstance(change, dict):
+            raise TypeError(f"overrides[{pattern!r}] is {change!r}; legal: 'keep' or a dict such as {{'weight': 'int4'}}")
+        for field in change:
+            if field not in _LAYER_FIELDS:
+                raise ValueError(f"overrides[{pattern!r}] names {field!r}; fields of a layer: {', '.join(_LAYER_FIELDS)}")
+        fields = {name: getattr(self._base(), name) for name in _LAYER_FIELDS}
+        if "weight" in change and change["weight"] != self.weight:
+            # another scheme comes with its own scale rule and granularity, unless they are named too
+            fields |= {"weight_scale": None, "granularity": None, "group_size": None}
+        if "granularity" in change:
+            fields["group_size"] = None
+        return LayerConfig(**(fields | change))
+
+    def is_kept(self, name: str) -> bool:
+        """Whether the user keeps module `name` in full precision."""
+        change = self._override(name)
+        return change == KEEP if change is not None else any(re.search(pattern, name) for pattern in self.keep)
+
+    def is_forced(self, name: str) -> bool:
+        """Whether an override asks for `name` to be quantized even if the defaults would keep it."""
+        return isinstance(self._override(name), dict)
+
+    def layer(self, name: str) -> LayerConfig:
+        """The configuration of layer `name` (dotted module name)."""
+        change = self._override(name)
+        layer = self._base()
+        if isinstance(change, dict):
+            overridden = self._overridden(name, change)
+            assert overridden is not None
+            layer = overridden
+            if "sub_norm" in change:
+                return layer
+        normed = any(re.search(pattern, name) for pattern in self.sub_norm)
+        return LayerConfig(**{**{f: getattr(layer, f) for f in _LAYER_FIELDS}, "sub_norm": normed})
+
+    def _override(self, name: str) -> str | dict[str, Any] | None:
+        return next((change for pattern, change in self.overrides.items() if re.search(pattern, name)), None)
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight of the main scheme: 1, 1.58, 2, 4 or 8."""
+        return WEIGHT_SCHEMES.get(self.weight).bits
+
+    @classmethod
+    def bitnet_b158(cls, **fields: Any) -> BitNetQuantizationConfig:
+        """W1.58A8: ternary, one absmean scale a tensor, int8 per token (arXiv 2402.17764)."""
+        return cls(**{"weight": "ternary", "weight_scale": "absmean", "granularity": "tensor", **fields})
+
+    @classmethod
+    def w1a8(cls, **fields: Any) -> BitNetQuantizationConfig:
+        """1-bit weights, one scale a channel (arXiv 2310.11453)."""
+        return cls(**{"weight": "binary", "granularity": "channel", **fields})
+
+    @classmethod
+    def w2a8(cls, **fields: Any) -> BitNetQuantizationConfig:
+        """2-bit weights on the symmetric grid with a learned scale a channel (ParetoQ, arXiv 2502.02631)."""
+        return cls(**{"weight": "int2_seq", "weight_scale": "learned", "granularity": "channel", **fields})
+
+    @classmethod
+    def w4a8(cls, **fields: Any) -> BitNetQuantizationConfig:
+        """4-bit weights, one absmax scale a channel."""
+        return cls(**{"weight": "int4", "granularity": "channel", **fields})
+
+    @classmethod
+    def w8a8(cls, **fields: Any) -> BitNetQuantizationConfig:
+        """8-bit weights, one absmax scale a channel."""
+        return cls(**{"weight": "int8", "granularity": "channel", **fields})
+
+
+def _validate_layer(layer: LayerConfig) -> None:
+    layer.quantizer()
+    ACTIVATION_SCHEMES.get(layer.activation)
+    ESTIMATORS.get(layer.ste)
+    if not isinstance(layer.sub_norm, bool):
+        raise TypeError(f"an override's sub_norm must be True or False, got {layer.sub_norm!r}")
+
+
+def _pattern(field: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"{field}: {pattern!r} is not a regular expression ({error}); write for example r'layers\\.0\\.'"
+        ) from None
+
+
+def _list_of_patterns(field: str, patterns: Any) -> list[str]:
+    if isinstance(patterns, str) or not isinstance(patterns, list | tuple | None):
+        raise TypeError(f"{field} must be a list of regular expressions, got {patterns!r}; write {field}=[{patterns!r}]")
+    for pattern in patterns or []:
+        _pattern(field, pattern)
+    return list(patterns or [])
+
+
+def _number(field: str, value: Any, lowest: float, highest: float | None = None) -> float:
+    legal = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{field} must be a number {legal}, got {value!r}")
+    if not value >= lowest or (highest is not None and value > highest) or value == float("inf"):
+        raise ValueError(f"{field}={value!r} is out of range; legal: {legal}")
+    return float(value)

@@ -1,0 +1,154 @@
+"""Which body serves which operation here, and why the others do not. Own.
+
+Each operation has bodies in order of preference; the first whose `why_unavailable(device)` is None serves. Nothing falls
+back in silence: `explain()` prints the table (`hf-bitnet info --kernels`). The environment variable
+`HF_BITNET_KERNELS=reference` (or another body's name) forces one body, for tests and for bug reports.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import eager, reference
+
+
+@dataclass(frozen=True)
+class Body:
+    """One implementation of an operation.
+
+    Attributes:
+        name: what `HF_BITNET_KERNELS` and `explain()` call it.
+        function: same signature as the function of the same operation in `reference.py`.
+        why_unavailable: device type -> None when it can serve there, else the reason.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    why_unavailable: Callable[[str], str | None]
+
+
+def _always(_: str) -> None:
+    return None
+
+
+def _why_no_onednn(device: str) -> str | None:
+    if device != "cpu":
+        return f"torch._int_mm has shape limits on {device}; the float32 body serves"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch was built without oneDNN"
+    # without VNNI oneDNN adds pairs in int16 and saturates: wrong sums, so it is refused rather than trusted
+    if not getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
+        return "the processor has no AVX-512 VNNI, oneDNN's int8 product could saturate"
+    return None
+
+
+_BODIES: dict[str, list[Body]] = {
+    "int_matmul": [
+        Body("onednn", eager.int_matmul_onednn, _why_no_onednn),
+        Body("float32", eager.int_matmul_float32, _always),
+        Body("reference", reference.int_matmul, _always),
+    ],
+    "int_linear": [
+        Body("onednn", eager.make_int_linear(eager.int_matmul_onednn), _why_no_onednn),
+        Body("float32", eager.make_int_linear(eager.int_matmul_float32), _always),
+        Body("reference", reference.int_linear, _always),
+    ],
+    "quantize_rows": [Body("reference", reference.quantize_rows, _always)],
+    "quantize_weight": [Body("reference", reference.quantize_weight, _always)],
+    "quantize_sign": [Body("reference", reference.quantize_sign, _always)],
+    "pack": [Body("reference", reference.pack, _always)],
+    "unpack": [Body("reference", reference.unpack, _always)],
+}
+
+
+# read once: a changed environment would otherwise be looked up in every layer of every token
+_FORCED = os.environ.get("HF_BITNET_KERNELS")
+
+
+def bodies(operation: str) -> tuple[Body, ...]:
+    """All bodies of an operation, preferred first."""
+    return tuple(_BODIES[operation])
+
+
+def _select(operation: str, device: str) -> Callable[..., Any]:
+    candidates = _BODIES[operation]
+    if any(body.name == _FORCED for body in candidates):
+        candidates = [body for body in candidates if body.name == _FORCED]
+    reasons = []
+    for body in candidates:
+        reason = body.why_unavailable(device)
+        if reason is None:
+            return body.function
+        reasons.append(f"{body.name}: {reason}")
+    raise RuntimeError(f"no kernel body serves {operation} on {device}: {'; '.join(reasons)}")
+
+
+# a plain dict, filled for the CPU at import: a lookup costs nothing per layer and torch.compile traces it
+_CHOSEN = {(operation, "cpu"): _select(operation, "cpu") for operation in _BODIES}
+
+
+def _body(operation: str, tensor: Tensor) -> Callable[..., Any]:
+    key = (operation, tensor.device.type)
+    if key not in _CHOSEN:
+        _CHOSEN[key] = _select(*key)
+    return _CHOSEN[key]
+
+
+def int_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """int8 (M, K) x int8 (N, K) -> exact int32 (M, N)."""
+    return _body("int_matmul", a)(a, b)
+
+
+def int_linear(
+    x_codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, w_codes: Tensor, w_scale: Tensor, w_zero: float
+) -> Tensor:
+    """int8 (M, K) x int8 (N, K) with their scales and zero points -> float32 (M, N); see `reference.int_linear`."""
+    return _body("int_linear", x_codes)(x_codes, x_scale, x_zero, w_codes, w_scale, w_zero)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a linear layer's output has for input `x`: the autocast dtype where autocast is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def quantize_rows(x: Tensor, qmin: int, qmax: int, eps: float) -> tuple[Tensor, Tensor]:
+    """float (..., K) -> int8 codes (..., K), float32 scale (..., 1)."""
+    return _body("quantize_rows", x)(x, qmin, qmax, eps)
+
+
+def quantize_weight(weight: Tensor, scale: Tensor, zero_point: float, qmin: int, qmax: int) -> Tensor:
+    """float (N, K) -> int8 codes (N, K)."""
+    return _body("quantize_weight", weight)(weight, scale, zero_point, qmin, qmax)
+
+
+def quantize_sign(weight: Tensor, threshold: Tensor) -> Tensor:
+    """float (N, K), float32 threshold that broadcasts -> int8 codes -1, +1 (N, K)."""
+    return _body("quantize_sign", weight)(weight, threshold)
+
+
+def pack(codes: Tensor, bits: int, lowest: int, step: int) -> Tensor:
+    """int8 codes (N, K) -> uint8 (N, ceil(K * bits / 8))."""
+    return _body("pack", codes)(codes, bits, lowest, step)
+
+
+def unpack(packed: Tensor, bits: int, lowest: int, step: int, in_features: int) -> Tensor:
+    """uint8 (N, ceil(K * bits / 8)) -> int8 codes (N, in_features)."""
+    return _body("unpack", packed)(packed, bits, lowest, step, in_features)
+
+
+def explain(device: str = "cpu") -> str:
+    """A table: operation, the body that serves on `device`, and why each earlier body does not."""
+    lines = [f"{'operation':<16} {'body':<10} others"]
+    for operation, candidates in _BODIES.items():
+        reasons = [(body, body.why_unavailable(device)) for body in candidates]
+        serving = next(body.name for body, reason in reasons if reason is None)
+        others = "; ".join(f"{body.name}: {reason or 'slower'}" for body, reason in reasons if body.name != serving)
+        lines.append(f"{operation:<16} {serving:<10} {others or '-'}")
+    return "\n".join(lines)

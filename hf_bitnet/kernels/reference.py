@@ -1,0 +1,118 @@
+"""The definition of every kernel, in plain torch, slow and exact. Own.
+
+A faster body is right when it returns what these functions return: integers equal, floats by RMS ratio.
+They know tensors only. All weights are (out_features, in_features), "row" means one output feature.
+
+Leaves out: gradients (the straight-through estimators live above), threads, devices.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CODES_PER_BYTE = {1: 8, 2: 4, 4: 2, 8: 1}
+
+
+def int_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Exact integer product `a @ b.T`.
+
+    Args:
+        a: int8 (M, K). b: int8 (N, K).
+
+    Returns:
+        int32 (M, N). float64 holds every partial sum exactly (|sum| <= K * 2**14 < 2**53).
+    """
+    return (a.double() @ b.double().t()).to(torch.int32)
+
+
+def quantize_rows(x: Tensor, qmin: int, qmax: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Symmetric quantization of each row by its largest magnitude.
+
+    `inverse = qmax / max(|x|, eps)`, `codes = clamp(round_half_even(x * inverse))`, `scale = 1 / inverse`. The product
+    with the inverse (not a division by the scale) is the order transformers' bitnet layers use, so codes agree bit for
+    bit with theirs.
+
+    Args:
+        x: float (..., K).
+
+    Returns:
+        codes int8 (..., K), scale float32 (..., 1).
+    """
+    x = x.float()
+    inverse = qmax / x.abs().amax(dim=-1, keepdim=True).clamp(min=eps)
+    codes = (x * inverse).round_().clamp_(qmin, qmax).to(torch.int8)
+    return codes, inverse.reciprocal()
+
+
+def quantize_weight(weight: Tensor, scale: Tensor, zero_point: float, qmin: int, qmax: int) -> Tensor:
+    """`clamp(round_half_even(weight / scale + zero_point))`.
+
+    Args:
+        weight: float (N, K). scale: float32 that broadcasts to it.
+
+    Returns:
+        int8 (N, K).
+    """
+    u = weight.float() * scale.reciprocal()
+    if zero_point:
+        u = u + zero_point
+    return u.round_().clamp_(qmin, qmax).to(torch.int8)
+
+
+def quantize_sign(weight: Tensor, threshold: Tensor) -> Tensor:
+    """+1 where `weight >= threshold`, else -1.
+
+    Args:
+        weight: float (N, K). threshold: float32 that broadcasts to it.
+
+    Returns:
+        int8 (N, K).
+    """
+    return (weight.float() >= threshold).to(torch.int8).mul_(2).sub_(1)
+
+
+def pack(codes: Tensor, bits: int, lowest: int, step: int) -> Tensor:
+    """Pack integer codes along the input dimension, `8 / bits` neighbours a byte, the first in the lowest bits.
+
+    A code is stored as the unsigned level `(code - lowest) / step`. Rows are padded with level 0 to whole bytes.
+
+    Args:
+        codes: int8 (N, K).
+
+    Returns:
+        uint8 (N, ceil(K * bits / 8)).
+    """
+    per_byte = CODES_PER_BYTE[bits]
+    levels = torch.div(codes.to(torch.int16) - lowest, step, rounding_mode="floor").to(torch.uint8)
+    levels = torch.nn.functional.pad(levels, (0, -levels.shape[-1] % per_byte))
+    levels = levels.view(*levels.shape[:-1], -1, per_byte)
+    packed = torch.zeros(levels.shape[:-1], dtype=torch.uint8, device=codes.device)
+    for i in range(per_byte):
+        packed |= levels[..., i] << (bits * i)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, lowest: int, step: int, in_features: int) -> Tensor:
+    """The inverse of `pack`: uint8 (N, ceil(K * bits / 8)) -> int8 codes (N, K)."""
+    per_byte = CODES_PER_BYTE[bits]
+    levels = torch.stack([(packed >> (bits * i)) & (2**bits - 1) for i in range(per_byte)], dim=-1)
+    levels = levels.flatten(-2)[..., :in_features].to(torch.int16)
+    return (levels * step + lowest).to(torch.int8)
+
+
+def int_linear(
+    x_codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, w_codes: Tensor, w_scale: Tensor, w_zero: float
+) -> Tensor:
+    """`y[m, n] = sum_k (x_codes - x_zero)[m, k] * x_scale[m] * (w_codes - w_zero)[n, k] * w_scale[n, group(k)]`.
+
+    Args:
+        x_codes: int8 (M, K). x_scale, x_zero: float32 (M, 1).
+        w_codes: int8 (N, K). w_scale: float32 (1, 1), (N, 1) or (N, G), each of G equal runs of K having its own.
+
+    Returns:
+        float32 (M, N), computed in float64.
+    """
+    x = x_codes.double() - (0.0 if x_zero is None else x_zero.double())
+    w = (w_codes.double() - w_zero) * w_scale.double().repeat_interleave(w_codes.shape[-1] // w_scale.shape[-1], dim=-1)
+    return ((x @ w.t()) * x_scale.double()).float()

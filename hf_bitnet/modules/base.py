@@ -1,0 +1,101 @@
+"""What the trained and the packed layer share. Own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..quantizers import ActivationScheme, Quantized, WeightQuantizer
+from .functional import BitLinearFunction, WeightSource
+from .shared_activation import quantize_shared
+from .sub_norm import SubNorm
+
+# float32 whatever dtype the model is cast to: a bfloat16 scale is off by up to 0.4 %, which every output inherits
+PROTECTED = ("weight_scale", "act_scale", "ste_temperature", "strength")
+
+
+class QuantizedLayer(nn.Module):
+    """A linear map y = x W^T + b whose W is a set of codes and a scale.
+
+    Attributes:
+        in_features, out_features: sizes of W (out_features, in_features).
+        activation: scheme of the input.
+        act_scale: 0-dim float32 buffer, only for static schemes; 0 until calibrated.
+        sub_norm: optional RMS norm in front.
+    """
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+    activation: type[ActivationScheme]
+    act_scale: Tensor | None
+    sub_norm: SubNorm | None
+
+    @property
+    def quantizer(self) -> WeightQuantizer:
+        """What makes the codes of this layer."""
+        raise AssertionError("abstract")
+
+    def quantized_weight(self) -> Quantized:
+        """Codes int8 (out_features, in_features) and scale that forward uses."""
+        raise AssertionError("abstract")
+
+    def setup_activation(
+        self, activation: type[ActivationScheme], sub_norm: bool, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Registers what belongs to the input side. Called once, by the constructors."""
+        self.activation = activation
+        scale = torch.zeros((), dtype=torch.float32, device=device) if activation.static else None
+        self.register_buffer("act_scale", scale)
+        self.sub_norm = SubNorm(self.in_features, device=device, dtype=dtype) if sub_norm else None
+
+    def check_input(self, x: Tensor) -> None:
+        """Raises TypeError or ValueError on an input that no linear layer could mean."""
+        name = type(self).__name__
+        if not x.is_floating_point():
+            raise TypeError(
+                f"{name} got an input of dtype {x.dtype}; it takes float32, bfloat16 or float16 and quantizes them itself. "
+                "If the model casts to `layer.weight.dtype`, keep this layer: keep=['<its name>']"
+            )
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"{name} got an input of shape {tuple(x.shape)}; the last size must be in_features={self.in_features}"
+            )
+
+    def apply_codes(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        temperature: Tensor | None,
+        source: WeightSource,
+        held: Quantized | None = None,
+    ) -> Tensor:
+        """The integer-native product of `functional.py`: (..., in_features) -> (..., out_features)."""
+        dtype = kernels.autocast_dtype(x)
+        if self.activation.quantizes:
+            codes, x_scale, x_zero = quantize_shared(x, self.activation, self.act_scale)
+            zero = x_zero if isinstance(x_zero, Tensor) else None
+        else:
+            codes, x_scale, zero = x.detach().reshape(-1, x.shape[-1]).to(dtype), None, None
+        y = BitLinearFunction.apply(x, weight, scale, temperature, self.bias, codes, x_scale, zero, source, held, dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """As nn.Module's (`.to`, `.bfloat16`, ...), but the tensors in `PROTECTED` stay float32."""
+        before = {
+            name: tensor.data
+            for name in PROTECTED
+            if (tensor := self._parameters.get(name, self._buffers.get(name))) is not None
+        }
+        super()._apply(fn, recurse)
+        for name, original in before.items():
+            after = self._parameters.get(name, self._buffers.get(name))
+            assert after is not None
+            if after.dtype != original.dtype:
+                after.data = original.to(after.device)
+        return self

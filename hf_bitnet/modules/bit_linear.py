@@ -1,0 +1,207 @@
+"""BitLinear: a linear layer that trains through quantization. BitNet b1.58 (arXiv 2402.17764) generalised; own step.
+
+The float weight stays the parameter (`weight`, `bias`: a checkpoint of it is also a float checkpoint); forward uses its
+codes. Leaves out: packed weights (`packed_linear.py`), choosing layers (`surgery/`), when to change the strength (`training/`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..quantizers import ActivationScheme, Quantized, WeightQuantizer
+from ..relaxations import Relaxation, linear
+from ..ste import STE
+from .base import QuantizedLayer
+from .functional import FakeQuantizeActivation, FakeQuantizeWeight, Latent
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The objects that say how one layer is quantized.
+
+    Attributes:
+        weight: codes and scale of the weight.
+        activation: scheme of the input.
+        ste: gradient estimator, with its threshold (in levels) and starting temperature.
+        relaxation: what serves while the strength is below 1.
+        sub_norm: whether an RMS norm stands in front.
+    """
+
+    weight: WeightQuantizer
+    activation: type[ActivationScheme]
+    ste: STE
+    threshold: float = 0.5
+    temperature: float = 4.0
+    relaxation: Relaxation = linear
+    sub_norm: bool = False
+
+
+class TrainedLayer(QuantizedLayer):
+    """What BitLinear and BitConv1D share.
+
+    Attributes:
+        spec: how the layer is quantized.
+        weight_scale: float32 parameter, only when the scale is learned.
+        ste_temperature: 0-dim float32; a parameter when the estimator learns it, else a buffer.
+        strength: 0-dim float32 buffer, 0 full precision .. 1 quantized; read only while `relaxed`.
+        relaxed: False (default) for the integer step; True while a schedule moves the strength.
+    """
+
+    spec: LayerSpec
+    weight: nn.Parameter
+    weight_scale: nn.Parameter | None
+    ste_temperature: Tensor
+    strength: Tensor
+
+    def setup(self, spec: LayerSpec) -> None:
+        """Registers the quantization state. The weight must be there already (it may be on the meta device)."""
+        device = self.weight.device
+        self.spec = spec
+        self.source = Latent(spec.weight, spec.ste, spec.threshold)
+        self.setup_activation(spec.activation, spec.sub_norm, device, self.weight.dtype)
+        shape = spec.weight.scale_shape(self.out_features, self.in_features)
+        scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=device)) if spec.weight.learned else None
+        self.register_parameter("weight_scale", scale)
+        temperature = torch.full((), spec.temperature, dtype=torch.float32, device=device)
+        if spec.ste.temperature_slope is not None:
+            self.ste_temperature = nn.Parameter(temperature)
+        else:
+            self.register_buffer("ste_temperature", temperature, persistent=False)
+        self.register_buffer("strength", torch.ones((), dtype=torch.float32, device=device), persistent=False)
+        self.relaxed = False
+        self.keep_codes = False
+        self._kept: tuple[tuple[int, int], Quantized] | None = None
+        if device.type != "meta":
+            self.reset_scale()
+
+    @torch.no_grad()
+    def reset_scale(self) -> None:
+        """Starts a learned scale from the present weight; does nothing for computed scales."""
+        if self.weight_scale is not None:
+            self.weight_scale.copy_(self.spec.weight.compute_scale(self.matrix))
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as (out_features, in_features)."""
+        raise AssertionError("abstract")
+
+    def float_linear(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """The full-precision layer's own product, with `matrix` in place of the weight."""
+        raise AssertionError("abstract")
+
+    @property
+    def quantizer(self) -> WeightQuantizer:
+        return self.spec.weight
+
+    def quantized_weight(self) -> Quantized:
+        """Codes (out_features, in_features) and scale that forward uses, and that packing stores."""
+        return self.source.codes(self.matrix, self.weight_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float (..., in_features) -> (..., out_features) in the autocast dtype, else x's."""
+        self.check_input(x)
+        if self.sub_norm is not None:
+            x = self.sub_norm(x)
+        if self.relaxed:
+            return self._relaxed_forward(x)
+        held = self._held_codes() if self.keep_codes and not torch.compiler.is_compiling() else None
+        return self.apply_codes(x, self.matrix, self.weight_scale, self.ste_temperature, self.source, held)
+
+    def _relaxed_forward(self, x: Tensor) -> Tensor:
+        mix = self.spec.relaxation
+        matrix = self.matrix
+        value = FakeQuantizeWeight.apply(matrix, self.weight_scale, self.ste_temperature, self.source)
+        if self.activation.quantizes:
+            x = mix(x, FakeQuantizeActivation.apply(x, self.activation, self.act_scale), self.strength)
+        return self.float_linear(x, mix(matrix, value, self.strength))
+
+    def _held_codes(self) -> Quantized:
+        """Codes kept for as long as the weight's version lasts; only inside `surgery.kept_codes`, where it may."""
+        version = (self.weight._version, 0 if self.weight_scale is None else self.weight_scale._version)
+        if self._kept is None or self._kept[0] != version:
+            self._kept = version, self.quantized_weight()
+        return self._kept[1]
+
+    def drop_codes(self) -> None:
+        self._kept = None
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        parts = [f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"]
+        parts.append(f"weight={spec.weight.scheme}/{spec.weight.scale_rule}/{spec.weight.granularity}")
+        if spec.weight.group_size:
+            parts.append(f"group_size={spec.weight.group_size}")
+        parts.append(f"activation={spec.activation.__name__}")
+        return ", ".join(parts)
+
+
+class BitLinear(TrainedLayer, nn.Linear):
+    """nn.Linear whose product uses the quantized weight and input; its gradient reaches the float weight.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as nn.Linear.
+        spec: how to quantize.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        spec: LayerSpec,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
+        self.setup(spec)
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, spec: LayerSpec) -> BitLinear:
+        """Takes over the very parameters of `linear` (no copy)."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.training = linear.training
+        layer.setup(spec)
+        return layer
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.weight
+
+    def float_linear(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return nn.functional.linear(x, matrix, self.bias)
+
+
+class BitConv1D(TrainedLayer, Conv1D):
+    """GPT-2's Conv1D, quantized. The parameter keeps GPT-2's layout (in_features, out_features)."""
+
+    bias: Tensor
+
+    @classmethod
+    def from_float(cls, conv: Conv1D, spec: LayerSpec) -> BitConv1D:
+        """Takes over the very parameters of `conv` (no copy)."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.nx, layer.nf = conv.nx, conv.nf
+        layer.in_features, layer.out_features = conv.nx, conv.nf
+        layer.weight, layer.bias = conv.weight, conv.bias
+        layer.training = conv.training
+        layer.setup(spec)
+        return layer
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.weight.t()
+
+    def float_linear(self, x: Tensor, matrix: Tensor) -> Tensor:
+        # addmm on the (in, out) layout, as Conv1D does, so that strength 0 equals it bit for bit
+        y = torch.addmm(self.bias, x.view(-1, x.size(-1)), matrix.t())
+        return y.view(*x.shape[:-1], self.out_features)

@@ -1,0 +1,233 @@
+"""The integer-native linear step and its gradients. Own; the estimators are in `ste.py`.
+
+Forward multiplies integer codes exactly and applies scales outside. For backward it keeps the int8 activation codes and
+their scale, and nothing of the weight: codes, scales and STE slopes are derived again from the master weight.
+
+    y      = (x_codes - x_zero) x_scale (w_codes - w_zero)^T w_scale + bias
+    dL/dx  = dL/dy  W_hat                            straight through the activation quantizer
+    dL/dw  = (dL/dy^T x_hat) * slope(position)       slope of the chosen estimator
+    dL/ds  = sum (dL/dy^T x_hat) * (level - w / s)   LSQ (arXiv 1902.08153), times 1 / sqrt(n Qp)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import kernels
+from ..quantizers import ActivationScheme, Grid, Quantized, WeightQuantizer
+from ..ste import STE
+
+
+class WeightSource(Protocol):
+    """Where a layer's codes come from, and what the gradient of its weight value turns into."""
+
+    def codes(self, weight: Tensor, scale: Tensor | None) -> Quantized: ...
+
+    def gradients(
+        self, value_grad: Tensor, weight: Tensor, scale: Tensor | None, temperature: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Codes are made from a float master weight (N, K), which is trained through an estimator."""
+
+    quantizer: WeightQuantizer
+    ste: STE
+    threshold: float
+
+    def codes(self, weight: Tensor, scale: Tensor | None) -> Quantized:
+        return self.quantizer.quantize(weight, scale)
+
+    def gradients(
+        self, value_grad: Tensor, weight: Tensor, scale: Tensor | None, temperature: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(dL/dvalue (N, K)) -> dL/dweight (N, K), dL/dscale or None, dL/dtemperature or None."""
+        slope = self.ste.slope
+        if slope is None and scale is None:
+            return value_grad, None, None
+        grid = self.quantizer.grid
+        quantized = self.codes(weight, scale)
+        position = self.quantizer.position(weight, quantized.scale)
+        scale_grad = None if scale is None else self._scale_gradient(value_grad, quantized, position)
+        if slope is None:
+            return value_grad, scale_grad, None
+        assert temperature is not None
+        value_grad = value_grad.float()
+        temperature_grad = None
+        if self.ste.temperature_slope is not None:
+            by_temperature = self.ste.temperature_slope(position, grid.levels, self.threshold, temperature)
+            spread = _over_groups(value_grad * by_temperature, quantized.scale).sum(dim=-1, keepdim=True)
+            temperature_grad = (spread.reshape(quantized.scale.shape) * quantized.scale).sum() * grid.step
+        return value_grad * slope(position, grid.levels, self.threshold, temperature), scale_grad, temperature_grad
+
+    def _scale_gradient(self, value_grad: Tensor, quantized: Quantized, position: Tensor) -> Tensor:
+        grid = self.quantizer.grid
+        by_scale = quantized.levels(torch.float32)
+        if grid.levels > 2:  # the sign of a weight does not move with the scale
+            inside = (position >= 0) & (position <= grid.levels - 1)
+            by_scale = by_scale - (position * grid.step + (grid.lowest - grid.zero_point)) * inside
+        total = _over_groups(value_grad.float() * by_scale, quantized.scale).sum(dim=-1)
+        per_scale = value_grad.numel() / quantized.scale.numel()
+        return total.reshape(quantized.scale.shape) / (per_scale * grid.values[-1]) ** 0.5
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Codes are unpacked from a frozen uint8 weight (N, ceil(K * bits / 8)); it has no gradient."""
+
+    bits: int
+    grid: Grid
+    in_features: int
+
+    def codes(self, weight: Tensor, scale: Tensor | None) -> Quantized:
+        assert scale is not None
+        codes = kernels.unpack(weight, self.bits, self.grid.lowest, self.grid.step, self.in_features)
+        return Quantized(codes, scale, self.grid.zero_point)
+
+    def gradients(
+        self, value_grad: Tensor, weight: Tensor, scale: Tensor | None, temperature: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        raise AssertionError("packed weights are frozen")
+
+
+def _over_groups(values: Tensor, scale: Tensor) -> Tensor:
+    """(N, K) -> (number of scales, weights per scale)."""
+    return values.reshape(scale.numel(), -1)
+
+
+def _product(x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None, w: Quantized) -> Tensor:
+    """(M, K) -> (M, N): float32 from codes, x's own dtype where activations are not quantized."""
+    assert isinstance(w.zero_point, float)
+    if x_scale is not None:
+        return kernels.int_linear(x, x_scale, x_zero, w.codes, w.scale, w.zero_point)
+    if w.scale.shape[-1] > 1:
+        return x @ w.dequantize(x.dtype).t()
+    return (x @ w.levels(x.dtype).t()) * w.scale.t()
+
+
+def _input_gradient(grad: Tensor, w: Quantized, dtype: torch.dtype) -> Tensor:
+    """(M, N) -> (M, K) in `dtype`."""
+    if w.scale.shape[-1] > 1:
+        return (grad @ w.dequantize(grad.dtype)).to(dtype)
+    levels = w.levels(grad.dtype)
+    if w.scale.numel() == 1:
+        product = grad @ levels
+        return product.mul_(w.scale) if product.dtype == dtype else (product * w.scale).to(dtype)
+    return ((grad * w.scale.t()).to(grad.dtype) @ levels).to(dtype)
+
+
+def _value_gradient(grad: Tensor, x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None) -> Tensor:
+    """(M, N), saved activations (M, K) -> dL/dW_hat (N, K) in the dtype of `grad`."""
+    if x_scale is None:
+        return grad.t() @ x.to(grad.dtype)
+    levels = x if x_zero is None else x.float() - x_zero
+    if x.shape[1] <= grad.shape[1]:  # the scale is applied to the smaller operand
+        return grad.t() @ (levels * x_scale).to(grad.dtype)
+    return (grad * x_scale).to(grad.dtype).t() @ levels.to(grad.dtype)
+
+
+class BitLinearFunction(torch.autograd.Function):
+    """See the formulas at the top of the file. `forward`'s arguments:
+
+    x: float (..., K), only the path of its gradient. weight: master (N, K) or packed. scale: learned or packed scale,
+    else None. temperature: 0-dim or None. bias: (N,) or None. x_codes: int8 (M, K), or x itself in the output's dtype
+    when activations are not quantized. x_scale, x_zero: float32 (M, 1) or None. source: where codes come from.
+    held: codes that a caller keeps for several calls, else None. Returns (M, N) in `dtype`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        temperature: Tensor | None,
+        bias: Tensor | None,
+        x_codes: Tensor,
+        x_scale: Tensor | None,
+        x_zero: Tensor | None,
+        source: WeightSource,
+        held: Quantized | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        w = source.codes(weight, scale) if held is None else held
+        y = _product(x_codes, x_scale, x_zero, w)
+        if bias is not None:
+            y = y + bias
+        ctx.source, ctx.held, ctx.x_shape, ctx.x_dtype = source, held, x.shape, x.dtype
+        ctx.compiling = torch.compiler.is_compiling()
+        needs_weight = any(ctx.needs_input_grad[1:4])
+        kept = (x_codes, x_scale, x_zero) if needs_weight else (None, None, None)
+        if ctx.compiling:
+            ctx.save_for_backward(*kept, weight, scale, temperature)
+        else:
+            # the weight is a parameter: a plain reference costs no memory, and saved-tensor hooks (offloading,
+            # compression) have no business with it. The version check autograd would do is done in backward.
+            ctx.save_for_backward(*kept)
+            ctx.weights, ctx.version = (weight, scale, temperature), _version(weight)
+        return y.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.compiling:
+            x_codes, x_scale, x_zero, weight, scale, temperature = ctx.saved_tensors
+        else:
+            x_codes, x_scale, x_zero = ctx.saved_tensors
+            weight, scale, temperature = ctx.weights
+            if _version(weight) != ctx.version:
+                raise RuntimeError(
+                    "a BitLinear weight was changed in place between forward and backward, so its codes are gone; "
+                    "call backward() before optimizer.step()"
+                )
+        needs = ctx.needs_input_grad
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        x_grad = weight_grad = scale_grad = temperature_grad = None
+        if needs[0]:
+            w = ctx.source.codes(weight, scale) if ctx.held is None else ctx.held
+            x_grad = _input_gradient(grad, w, ctx.x_dtype).reshape(ctx.x_shape)
+        if any(needs[1:4]):
+            value_grad = _value_gradient(grad, x_codes, x_scale, x_zero)
+            weight_grad, scale_grad, temperature_grad = ctx.source.gradients(value_grad, weight, scale, temperature)
+            weight_grad = weight_grad.to(weight.dtype) if needs[1] else None
+        bias_grad = grad.sum(dim=0) if needs[4] else None
+        return x_grad, weight_grad, scale_grad, temperature_grad, bias_grad, *([None] * 6)
+
+
+class FakeQuantizeWeight(torch.autograd.Function):
+    """weight (N, K) -> its quantized value (N, K) in the weight's dtype, with the gradients of `Latent.gradients`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor | None, temperature: Tensor | None, source: Latent) -> Tensor:
+        ctx.source = source
+        ctx.save_for_backward(weight, scale, temperature)
+        return source.codes(weight, scale).dequantize(weight.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight_grad, scale_grad, temperature_grad = ctx.source.gradients(grads[0], *ctx.saved_tensors)
+        return weight_grad.to(grads[0].dtype), scale_grad, temperature_grad, None
+
+
+class FakeQuantizeActivation(torch.autograd.Function):
+    """x (..., K) -> its quantized value in x's dtype; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scheme: type[ActivationScheme], scale: Tensor | None) -> Tensor:
+        return scheme.quantize(x, scale).dequantize(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None, None
+
+
+def _version(tensor: Tensor) -> int:
+    # inference tensors have no version counter; nothing can change them between forward and backward either
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,23 @@
+"""Floor 2: schemes. Importing a scheme's file registers it."""
+
+from . import binary, integer, ternary
+from .activation import ACTIVATION_SCHEMES, ActivationScheme
+from .quantized import Quantized
+from .scales import SCALE_RULES, Grid
+from .weight import GRANULARITIES, WEIGHT_SCHEMES, WeightQuantizer, WeightScheme, make_weight_quantizer
+
+__all__ = [
+    "ACTIVATION_SCHEMES",
+    "GRANULARITIES",
+    "SCALE_RULES",
+    "WEIGHT_SCHEMES",
+    "ActivationScheme",
+    "Grid",
+    "Quantized",
+    "WeightQuantizer",
+    "WeightScheme",
+    "binary",
+    "integer",
+    "make_weight_quantizer",
+    "ternary",
+]

@@ -1,0 +1,162 @@
+"""What of a model is quantized, and what is not and why. Own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..config import BitNetQuantizationConfig
+from ..modules import PackedBitLinear, QuantizedLayer
+from .select import choose, is_linear
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter.
+
+    Attributes:
+        name: dotted parameter name. weights: how many numbers it stands for. bits: per number when packed.
+        bytes_float, bytes_packed: size in the full-precision model (its own dtype) and in the packed one.
+        status: "quantized" or "kept". reason: scheme, or why it is kept.
+        linear: whether it is a matrix of linear maps, fused experts included (what `min_coverage` counts).
+    """
+
+    name: str
+    weights: int
+    bits: float
+    bytes_float: int
+    bytes_packed: int
+    status: str
+    reason: str
+    linear: bool
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Every parameter of a model, quantized or kept. `str()` prints a table by kind."""
+
+    rows: list[Row] = field(repr=False)
+
+    @property
+    def fraction(self) -> float:
+        """Share of the weights of linear maps that is quantized, 0..1."""
+        linear = sum(row.weights for row in self.rows if row.linear)
+        return sum(row.weights for row in self.rows if row.status == "quantized") / max(linear, 1)
+
+    @property
+    def bytes_float(self) -> int:
+        return sum(row.bytes_float for row in self.rows)
+
+    @property
+    def bytes_packed(self) -> int:
+        return sum(row.bytes_packed for row in self.rows)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over the whole model as packed, kept parameters included."""
+        return 8 * self.bytes_packed / max(sum(row.weights for row in self.rows), 1)
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-able summary with every parameter."""
+        return {
+            "fraction_of_linear_weights": self.fraction,
+            "bits_per_weight": self.bits_per_weight,
+            "bytes_full_precision": self.bytes_float,
+            "bytes_packed": self.bytes_packed,
+            "parameters": [vars(row) for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((row.status, row.reason), []).append(row)
+        lines = [
+            f"{'status':<10} {'what and why':<44} {'tensors':>7} {'weights':>14} {'bits':>6} {'MB before':>10} {'after':>9}"
+        ]
+        for (status, reason), rows in sorted(groups.items(), key=lambda item: (item[0][0] != "quantized", item[0][1])):
+            weights = sum(row.weights for row in rows)
+            before, after = sum(row.bytes_float for row in rows), sum(row.bytes_packed for row in rows)
+            counts = f"{len(rows):>7} {weights:>14,} {8 * after / max(weights, 1):>6.2f}"
+            lines.append(f"{status:<10} {reason:<44} {counts} {before / 1e6:>10.2f} {after / 1e6:>9.2f}")
+        total = sum(row.weights for row in self.rows)
+        lines.append(
+            f"{'total':<10} {f'{self.fraction:.1%} of the linear weights quantized':<44} {len(self.rows):>7} {total:>14,} "
+            f"{self.bits_per_weight:>6.2f} {self.bytes_float / 1e6:>10.2f} {self.bytes_packed / 1e6:>9.2f}"
+        )
+        return "\n".join(lines)
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """The coverage of a quantized (or plain) model, from its modules as they are now."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    reasons = {
+        choice.name: choice.kept
+        for choice in choose(model, config if isinstance(config, BitNetQuantizationConfig) else BitNetQuantizationConfig())
+    }
+    rows: list[Row] = []
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            name = f"{prefix}.{key}" if prefix else key
+            if isinstance(module, QuantizedLayer) and key == "weight":
+                rows.append(_quantized_row(name, module, parameter))
+                continue
+            reason = (
+                (reasons.get(prefix) or "not quantized yet") if is_linear(module) and key == "weight" else _kind(module, key)
+            )
+            size = parameter.numel() * parameter.element_size()
+            # fused experts are linear maps too, so min_coverage must not look away from them
+            linear = (is_linear(module) and key == "weight") or (parameter.dim() == 3 and not isinstance(module, nn.Embedding))
+            rows.append(Row(name, parameter.numel(), 8 * parameter.element_size(), size, size, "kept", reason, linear))
+    return Coverage(rows)
+
+
+def _quantized_row(name: str, module: QuantizedLayer, parameter: nn.Parameter) -> Row:
+    quantizer = module.quantizer
+    shape = (module.out_features, module.in_features)
+    weights = shape[0] * shape[1]
+    rows, groups = quantizer.scale_shape(*shape)
+    packed = shape[0] * -(-shape[1] * quantizer.storage_bits // 8) + 4 * rows * groups
+    # a packed model no longer knows its float dtype; the embeddings' or norms' is the best witness, bfloat16 the guess
+    element = 2 if isinstance(module, PackedBitLinear) else parameter.element_size()
+    scale = f"{quantizer.granularity}{f' of {quantizer.group_size}' if quantizer.group_size else ''}"
+    reason = f"{quantizer.scheme}, {quantizer.scale_rule} per {scale}"
+    return Row(name, weights, quantizer.bits, weights * element, packed, "quantized", reason, True)
+
+
+def _kind(module: nn.Module, key: str) -> str:
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, QuantizedLayer):
+        return "bias of a quantized layer" if key == "bias" else "scale or gate of a quantized layer"
+    if key == "bias":
+        return "bias"
+    parameter = module._parameters[key]
+    if parameter is not None and parameter.dim() == 3:
+        return "fused 3-D experts (not a linear layer)"
+    if "norm" in type(module).__name__.lower():
+        return "norm"
+    return f"{key} of {type(module).__name__}"
+
+
+def check_finite(name: str, weight: torch.Tensor) -> None:
+    """Raises ValueError when a weight cannot be quantized: empty, not float, NaN or infinite, or all zero."""
+    advice = f"mend the checkpoint, or keep the layer: keep=[r'{name}']"
+    if weight.numel() == 0:
+        raise ValueError(f"the weight of {name} is empty, shape {tuple(weight.shape)}; {advice}")
+    if not weight.is_floating_point():
+        raise TypeError(f"the weight of {name} has dtype {weight.dtype}; a float weight is needed; {advice}")
+    if weight.is_meta:
+        return
+    # one pass: any NaN or infinity makes the sum of magnitudes NaN or infinite (float64: no overflow on the way)
+    total = weight.detach().abs().sum(dtype=torch.float64)
+    if not torch.isfinite(total):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise ValueError(f"the weight of {name} holds {bad} NaN or infinite values; {advice}")
+    if total == 0:
+        raise ValueError(f"the weight of {name} is all zero, so it has no scale; {advice}")

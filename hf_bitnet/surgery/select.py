@@ -1,0 +1,127 @@
+"""Which linear maps of a model are quantized, and why the others are not. Own.
+
+Nothing is guessed from parameter names ending in ".weight": a layer is kept because the model itself says so (output
+embeddings, tied weights, float32 modules), because of what it is called (heads, routers) or because its parent uses the
+raw weight, where a quantized forward would be bypassed in silence.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..config import BitNetQuantizationConfig
+from ..modules import PackedBitLinear, TrainedLayer
+
+_HEADS = re.compile(
+    r"(^|\.)(lm_head|embed_out|output_projection|classifier|classification_head|score|scores|qa_outputs|qa_classifier|"
+    r"pooler|cls|proj_out|lm_head_decoder|summary|logits_proj|mc_head|multiple_choice_head|v_head|reward_head|fc_out)(\.|$)"
+)
+_ROUTERS = re.compile(r"(^|\.)(router|gate|gating|wg|shared_expert_gate|expert_gate|layer_router)(\.|$)")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One linear map found in a model.
+
+    Attributes:
+        name: dotted module name (the first, where several names lead to one module).
+        module: the module.
+        kept: None when it is to be quantized, else the reason.
+    """
+
+    name: str
+    module: nn.Module
+    kept: str | None
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A module that maps its last dimension by a matrix and that we could replace."""
+    return isinstance(module, nn.Linear | Conv1D) and not isinstance(module, TrainedLayer | PackedBitLinear)
+
+
+def choose(model: nn.Module, config: BitNetQuantizationConfig) -> list[Choice]:
+    """Every linear map of the model with its fate, in the order of `named_modules`."""
+    why = _Reasons(model)
+    return [
+        Choice(name, module, _decide(name, module, config, why)) for name, module in model.named_modules() if is_linear(module)
+    ]
+
+
+def _decide(name: str, module: nn.Module, config: BitNetQuantizationConfig, why: _Reasons) -> str | None:
+    if config.is_kept(name):
+        return "kept by the config"
+    if type(module) not in (nn.Linear, Conv1D):
+        return f"{type(module).__name__} has a forward of its own"
+    if config.is_forced(name):
+        return None
+    return why.of(name, module)
+
+
+class _Reasons:
+    """What the model says about its own layers; gathered once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        uses = Counter(
+            id(parameter) for module in model.modules() for parameter in module._parameters.values() if parameter is not None
+        )
+        self.tied = {key for key, count in uses.items() if count > 1}
+        # on the meta device nothing is tied yet, but the model lists what will be
+        self.tied_names = {key for m in model.modules() for key in _tied_keys(m)}
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        self.output = None if output is None else id(output)
+        self.float32 = [
+            pattern
+            for module in model.modules()
+            for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+            for pattern in (getattr(module, attribute, None) or ())
+        ]
+        self.raw = set(_raw_readers(model))
+
+    def of(self, name: str, module: nn.Module) -> str | None:
+        if id(module) == self.output:
+            return "output embeddings"
+        if id(module._parameters["weight"]) in self.tied or f"{name}.weight" in self.tied_names:
+            return "weight tied to another module"
+        if _HEADS.search(name):
+            return "task head"
+        if _ROUTERS.search(name):
+            return "router"
+        if any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in self.float32 if isinstance(pattern, str)):
+            return "the model keeps it in float32"
+        if id(module) in self.raw:
+            return "its parent reads the raw weight"
+        return None
+
+
+def _tied_keys(module: nn.Module) -> list[str]:
+    config = getattr(module, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return []
+    keys = getattr(module, "_tied_weights_keys", None) or ()
+    return list(keys)
+
+
+def _raw_readers(model: nn.Module) -> Iterator[int]:
+    """ids of linear maps whose parent's code mentions `self.<name>.weight`."""
+    sources: dict[type, str] = {}
+    for parent in model.modules():
+        children = [(name, child) for name, child in parent._modules.items() if child is not None and is_linear(child)]
+        if not children:
+            continue
+        kind = type(parent)
+        if kind not in sources:
+            try:
+                sources[kind] = inspect.getsource(kind)
+            except (OSError, TypeError):  # defined at a prompt: nothing to read
+                sources[kind] = ""
+        for name, child in children:
+            if re.search(rf"self\.{name}\.weight\b", sources[kind]):
+                yield id(child)

@@ -1,0 +1,341 @@
+"""Changing a model in place: quantize, pack, unpack, dequantize, and moving the strength. Own.
+
+The only code that replaces modules. Every function takes any nn.Module, changes it in place and returns it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ..config import BitNetQuantizationConfig, LayerConfig
+from ..modules import BitConv1D, BitLinear, LayerSpec, PackedBitLinear, QuantizedLayer, SubNorm, TrainedLayer
+from ..quantizers import ACTIVATION_SCHEMES
+from ..relaxations import RELAXATIONS
+from ..ste import ESTIMATORS
+from .coverage import check_finite, coverage
+from .select import Choice, choose
+
+Model = TypeVar("Model", bound=nn.Module)
+# below this many layers a progress bar only flickers
+_PROGRESS_FROM = 64
+
+
+def make_spec(layer: LayerConfig, config: BitNetQuantizationConfig) -> LayerSpec:
+    """Turns plain data into the objects a layer works with."""
+    return LayerSpec(
+        weight=layer.quantizer(),
+        activation=ACTIVATION_SCHEMES.get(layer.activation),
+        ste=ESTIMATORS.get(layer.ste),
+        threshold=config.ste_threshold,
+        temperature=config.ste_temperature,
+        relaxation=RELAXATIONS.get(config.relaxation),
+        sub_norm=layer.sub_norm,
+    )
+
+
+def quantize_model(model: Model, config: BitNetQuantizationConfig, *, progress: bool | None = None) -> Model:
+    """Replaces the linear layers of `model` by quantized ones, in place, and returns it.
+
+    Args:
+        model: any nn.Module; a transformers model also gets `model.config.quantization_config`. `coverage(model)` prints
+            what was quantized and what was kept and why.
+        config: which layers and how. With form="packed" the weights are packed at once.
+        progress: show a progress bar; None shows one on large models.
+
+    Raises:
+        TypeError: `config` is not a BitNetQuantizationConfig.
+        ValueError: already quantized; no layer matches; coverage below `config.min_coverage`; a weight that is empty, all
+            zero or not finite; a group size that does not divide a layer. The model is then unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize_model takes an nn.Module, got {type(model).__name__}; pass the loaded model itself")
+    if not isinstance(config, BitNetQuantizationConfig):
+        raise TypeError(
+            f"quantize_model takes a BitNetQuantizationConfig, got {type(config).__name__}; "
+            "for example quantize_model(model, BitNetQuantizationConfig.bitnet_b158())"
+        )
+    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
+        raise ValueError(
+            "the model is quantized already; call hf_bitnet.dequantize_model(model) first, or load the original checkpoint"
+        )
+    chosen = _chosen(model, config)
+    for choice in _with_progress(chosen, "checking", progress):
+        _check(choice, config)
+    _check_coverage(model, chosen, config)
+    for choice in _with_progress(chosen, "quantizing", progress):
+        layer = _trained_layer(choice, config)
+        _replace(model, choice.module, PackedBitLinear.from_trained(layer) if config.form == "packed" else layer)
+    _set_config(model, config)
+    return model
+
+
+def _chosen(model: nn.Module, config: BitNetQuantizationConfig) -> list[Choice]:
+    found = choose(model, config)
+    chosen = [choice for choice in found if choice.kept is None]
+    if not chosen:
+        kept = "; ".join(f"{choice.name}: {choice.kept}" for choice in found[:5]) or "it has no linear layer at all"
+        raise ValueError(
+            f"no layer of {type(model).__name__} would be quantized ({kept}); loosen `keep`, or name layers in "
+            "`overrides`, for example overrides={r'classifier': {'weight': 'int8'}}"
+        )
+    return chosen
+
+
+def _check(choice: Choice, config: BitNetQuantizationConfig) -> None:
+    weight = choice.module._parameters["weight"]
+    assert weight is not None
+    check_finite(choice.name, weight)
+    out_features, in_features = reversed(weight.shape) if isinstance(choice.module, Conv1D) else weight.shape
+    try:
+        config.layer(choice.name).quantizer().scale_shape(out_features, in_features)
+    except ValueError as error:
+        raise ValueError(
+            f"{choice.name}: {error}, or give this layer its own: overrides={{r'{choice.name}': {{...}}}}"
+        ) from None
+
+
+def _check_coverage(model: nn.Module, chosen: list[Choice], config: BitNetQuantizationConfig) -> None:
+    linear = sum(row.weights for row in coverage(model).rows if row.linear)
+    share = sum(choice.module._parameters["weight"].numel() for choice in chosen) / max(linear, 1)  # type: ignore[union-attr]
+    if share < config.min_coverage:
+        kept = [f"{c.name} ({c.kept})" for c in choose(model, config) if c.kept is not None]
+        raise ValueError(
+            f"only {share:.1%} of the linear weights would be quantized, min_coverage asks for {config.min_coverage:.1%}; "
+            f"kept: {', '.join(kept[:8])}. Name them in `overrides` to quantize them, or lower min_coverage"
+        )
+
+
+def _trained_layer(choice: Choice, config: BitNetQuantizationConfig) -> BitLinear | BitConv1D:
+    spec = make_spec(config.layer(choice.name), config)
+    if isinstance(choice.module, Conv1D):
+        return BitConv1D.from_float(choice.module, spec)
+    assert isinstance(choice.module, nn.Linear)
+    return BitLinear.from_float(choice.module, spec)
+
+
+def pack_model(model: Model, *, progress: bool | None = None) -> Model:
+    """Packs the weights of a trained-form model to 1, 2, 4 or 8 bits, in place, and returns it.
+
+    Raises ValueError when nothing is in train form, when a weight is not finite, or when a static activation range was
+    never calibrated.
+    """
+    layers = _layers(model, TrainedLayer, "pack_model", "quantize_model(model, config)")
+    for name, layer in layers:
+        check_finite(name, layer.weight)
+        _check_calibrated(name, layer)
+    for _, layer in _with_progress(layers, "packing", progress):
+        _replace(model, layer, PackedBitLinear.from_trained(layer))
+    _set_form(model, "packed")
+    return model
+
+
+def unpack_model(model: Model, *, weight_scale: str | None = None) -> Model:
+    """Turns a packed model back into train form, in place, and returns it: equal codes, equal scales up to rounding.
+
+    The float weights are the dequantized values, rescaled so that the scheme's own rule finds the stored scale again.
+
+    Args:
+        weight_scale: "learned" keeps the stored scales as parameters instead; exact for every scheme.
+
+    Raises ValueError when the model is not packed, has no config, or when the rule cannot reproduce the codes.
+    """
+    layers = _layers(model, PackedBitLinear, "unpack_model", "pack_model(model)")
+    config = _config_of(model)
+    if weight_scale is not None:
+        config = _copied(config, weight_scale=weight_scale)
+    dtype = _float_dtype(model)
+    made: list[tuple[PackedBitLinear, TrainedLayer]] = []
+    for name, packed in layers:
+        spec = make_spec(config.layer(name), config)
+        spec = replace(spec, sub_norm=False)
+        made.append((packed, _unpacked(name, packed, spec, dtype)))
+    for packed, layer in made:
+        _replace(model, packed, layer)
+    _set_config(model, config)
+    _set_form(model, "train")
+    return model
+
+
+def _unpacked(name: str, packed: PackedBitLinear, spec: LayerSpec, dtype: torch.dtype) -> TrainedLayer:
+    quantized = packed.quantized_weight()
+    try:
+        # a learned scale needs float32 only for the scale; a computed one must be found again from the weights
+        weight = spec.weight.latent(quantized)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    dense = _dense(packed, weight.to(dtype))
+    layer = BitConv1D.from_float(dense, spec) if isinstance(dense, Conv1D) else BitLinear.from_float(dense, spec)
+    layer.act_scale, layer.sub_norm = packed.act_scale, packed.sub_norm
+    if layer.weight_scale is not None:
+        layer.weight_scale.data.copy_(quantized.scale)
+    return layer
+
+
+def dequantize_model(model: Model, *, dtype: torch.dtype | None = None) -> Model:
+    """Turns quantized layers into plain nn.Linear (or Conv1D) that hold the quantized values, in place, and returns it.
+
+    Activations are no longer quantized; sub-norms stay where they were, inside an nn.Sequential.
+
+    Args:
+        dtype: of the new weights; None takes the model's own.
+    """
+    layers = _layers(model, QuantizedLayer, "dequantize_model", "quantize_model(model, config)")
+    dtype = dtype or _float_dtype(model)
+    for _, layer in layers:
+        dense = _dense(layer, layer.quantized_weight().dequantize(dtype))
+        _replace(model, layer, dense if layer.sub_norm is None else nn.Sequential(layer.sub_norm, dense))
+    model_config = getattr(model, "config", None)
+    if model_config is not None and hasattr(model_config, "quantization_config"):
+        del model_config.quantization_config
+    return model
+
+
+def _dense(layer: QuantizedLayer, value: torch.Tensor) -> nn.Linear | Conv1D:
+    """The plain layer that `layer` stands for, holding `value` (out_features, in_features) as its weight."""
+    if isinstance(layer, BitConv1D) or (isinstance(layer, PackedBitLinear) and layer.was_conv1d):
+        with torch.device("meta"):
+            dense = Conv1D(layer.out_features, layer.in_features)
+        dense.weight = nn.Parameter(value.t().contiguous())
+        assert isinstance(layer.bias, nn.Parameter)
+        dense.bias = layer.bias
+    else:
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(value)
+        assert layer.bias is None or isinstance(layer.bias, nn.Parameter)
+        dense.register_parameter("bias", layer.bias)
+    dense.train(layer.training)
+    return dense
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """(dotted name, layer) of every quantized layer, each once."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            yield name, module
+
+
+def trained_layers(model: nn.Module) -> list[tuple[str, TrainedLayer]]:
+    """(dotted name, layer) of every layer in train form."""
+    return [(name, layer) for name, layer in quantized_layers(model) if isinstance(layer, TrainedLayer)]
+
+
+def set_strength(model: nn.Module, strength: float, *, hard: bool = True) -> None:
+    """Sets how far the layers are quantized: 0 is the full-precision model, bit for bit; 1 the quantized one.
+
+    Below 1 the layers work on float mixes. At 1 they return to the integer step, which under torch.compile is one
+    recompilation; `hard=False` stays on the float path (same values) and never recompiles.
+
+    Raises ValueError when the strength is outside 0..1 or the model has no layer in train form.
+    """
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0.0 <= strength <= 1.0:
+        raise ValueError(f"strength must be a number from 0 (full precision) to 1 (quantized), got {strength!r}")
+    for _, layer in _layers(model, TrainedLayer, "set_strength", "quantize_model(model, config)"):
+        layer.strength.fill_(strength)
+        layer.relaxed = strength < 1.0 or (layer.relaxed and not hard)
+
+
+def harden(model: nn.Module) -> None:
+    """Back to the integer step at full strength; the same as `set_strength(model, 1.0)`."""
+    set_strength(model, 1.0)
+
+
+def set_norm_blend(model: nn.Module, blend: float) -> None:
+    """Moves every sub-norm from the identity (0) to a plain RMS norm (1)."""
+    if isinstance(blend, bool) or not isinstance(blend, int | float) or not 0.0 <= blend <= 1.0:
+        raise ValueError(f"blend must be a number from 0 (identity) to 1 (RMS norm), got {blend!r}")
+    for module in model.modules():
+        if isinstance(module, SubNorm):
+            module.blend.fill_(blend)
+
+
+@contextlib.contextmanager
+def kept_codes(model: nn.Module) -> Iterator[None]:
+    """Inside, each layer makes its codes once and keeps them (one byte a weight) while its weight's version lasts.
+
+    For several forwards with unchanged weights: gradient accumulation, activation checkpointing, evaluation. Weights
+    must not be changed inside in ways that autograd does not count (`parameter.data.copy_`).
+    """
+    layers = [layer for _, layer in trained_layers(model)]
+    for layer in layers:
+        layer.keep_codes = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.keep_codes = False
+            layer.drop_codes()
+
+
+def reset_state(model: nn.Module) -> None:
+    """Puts the unsaved buffers (strength, fixed temperatures) of all layers to their starting values."""
+    for _, layer in trained_layers(model):
+        layer.strength.fill_(1.0)
+        if not isinstance(layer.ste_temperature, nn.Parameter):
+            layer.ste_temperature.fill_(layer.spec.temperature)
+        layer.relaxed = False
+
+
+def _layers(model: nn.Module, kind: type[Any], caller: str, advice: str) -> list[tuple[str, Any]]:
+    layers = [(name, layer) for name, layer in quantized_layers(model) if isinstance(layer, kind)]
+    if not layers:
+        raise ValueError(f"{caller}: {type(model).__name__} has no {kind.__name__} layer; call {advice} first")
+    return layers
+
+
+def _check_calibrated(name: str, layer: QuantizedLayer) -> None:
+    if layer.act_scale is not None and not layer.act_scale.is_meta and float(layer.act_scale) <= 0:
+        raise ValueError(
+            f"{name} has a static activation range that was never calibrated; call "
+            "hf_bitnet.calibrate(model, batches) before training or packing"
+        )
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts `new` wherever `old` stands: a module may hang in several places."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
+def _with_progress(items: list[Any], what: str, progress: bool | None) -> Iterable[Any]:
+    show = len(items) >= _PROGRESS_FROM if progress is None else progress
+    return tqdm(items, desc=what, unit="layer", disable=not show, leave=False)
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dim() > 1), torch.float32)
+
+
+def _config_of(model: nn.Module) -> BitNetQuantizationConfig:
+    config = getattr(getattr(model, "config", None), "quantization_config", None) or getattr(model, "_bitnet_config", None)
+    if not isinstance(config, BitNetQuantizationConfig):
+        raise ValueError("the model carries no BitNetQuantizationConfig; quantize it with hf_bitnet.quantize_model")
+    return config
+
+
+def _set_config(model: nn.Module, config: BitNetQuantizationConfig) -> None:
+    # a copy: the caller's object must not change when this model is packed later
+    config = _copied(config)
+    model_config = getattr(model, "config", None)
+    if model_config is not None:
+        model_config.quantization_config = config
+    else:
+        model._bitnet_config = config  # type: ignore[assignment]
+
+
+def _copied(config: BitNetQuantizationConfig, **changes: Any) -> BitNetQuantizationConfig:
+    fields: dict[str, Any] = config.to_dict()
+    return BitNetQuantizationConfig(**(fields | changes))
+
+
+def _set_form(model: nn.Module, form: str) -> None:
+    _config_of(model).form = form
