@@ -16,7 +16,7 @@ _EXACT_FLOAT32_TERMS = 2**24 // 2**14
 
 def int_matmul_onednn(a: Tensor, b: Tensor) -> Tensor:
     """Exact int8 (M, K) x int8 (N, K) -> int32 (M, N) through `torch._int_mm`."""
-    return torch._int_mm(a, b.t())
+    return torch.ops.aten._int_mm(a, b.t())
 
 
 def int_matmul_float32(a: Tensor, b: Tensor) -> Tensor:

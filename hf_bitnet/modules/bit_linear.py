@@ -53,7 +53,7 @@ class TrainedLayer(QuantizedLayer):
     """
 
     spec: LayerSpec
-    weight: nn.Parameter
+    weight: Tensor  # a Parameter; torch's own layers declare it so
     weight_scale: nn.Parameter | None
     ste_temperature: Tensor
     strength: Tensor
@@ -102,11 +102,10 @@ class TrainedLayer(QuantizedLayer):
         """Codes (out_features, in_features) and scale that forward uses, and that packing stores."""
         return self.source.codes(self.matrix, self.weight_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """float (..., in_features) -> (..., out_features) in the autocast dtype, else x's."""
-        self.check_input(x)
-        if self.sub_norm is not None:
-            x = self.sub_norm(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """float (..., in_features) -> (..., out_features) in the autocast dtype, else the input's."""
+        self.check_input(input)
+        x = input if self.sub_norm is None else self.sub_norm(input)
         if self.relaxed:
             return self._relaxed_forward(x)
         held = self._held_codes() if self.keep_codes and not torch.compiler.is_compiling() else None
@@ -180,10 +179,8 @@ class BitLinear(TrainedLayer, nn.Linear):
         return nn.functional.linear(x, matrix, self.bias)
 
 
-class BitConv1D(TrainedLayer, Conv1D):
+class BitConv1D(TrainedLayer, Conv1D):  # pyright: ignore[reportIncompatibleMethodOverride]
     """GPT-2's Conv1D, quantized. The parameter keeps GPT-2's layout (in_features, out_features)."""
-
-    bias: Tensor
 
     @classmethod
     def from_float(cls, conv: Conv1D, spec: LayerSpec) -> BitConv1D:
@@ -203,5 +200,6 @@ class BitConv1D(TrainedLayer, Conv1D):
 
     def float_linear(self, x: Tensor, matrix: Tensor) -> Tensor:
         # addmm on the (in, out) layout, as Conv1D does, so that strength 0 equals it bit for bit
+        assert self.bias is not None
         y = torch.addmm(self.bias, x.view(-1, x.size(-1)), matrix.t())
         return y.view(*x.shape[:-1], self.out_features)

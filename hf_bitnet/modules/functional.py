@@ -175,7 +175,7 @@ class BitLinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.compiling:
             x_codes, x_scale, x_zero, weight, scale, temperature = ctx.saved_tensors
         else:
@@ -211,7 +211,7 @@ class FakeQuantizeWeight(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         weight_grad, scale_grad, temperature_grad = ctx.source.gradients(grads[0], *ctx.saved_tensors)
         return weight_grad.to(grads[0].dtype), scale_grad, temperature_grad, None
 
@@ -224,7 +224,7 @@ class FakeQuantizeActivation(torch.autograd.Function):
         return scheme.quantize(x, scale).dequantize(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return grads[0], None, None
 
 
