@@ -28,6 +28,8 @@ SMALLEST_SCALE = 1e-5
 _TWN_THRESHOLD = 0.7
 # the least-squares sweep sorts every weight once for each level, which is absurd for 255 levels
 _MOST_SWEPT_LEVELS = 16
+# steps sorted at once: bounds the float64 working memory of one sweep to some hundreds of megabytes
+_SWEPT_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -103,30 +105,38 @@ def least_squares(rows: Tensor, grid: Grid) -> Tensor:
             f"weight_scale='least_squares' serves grids of at most {_MOST_SWEPT_LEVELS} levels, this one has {grid.levels}; "
             "use weight_scale='absmax'"
         )
-    return torch.cat([_least_squares_row(row, grid) for row in rows]).clamp(min=SMALLEST_SCALE).unsqueeze(-1)
+    at_once = max(1, _SWEPT_AT_ONCE // (rows.shape[-1] * grid.levels))
+    return torch.cat([_least_squares_rows(part, grid) for part in rows.split(at_once)]).clamp(min=SMALLEST_SCALE)
 
 
-def _least_squares_row(row: Tensor, grid: Grid) -> Tensor:
-    """(n,) -> (1,). The sums run in float64: their differences decide between near-equal candidates."""
+def _least_squares_rows(rows: Tensor, grid: Grid) -> Tensor:
+    """float32 (R, n) -> (R, 1). The sums run in float64: their differences decide between near-equal candidates."""
+    rows = rows.double()
     where, gain_a, gain_b = [], [], []
-    base_a = base_b = torch.zeros((), dtype=torch.float64, device=row.device)
-    for side in (1.0, -1.0):
-        magnitude = (row * side)[row * side > 0].double()
-        values = sorted(value * side for value in grid.values if value * side >= 0)
+    a = b = rows.new_zeros(rows.shape[0], 1)
+    for magnitude, belongs, values in _sides(rows, grid.values):
         # the level nearest to zero is where a weight starts; on a binary or SEQ grid that is not zero itself
-        base_a = base_a + values[0] * magnitude.sum()
-        base_b = base_b + values[0] ** 2 * magnitude.numel()
+        a = a + values[0] * magnitude.sum(dim=-1, keepdim=True)
+        b = b + values[0] ** 2 * belongs.sum(dim=-1, keepdim=True)
         for lower, upper in pairwise(values):
+            # a weight of the other side has magnitude 0: it steps up last of all, where it can only lose
             where.append(magnitude / ((lower + upper) / 2))
             gain_a.append((upper - lower) * magnitude)
             gain_b.append(torch.full_like(magnitude, upper**2 - lower**2))
-    if not where:
-        return (base_a / base_b.clamp(min=1)).float().reshape(1)
-    order = torch.cat(where).argsort(descending=True)
-    a = torch.cat([base_a.reshape(1), base_a + torch.cat(gain_a)[order].cumsum(0)])
-    b = torch.cat([base_b.reshape(1), base_b + torch.cat(gain_b)[order].cumsum(0)])
-    best = torch.where(b > 0, a.square() / b, torch.zeros_like(a)).argmax()
-    return (a[best] / b[best].clamp(min=torch.finfo(torch.float64).tiny)).float().reshape(1)
+    if where:
+        order = torch.cat(where, dim=-1).argsort(dim=-1, descending=True)
+        a = torch.cat([a, a + torch.cat(gain_a, dim=-1).gather(-1, order).cumsum(-1)], dim=-1)
+        b = torch.cat([b, b + torch.cat(gain_b, dim=-1).gather(-1, order).cumsum(-1)], dim=-1)
+    best = torch.where(b > 0, a.square() / b, torch.zeros_like(a)).argmax(dim=-1, keepdim=True)
+    return (a.gather(-1, best) / b.gather(-1, best).clamp(min=torch.finfo(torch.float64).tiny)).float()
+
+
+def _sides(rows: Tensor, values: list[float]) -> list[tuple[Tensor, Tensor, list[float]]]:
+    """(magnitudes, which weights they are of, levels they can reach, ascending) of the weights above and below zero."""
+    above, below = [value for value in values if value >= 0], [-value for value in reversed(values) if value <= 0]
+    if above == below:  # one sweep does for both
+        return [(rows.abs(), torch.ones_like(rows, dtype=torch.bool), above)]
+    return [(rows.clamp(min=0), rows >= 0, above), ((-rows).clamp(min=0), rows < 0, below)]
 
 
 @SCALE_RULES.register("learned")
