@@ -50,6 +50,7 @@ class TrainedLayer(QuantizedLayer):
         ste_temperature: 0-dim float32; a parameter when the estimator learns it, else a buffer.
         strength: 0-dim float32 buffer, 0 full precision .. 1 quantized; read only while `relaxed`.
         relaxed: False (default) for the integer step; True while a schedule moves the strength.
+        bypassed: True for the full-precision product, without making codes: strength 0, only cheaper. For measuring.
     """
 
     spec: LayerSpec
@@ -73,7 +74,7 @@ class TrainedLayer(QuantizedLayer):
         else:
             self.register_buffer("ste_temperature", temperature, persistent=False)
         self.register_buffer("strength", torch.ones((), dtype=torch.float32, device=device), persistent=False)
-        self.relaxed = False
+        self.relaxed = self.bypassed = False
         self.keep_codes = False
         self._kept: tuple[tuple[int, int], Quantized] | None = None
         if device.type != "meta":
@@ -100,16 +101,18 @@ class TrainedLayer(QuantizedLayer):
 
     def quantized_weight(self) -> Quantized:
         """Codes (out_features, in_features) and scale that forward uses, and that packing stores."""
-        return self.source.codes(self.matrix, self.weight_scale)
+        held = self._held_codes()
+        return self.source.codes(self.matrix, self.weight_scale) if held is None else held
 
     def forward(self, input: Tensor) -> Tensor:
         """float (..., in_features) -> (..., out_features) in the autocast dtype, else the input's."""
         self.check_input(input)
         x = input if self.sub_norm is None else self.sub_norm(input)
+        if self.bypassed:
+            return self.float_linear(x, self.matrix)
         if self.relaxed:
             return self._relaxed_forward(x)
-        held = self._held_codes() if self.keep_codes and not torch.compiler.is_compiling() else None
-        return self.apply_codes(x, self.matrix, self.weight_scale, self.ste_temperature, self.source, held)
+        return self.apply_codes(x, self.matrix, self.weight_scale, self.ste_temperature, self.source, self._held_codes())
 
     def _relaxed_forward(self, x: Tensor) -> Tensor:
         mix = self.spec.relaxation
@@ -119,11 +122,13 @@ class TrainedLayer(QuantizedLayer):
             x = mix(x, FakeQuantizeActivation.apply(x, self.activation, self.act_scale), self.strength)
         return self.float_linear(x, mix(matrix, value, self.strength))
 
-    def _held_codes(self) -> Quantized:
-        """Codes kept for as long as the weight's version lasts; only inside `surgery.kept_codes`, where it may."""
+    def _held_codes(self) -> Quantized | None:
+        """Codes kept for as long as the weight's version lasts; None outside `surgery.kept_codes`."""
+        if not self.keep_codes or torch.compiler.is_compiling():
+            return None
         version = (self.weight._version, 0 if self.weight_scale is None else self.weight_scale._version)
         if self._kept is None or self._kept[0] != version:
-            self._kept = version, self.quantized_weight()
+            self._kept = version, self.source.codes(self.matrix, self.weight_scale)
         return self._kept[1]
 
     def drop_codes(self) -> None:

@@ -130,7 +130,7 @@ def pack_model(model: Model, *, progress: bool | None = None) -> Model:
     layers = _layers(model, TrainedLayer, "pack_model", "quantize_model(model, config)")
     for name, layer in layers:
         check_finite(name, layer.weight)
-        _check_calibrated(name, layer)
+        check_calibrated(name, layer)
     for _, layer in _with_progress(layers, "packing", progress):
         _replace(model, layer, PackedBitLinear.from_trained(layer))
     _set_form(model, "packed")
@@ -263,7 +263,8 @@ def kept_codes(model: nn.Module) -> Iterator[None]:
     For several forwards with unchanged weights: gradient accumulation, activation checkpointing, evaluation. Weights
     must not be changed inside in ways that autograd does not count (`parameter.data.copy_`).
     """
-    layers = [layer for _, layer in trained_layers(model)]
+    # layers of an outer kept_codes are left to it
+    layers = [layer for _, layer in trained_layers(model) if not layer.keep_codes]
     for layer in layers:
         layer.keep_codes = True
     try:
@@ -290,7 +291,8 @@ def _layers(model: nn.Module, kind: type[Any], caller: str, advice: str) -> list
     return layers
 
 
-def _check_calibrated(name: str, layer: QuantizedLayer) -> None:
+def check_calibrated(name: str, layer: QuantizedLayer) -> None:
+    """Raises ValueError when the layer has a static activation range that is not known yet."""
     if layer.act_scale is not None and not layer.act_scale.is_meta and float(layer.act_scale) <= 0:
         raise ValueError(
             f"{name} has a static activation range that was never calibrated; call "
