@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ._register import register_when_transformers_loads
 
 if TYPE_CHECKING:
+    from .calibration import calibrate
     from .config import BitNetQuantizationConfig
     from .modules import BitConv1D, BitLinear, PackedBitLinear
     from .quantizers import Quantized
@@ -36,6 +37,7 @@ _HOME = {
     "BitLinear": "modules",
     "PackedBitLinear": "modules",
     "Quantized": "quantizers",
+    "calibrate": "calibration",
     "Coverage": "surgery",
     "coverage": "surgery",
     "dequantize_model": "surgery",
@@ -55,6 +57,7 @@ __all__ = [
     "Coverage",
     "PackedBitLinear",
     "Quantized",
+    "calibrate",
     "coverage",
     "dequantize_model",
     "harden",
