@@ -61,7 +61,7 @@ class QuantizedLayer(nn.Module):
                 f"{name} got an input of dtype {x.dtype}; it takes float32, bfloat16 or float16 and quantizes them itself. "
                 "If the model casts to `layer.weight.dtype`, keep this layer: keep=['<its name>']"
             )
-        if x.shape[-1] != self.in_features:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"{name} got an input of shape {tuple(x.shape)}; the last size must be in_features={self.in_features}"
             )

@@ -17,7 +17,7 @@ from ..quantizers import ActivationScheme, Quantized, WeightQuantizer
 from ..relaxations import Relaxation, linear
 from ..ste import STE
 from .base import QuantizedLayer
-from .functional import FakeQuantizeActivation, FakeQuantizeWeight, Latent
+from .functional import FakeQuantizeActivation, FakeQuantizeWeight, Latent, versions
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class TrainedLayer(QuantizedLayer):
         self.register_buffer("strength", torch.ones((), dtype=torch.float32, device=device), persistent=False)
         self.relaxed = self.bypassed = False
         self.keep_codes = False
-        self._kept: tuple[tuple[int, int], Quantized] | None = None
+        self._kept: tuple[tuple[int, ...], Quantized] | None = None
         if device.type != "meta":
             self.reset_scale()
 
@@ -126,7 +126,7 @@ class TrainedLayer(QuantizedLayer):
         """Codes kept for as long as the weight's version lasts; None outside `surgery.kept_codes`."""
         if not self.keep_codes or torch.compiler.is_compiling():
             return None
-        version = (self.weight._version, 0 if self.weight_scale is None else self.weight_scale._version)
+        version = (id(self.weight), *versions(self.weight, self.weight_scale))
         if self._kept is None or self._kept[0] != version:
             self._kept = version, self.source.codes(self.matrix, self.weight_scale)
         return self._kept[1]
@@ -206,5 +206,5 @@ class BitConv1D(TrainedLayer, Conv1D):  # pyright: ignore[reportIncompatibleMeth
     def float_linear(self, x: Tensor, matrix: Tensor) -> Tensor:
         # addmm on the (in, out) layout, as Conv1D does, so that strength 0 equals it bit for bit
         assert self.bias is not None
-        y = torch.addmm(self.bias, x.view(-1, x.size(-1)), matrix.t())
+        y = torch.addmm(self.bias, x.reshape(-1, x.size(-1)), matrix.t())
         return y.view(*x.shape[:-1], self.out_features)

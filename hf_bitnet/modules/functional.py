@@ -106,7 +106,7 @@ def _product(x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None, w: Quanti
     assert isinstance(w.zero_point, float)
     if x_scale is not None:
         return kernels.int_linear(x, x_scale, x_zero, w.codes, w.scale, w.zero_point)
-    if w.scale.shape[-1] > 1:
+    if w.scale.shape[-1] > 1 or x.dtype == torch.float16:  # sums of 8-bit levels overflow float16
         return x @ w.dequantize(x.dtype).t()
     return (x @ w.levels(x.dtype).t()) * w.scale.t()
 
@@ -116,7 +116,7 @@ def _input_gradient(grad: Tensor, w: Quantized, dtype: torch.dtype) -> Tensor:
     if w.scale.shape[-1] > 1:
         return (grad @ w.dequantize(grad.dtype)).to(dtype)
     levels = w.levels(grad.dtype)
-    if w.scale.numel() == 1:
+    if w.scale.numel() == 1 and grad.dtype != torch.float16:  # sums of 8-bit levels overflow float16
         product = grad @ levels
         return product.mul_(w.scale) if product.dtype == dtype else (product * w.scale).to(dtype)
     return ((grad * w.scale.t()).to(grad.dtype) @ levels).to(dtype)
@@ -170,7 +170,7 @@ class BitLinearFunction(torch.autograd.Function):
             # the weight is a parameter: a plain reference costs no memory, and saved-tensor hooks (offloading,
             # compression) have no business with it. The version check autograd would do is done in backward.
             ctx.save_for_backward(*kept)
-            ctx.weights, ctx.version = (weight, scale, temperature), _version(weight)
+            ctx.weights, ctx.versions = (weight, scale, temperature), versions(weight, scale, temperature)
         return y.to(dtype)
 
     @staticmethod
@@ -181,10 +181,10 @@ class BitLinearFunction(torch.autograd.Function):
         else:
             x_codes, x_scale, x_zero = ctx.saved_tensors
             weight, scale, temperature = ctx.weights
-            if _version(weight) != ctx.version:
+            if versions(weight, scale, temperature) != ctx.versions:
                 raise RuntimeError(
-                    "a BitLinear weight was changed in place between forward and backward, so its codes are gone; "
-                    "call backward() before optimizer.step()"
+                    "a BitLinear weight (or its scale) was changed in place between forward and backward, so its codes are "
+                    "gone; call backward() before optimizer.step()"
                 )
         needs = ctx.needs_input_grad
         grad = grads[0].reshape(-1, grads[0].shape[-1])
@@ -228,6 +228,6 @@ class FakeQuantizeActivation(torch.autograd.Function):
         return grads[0], None, None
 
 
-def _version(tensor: Tensor) -> int:
-    # inference tensors have no version counter; nothing can change them between forward and backward either
-    return 0 if tensor.is_inference() else tensor._version
+def versions(*tensors: Tensor | None) -> tuple[int, ...]:
+    """How often each was changed in place. Inference tensors keep no count; outside inference mode nothing may change them."""
+    return tuple(tensor._version for tensor in tensors if tensor is not None and not tensor.is_inference())

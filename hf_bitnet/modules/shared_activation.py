@@ -33,7 +33,7 @@ def quantize_shared(x: Tensor, scheme: type[ActivationScheme], scale: Tensor | N
     Returns:
         codes int8 (M, K), scale float32 (M, 1), M the product of the leading sizes.
     """
-    if torch.compiler.is_compiling() or x.is_inference():
+    if torch.compiler.is_compiling() or x.is_inference() or (scale is not None and scale.is_inference()):
         # the compiler merges equal subgraphs itself; inference tensors carry no version to check
         return _quantize(x, scheme, scale)
     key = (scheme, x._version, None if scale is None else (id(scale), scale._version))
