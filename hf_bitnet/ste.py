@@ -4,7 +4,8 @@ A weight at position v among the levels (0 the lowest, 1 the next, ...) is round
 staircase by a surrogate curve and supplies, in closed form, the surrogate's slope by v and by the temperature T.
 
 identity   slope 1 everywhere                                               arXiv 1308.3432
-clipped    slope 1 up to `threshold` levels beyond the outermost, then 0    arXiv 1602.02830 (threshold 0.5: LSQ's range)
+clipped    slope 1 up to `threshold` levels beyond the outermost, then 0    arXiv 1602.02830, LSQ (1902.08153): threshold 0;
+           the default 0.5 is where rounding starts to clip
 tanh       each step a scaled tanh of steepness T                           DSQ, arXiv 1908.05033
 sigmoid    the same with the logistic curve: sigmoid at T is tanh at T / 2
 learnable  tanh whose T is a trained parameter                              own, after DSQ

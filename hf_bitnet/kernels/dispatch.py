@@ -69,6 +69,9 @@ _BODIES: dict[str, list[Body]] = {
 
 # read once: a changed environment would otherwise be looked up in every layer of every token
 _FORCED = os.environ.get("HF_BITNET_KERNELS")
+_NAMES = sorted({body.name for candidates in _BODIES.values() for body in candidates})
+if _FORCED and _FORCED not in _NAMES:
+    raise ValueError(f"HF_BITNET_KERNELS={_FORCED!r} names no kernel body; legal: {', '.join(_NAMES)}, or leave it unset")
 
 
 def bodies(operation: str) -> tuple[Body, ...]:
@@ -115,7 +118,9 @@ def int_linear(
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype a linear layer's output has for input `x`: the autocast dtype where autocast is on, else x's own."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):  # autocast leaves float64 alone
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def quantize_rows(x: Tensor, qmin: int, qmax: int, eps: float) -> tuple[Tensor, Tensor]:

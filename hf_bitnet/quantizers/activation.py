@@ -102,6 +102,8 @@ class Int8Static(ActivationScheme):
     @classmethod
     def quantize(cls, x: Tensor, scale: Tensor | None = None) -> Quantized:
         assert scale is not None, "a static scheme needs its calibrated scale"
+        # an uncalibrated scale is 0. NaN is seen at once where silent zeros are not, and raising would wait for the device
+        scale = torch.where(scale > 0, scale, torch.nan)
         x = x.float()
         codes = (x * scale.reciprocal()).round_().clamp_(-127, 127).to(torch.int8)
         return Quantized(codes, scale.float().expand(*x.shape[:-1], 1))

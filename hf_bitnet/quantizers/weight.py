@@ -80,7 +80,8 @@ class WeightQuantizer:
                 f"granularity={self.granularity!r} with group_size={self.group_size!r}: give a group_size exactly when the "
                 "granularity is 'group', for example granularity='group', group_size=128"
             )
-        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+        size = self.group_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(f"group_size must be a positive whole number, got {self.group_size!r}; try group_size=128")
         if self.scale_rule == "threshold" or (self.scale_rule == "least_squares" and scheme.grid.levels > 16):
             SCALE_RULES.get(self.scale_rule)(torch.ones(1, 1), scheme.grid)  # refuses a grid it does not serve
@@ -171,5 +172,6 @@ def make_weight_quantizer(
 ) -> WeightQuantizer:
     """A quantizer with the scheme's defaults where None is given. Raises ValueError on an unknown name."""
     kind = WEIGHT_SCHEMES.get(scheme)
-    granularity = granularity or ("group" if group_size is not None else kind.default_granularity)
-    return WeightQuantizer(scheme, scale_rule or kind.default_scale, granularity, group_size)
+    if granularity is None:
+        granularity = "group" if group_size is not None else kind.default_granularity
+    return WeightQuantizer(scheme, kind.default_scale if scale_rule is None else scale_rule, granularity, group_size)
