@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..config import BitNetQuantizationConfig
 from ..modules import PackedBitLinear, QuantizedLayer
+from ..modules.base import PROTECTED
 from .select import choose, is_linear
 
 
@@ -90,13 +93,14 @@ class Coverage:
 
 def coverage(model: nn.Module) -> Coverage:
     """The coverage of a quantized (or plain) model, from its modules as they are now."""
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    config = getattr(*config_place(model), None)
     reasons = {
         choice.name: choice.kept
         for choice in choose(model, config if isinstance(config, BitNetQuantizationConfig) else BitNetQuantizationConfig())
     }
     rows: list[Row] = []
     seen: set[int] = set()
+    packed_bytes = float_dtype(model).itemsize
     for prefix, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen:
@@ -104,7 +108,11 @@ def coverage(model: nn.Module) -> Coverage:
             seen.add(id(parameter))
             name = f"{prefix}.{key}" if prefix else key
             if isinstance(module, QuantizedLayer) and key == "weight":
-                rows.append(_quantized_row(name, module, parameter))
+                element = packed_bytes if isinstance(module, PackedBitLinear) else parameter.element_size()
+                rows.append(_quantized_row(name, module, element))
+                continue
+            if isinstance(module, QuantizedLayer) and key == "weight_scale":
+                rows.append(Row(name, 0, 32, 0, 0, "kept", "scale, counted with its weight", False))
                 continue
             reason = (
                 (reasons.get(prefix) or "not quantized yet") if is_linear(module) and key == "weight" else _kind(module, key)
@@ -116,14 +124,13 @@ def coverage(model: nn.Module) -> Coverage:
     return Coverage(rows)
 
 
-def _quantized_row(name: str, module: QuantizedLayer, parameter: nn.Parameter) -> Row:
+def _quantized_row(name: str, module: QuantizedLayer, element: int) -> Row:
+    """`element`: bytes a weight has in the full-precision model."""
     quantizer = module.quantizer
     shape = (module.out_features, module.in_features)
     weights = shape[0] * shape[1]
     rows, groups = quantizer.scale_shape(*shape)
     packed = shape[0] * -(-shape[1] * quantizer.storage_bits // 8) + 4 * rows * groups
-    # a packed model no longer knows its float dtype; the embeddings' or norms' is the best witness, bfloat16 the guess
-    element = 2 if isinstance(module, PackedBitLinear) else parameter.element_size()
     scale = f"{quantizer.granularity}{f' of {quantizer.group_size}' if quantizer.group_size else ''}"
     reason = f"{quantizer.scheme}, {quantizer.scale_rule} per {scale}"
     return Row(name, weights, quantizer.bits, weights * element, packed, "quantized", reason, True)
@@ -133,15 +140,32 @@ def _kind(module: nn.Module, key: str) -> str:
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, QuantizedLayer):
-        return "bias of a quantized layer" if key == "bias" else "scale or gate of a quantized layer"
+        return "bias of a quantized layer" if key == "bias" else f"{key} of a quantized layer"
     if key == "bias":
         return "bias"
     parameter = module._parameters[key]
     if parameter is not None and parameter.dim() == 3:
         return "fused 3-D experts (not a linear layer)"
-    if "norm" in type(module).__name__.lower():
-        return "norm"
+    for kind in ("norm", "router"):
+        if kind in type(module).__name__.lower():
+            return kind
     return f"{key} of {type(module).__name__}"
+
+
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's float weights. A packed layer no longer knows its own: the other parameters are witnesses."""
+    others = [
+        (parameter.dim() > 1, parameter.dtype)
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and name.rpartition(".")[2] not in PROTECTED
+    ]
+    return next((dtype for is_matrix, dtype in others if is_matrix), others[0][1] if others else torch.float32)
+
+
+def config_place(model: nn.Module) -> tuple[Any, str]:
+    """The object and the attribute that hold the quantization config: transformers' own place, or one on a plain module."""
+    config = getattr(model, "config", None)
+    return (config, "quantization_config") if isinstance(config, PreTrainedConfig) else (model, "_bitnet_config")
 
 
 def check_finite(name: str, weight: torch.Tensor) -> None:

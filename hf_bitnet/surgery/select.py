@@ -21,7 +21,7 @@ from ..modules import PackedBitLinear, TrainedLayer
 
 _HEADS = re.compile(
     r"(^|\.)(lm_head|embed_out|output_projection|classifier|classification_head|score|scores|qa_outputs|qa_classifier|"
-    r"pooler|cls|proj_out|lm_head_decoder|summary|logits_proj|mc_head|multiple_choice_head|v_head|reward_head|fc_out)(\.|$)"
+    r"pooler|cls|proj_out|lm_head_decoder|summary|logits_proj|mc_head|multiple_choice_head|v_head|reward_head)(\.|$)"
 )
 _ROUTERS = re.compile(r"(^|\.)(router|gate|gating|wg|shared_expert_gate|expert_gate|layer_router)(\.|$)")
 

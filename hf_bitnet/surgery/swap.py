@@ -20,7 +20,7 @@ from ..modules import BitConv1D, BitLinear, LayerSpec, PackedBitLinear, Quantize
 from ..quantizers import ACTIVATION_SCHEMES
 from ..relaxations import RELAXATIONS
 from ..ste import ESTIMATORS
-from .coverage import check_finite, coverage
+from .coverage import check_finite, config_place, coverage, float_dtype
 from .select import Choice, choose
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -53,7 +53,8 @@ def quantize_model(model: Model, config: BitNetQuantizationConfig, *, progress: 
     Raises:
         TypeError: `config` is not a BitNetQuantizationConfig.
         ValueError: already quantized; no layer matches; coverage below `config.min_coverage`; a weight that is empty, all
-            zero or not finite; a group size that does not divide a layer. The model is then unchanged.
+            zero or not finite; a group size that does not divide a layer; form="packed" with static activations, which must
+            be calibrated first; a model that is itself a linear layer. The model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_model takes an nn.Module, got {type(model).__name__}; pass the loaded model itself")
@@ -68,7 +69,7 @@ def quantize_model(model: Model, config: BitNetQuantizationConfig, *, progress: 
         )
     chosen = _chosen(model, config)
     for choice in _with_progress(chosen, "checking", progress):
-        _check(choice, config)
+        _check(choice, model, config)
     _check_coverage(model, chosen, config)
     for choice in _with_progress(chosen, "quantizing", progress):
         layer = _trained_layer(choice, config)
@@ -89,10 +90,20 @@ def _chosen(model: nn.Module, config: BitNetQuantizationConfig) -> list[Choice]:
     return chosen
 
 
-def _check(choice: Choice, config: BitNetQuantizationConfig) -> None:
+def _check(choice: Choice, model: nn.Module, config: BitNetQuantizationConfig) -> None:
+    if choice.module is model:
+        raise ValueError(
+            f"the model is itself a {type(model).__name__}, which cannot be replaced in place; wrap it: "
+            "quantize_model(nn.Sequential(layer), config)"
+        )
     weight = choice.module._parameters["weight"]
     assert weight is not None
     check_finite(choice.name, weight)
+    if config.form == "packed" and ACTIVATION_SCHEMES.get(config.layer(choice.name).activation).static and not weight.is_meta:
+        raise ValueError(
+            f"{choice.name}: form='packed' needs a calibrated activation range, and there is none yet; use form='train', "
+            "call hf_bitnet.calibrate(model, batches), then pack_model(model)"
+        )
     out_features, in_features = reversed(weight.shape) if isinstance(choice.module, Conv1D) else weight.shape
     try:
         config.layer(choice.name).quantizer().scale_shape(out_features, in_features)
@@ -150,8 +161,12 @@ def unpack_model(model: Model, *, weight_scale: str | None = None) -> Model:
     layers = _layers(model, PackedBitLinear, "unpack_model", "pack_model(model)")
     config = _config_of(model)
     if weight_scale is not None:
-        config = _copied(config, weight_scale=weight_scale)
-    dtype = _float_dtype(model)
+        overrides = {
+            pattern: {**change, "weight_scale": weight_scale} if isinstance(change, dict) else change
+            for pattern, change in config.overrides.items()
+        }
+        config = _copied(config, weight_scale=weight_scale, overrides=overrides)
+    dtype = float_dtype(model)
     made: list[tuple[PackedBitLinear, TrainedLayer]] = []
     for name, packed in layers:
         spec = make_spec(config.layer(name), config)
@@ -167,11 +182,12 @@ def unpack_model(model: Model, *, weight_scale: str | None = None) -> Model:
 def _unpacked(name: str, packed: PackedBitLinear, spec: LayerSpec, dtype: torch.dtype) -> TrainedLayer:
     quantized = packed.quantized_weight()
     try:
-        # a learned scale needs float32 only for the scale; a computed one must be found again from the weights
-        weight = spec.weight.latent(quantized)
+        weight = spec.weight.latent(quantized).to(dtype)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    dense = _dense(packed, weight.to(dtype))
+    if not torch.equal(spec.weight.quantize(weight, quantized.scale if spec.weight.learned else None).codes, quantized.codes):
+        raise ValueError(f"{name}: {dtype} is too coarse for weights that give these codes; call model.float() first")
+    dense = _dense(packed, weight)
     layer = BitConv1D.from_float(dense, spec) if isinstance(dense, Conv1D) else BitLinear.from_float(dense, spec)
     layer.act_scale, layer.sub_norm = packed.act_scale, packed.sub_norm
     if layer.weight_scale is not None:
@@ -188,13 +204,13 @@ def dequantize_model(model: Model, *, dtype: torch.dtype | None = None) -> Model
         dtype: of the new weights; None takes the model's own.
     """
     layers = _layers(model, QuantizedLayer, "dequantize_model", "quantize_model(model, config)")
-    dtype = dtype or _float_dtype(model)
+    dtype = dtype or float_dtype(model)
     for _, layer in layers:
         dense = _dense(layer, layer.quantized_weight().dequantize(dtype))
         _replace(model, layer, dense if layer.sub_norm is None else nn.Sequential(layer.sub_norm, dense))
-    model_config = getattr(model, "config", None)
-    if model_config is not None and hasattr(model_config, "quantization_config"):
-        del model_config.quantization_config
+    holder, attribute = config_place(model)
+    if hasattr(holder, attribute):
+        delattr(holder, attribute)
     return model
 
 
@@ -285,7 +301,11 @@ def reset_state(model: nn.Module) -> None:
 
 
 def _layers(model: nn.Module, kind: type[Any], caller: str, advice: str) -> list[tuple[str, Any]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller} takes an nn.Module, got {type(model).__name__}; pass the quantized model itself")
     layers = [(name, layer) for name, layer in quantized_layers(model) if isinstance(layer, kind)]
+    if not layers and kind is TrainedLayer and next(quantized_layers(model), None) is not None:
+        raise ValueError(f"{caller}: the model is packed; call hf_bitnet.unpack_model(model) first")
     if not layers:
         raise ValueError(f"{caller}: {type(model).__name__} has no {kind.__name__} layer; call {advice} first")
     return layers
@@ -313,12 +333,8 @@ def _with_progress(items: list[Any], what: str, progress: bool | None) -> Iterab
     return tqdm(items, desc=what, unit="layer", disable=not show, leave=False)
 
 
-def _float_dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dim() > 1), torch.float32)
-
-
 def _config_of(model: nn.Module) -> BitNetQuantizationConfig:
-    config = getattr(getattr(model, "config", None), "quantization_config", None) or getattr(model, "_bitnet_config", None)
+    config = getattr(*config_place(model), None)
     if not isinstance(config, BitNetQuantizationConfig):
         raise ValueError("the model carries no BitNetQuantizationConfig; quantize it with hf_bitnet.quantize_model")
     return config
@@ -326,12 +342,7 @@ def _config_of(model: nn.Module) -> BitNetQuantizationConfig:
 
 def _set_config(model: nn.Module, config: BitNetQuantizationConfig) -> None:
     # a copy: the caller's object must not change when this model is packed later
-    config = _copied(config)
-    model_config = getattr(model, "config", None)
-    if model_config is not None:
-        model_config.quantization_config = config
-    else:
-        model._bitnet_config = config  # type: ignore[assignment]
+    setattr(*config_place(model), _copied(config))
 
 
 def _copied(config: BitNetQuantizationConfig, **changes: Any) -> BitNetQuantizationConfig:
