@@ -99,6 +99,7 @@ class Range:
 
     def __init__(self, layer: QuantizedLayer, observer: Observer) -> None:
         self.layer, self.observer, self.seen = layer, observer, 0
+        self.largest_code = 2 ** (layer.activation.bits - 1) - 1
 
     def update(self, x: Tensor) -> Tensor:
         norm = self.layer.sub_norm
@@ -112,8 +113,7 @@ class Range:
 
     def apply(self) -> None:
         assert self.layer.act_scale is not None
-        largest_code = 2 ** (self.layer.activation.bits - 1) - 1
-        self.layer.act_scale.copy_(self.observer.range().clamp(min=SMALLEST_RANGE) / largest_code)
+        self.layer.act_scale.copy_(self.observer.range().clamp(min=SMALLEST_RANGE) / self.largest_code)
 
 
 class Gain:
