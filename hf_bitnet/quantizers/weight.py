@@ -119,7 +119,8 @@ class WeightQuantizer:
 
     def _rows(self, weight: Tensor) -> Tensor:
         """(N, K) -> float32 (R, n), the weights that share a scale side by side."""
-        weight = weight.float()
+        # contiguous: a sum over strided memory runs in another order, and GPT-2's weights are stored transposed
+        weight = weight.float().contiguous()
         if self.granularity == "tensor":
             return weight.reshape(1, -1)
         return weight if self.granularity == "channel" else weight.reshape(-1, self.group_size or 1)
