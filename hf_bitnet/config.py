@@ -6,6 +6,7 @@ expression makes mixed precision a matter of data. Leaves out: modules, files.
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,7 +19,11 @@ from .relaxations import RELAXATIONS
 from .ste import ESTIMATORS
 
 QUANT_METHOD = "hf_bitnet"
+NATIVE_METHOD = "bitnet"
 FORMS = ("train", "packed")
+# Plain transformers only warns about an unknown quant_method and loads float weights as a dense model, with other numbers.
+# Its own method with a linear_class it does not know makes it stop, and the name is what its error prints.
+FOREIGN_LINEAR_CLASS = "hf_bitnet: this checkpoint needs `pip install hf_bitnet`, and `import hf_bitnet` before from_pretrained"
 # raised when a saved field changes its meaning; an older or newer file is then refused instead of misread
 CONFIG_VERSION = 1
 
@@ -41,6 +46,13 @@ class LayerConfig:
     def quantizer(self) -> WeightQuantizer:
         return make_weight_quantizer(self.weight, self.weight_scale, self.granularity, self.group_size)
 
+    @property
+    def is_native(self) -> bool:
+        """Whether transformers' own AutoBitLinear computes the same from the same float weight, and has no further state."""
+        same_weight = self.quantizer() == make_weight_quantizer("ternary", "absmean", "tensor")
+        stateless = not self.sub_norm and ESTIMATORS.get(self.ste).temperature_slope is None
+        return same_weight and self.activation == "int8" and stateless
+
 
 class BitNetQuantizationConfig(QuantizationConfigMixin):
     """Configuration of a quantized model.
@@ -62,6 +74,8 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
             kept by default.
         form: "train" (float weights, BitLinear) or "packed" (PackedBitLinear).
         min_coverage: `quantize_model` raises when less than this share of the parameters of linear maps is quantized.
+        quantized_modules: filled in when a model is quantized: which modules are ("*" stands for any number). A checkpoint
+            is restored by this list, so that it does not depend on the rules of the release that reads it.
 
     Regular expressions are searched in the dotted module name (`re.search`). Raises ValueError or TypeError with the legal
     values and the corrected call.
@@ -83,6 +97,7 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         overrides: dict[str, str | dict[str, Any]] | None = None,
         form: str = "train",
         min_coverage: float = 0.0,
+        quantized_modules: list[str] | None = None,
         version: int = CONFIG_VERSION,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
@@ -109,13 +124,26 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         self.keep = _list_of_patterns("keep", keep)
         self.overrides = dict(overrides or {}) if isinstance(overrides, dict | None) else overrides
         self.form, self.min_coverage = form, min_coverage
+        self.quantized_modules = quantized_modules
+        # how transformers itself would load a model with this config; set by surgery, where there is such a way
+        self.native: dict[str, Any] | None = None
         self.post_init()
 
     @classmethod
+    def _field_names(cls) -> tuple[str, ...]:
+        code = BitNetQuantizationConfig.__init__.__code__
+        return code.co_varnames[1 : code.co_argcount]
+
+    @classmethod
     def _refuse_unknown(cls, unknown: dict[str, Any]) -> None:
+        if QUANT_METHOD in unknown:
+            raise ValueError(
+                "this is the saved form of the config (from a config.json); use BitNetQuantizationConfig.from_dict(...), or "
+                "config.fields() for the arguments of the constructor"
+            )
         if unknown:
             name = next(iter(unknown))
-            fields = cls.__init__.__code__.co_varnames[1 : cls.__init__.__code__.co_argcount]
+            fields = cls._field_names()
             close = get_close_matches(name, fields, n=1)
             hint = f" Did you mean {close[0]}={unknown[name]!r}?" if close else ""
             raise ValueError(f"BitNetQuantizationConfig has no field {name!r}; fields: {', '.join(fields)}.{hint}")
@@ -135,6 +163,8 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         if _number("ste_temperature", self.ste_temperature, lowest=0.0) == 0.0:
             raise ValueError("ste_temperature must be above 0; 4.0 is a good start")
         _number("min_coverage", self.min_coverage, lowest=0.0, highest=1.0)
+        if not (self.quantized_modules is None or _all_strings(self.quantized_modules)):
+            raise TypeError(f"quantized_modules must be a list of module names or None, got {self.quantized_modules!r}")
         _validate_layer(self._base())
         if not isinstance(self.overrides, dict):
             raise TypeError(
@@ -146,6 +176,38 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
             layer = self._overridden(pattern, change)
             if layer is not None:
                 _validate_layer(layer)
+
+    def fields(self) -> dict[str, Any]:
+        """The arguments that make an equal config: `BitNetQuantizationConfig(**config.fields())`. A deep copy."""
+        return copy.deepcopy({name: getattr(self, name) for name in self._field_names()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds. `from_dict` reads it back.
+
+        All fields are under the key "hf_bitnet". Around it stands what plain transformers reads: its own online bitnet
+        settings where they mean the same (`native`), else a setting that makes it stop instead of loading a wrong model.
+        """
+        around = {"linear_class": FOREIGN_LINEAR_CLASS} if self.native is None else copy.deepcopy(self.native)
+        return {"quant_method": NATIVE_METHOD, **around, QUANT_METHOD: self.fields()}
+
+    @classmethod
+    def from_dict(  # type: ignore[override]
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Reads a saved config, or a plain dict of fields. Raises ValueError on an unknown field or another version."""
+        ours = config_dict.get(QUANT_METHOD, config_dict)
+        if not isinstance(ours, dict):
+            raise ValueError(f"quantization_config[{QUANT_METHOD!r}] of config.json must hold the settings, got {ours!r}")
+        return super().from_dict(ours, return_unused_kwargs, **kwargs)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field by its name. transformers asks for `quant_method` this way when it is given `config=model.config`."""
+        return getattr(self, name, default)
+
+    def __repr__(self) -> str:
+        defaults = BitNetQuantizationConfig().fields()
+        changed = {name: value for name, value in self.fields().items() if value != defaults[name]}
+        return f"BitNetQuantizationConfig({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
 
     def _base(self) -> LayerConfig:
         return LayerConfig(self.weight, self.weight_scale, self.granularity, self.group_size, self.activation, self.ste, False)
@@ -220,6 +282,10 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
     def w8a8(cls, **fields: Any) -> BitNetQuantizationConfig:
         """8-bit weights, one absmax scale a channel."""
         return cls(**{"weight": "int8", "granularity": "channel", **fields})
+
+
+def _all_strings(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _validate_layer(layer: LayerConfig) -> None:

@@ -71,7 +71,8 @@ class PackedBitLinear(QuantizedLayer, nn.Linear):
             was_conv1d=isinstance(layer, BitConv1D),
             device="meta",
         )
-        packed.store(layer.quantized_weight())
+        if not layer.weight.is_meta:  # an empty layer, which a checkpoint will fill
+            packed.store(layer.quantized_weight())
         packed.bias = layer.bias
         packed.act_scale, packed.sub_norm = layer.act_scale, layer.sub_norm
         packed.training = layer.training

@@ -29,7 +29,7 @@ class SubNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(features, device=device, dtype=dtype))
         self.blend: Tensor
-        self.register_buffer("blend", torch.zeros((), device=device))
+        self.register_buffer("blend", torch.zeros((), dtype=torch.float32, device=device))
 
     def normalized(self, x: Tensor) -> Tensor:
         """x / rms(x) over the last dimension, float32."""

@@ -1,6 +1,8 @@
 """Floor 4: the only code that walks a model."""
 
+from .attached import attach, config_of, detach
 from .coverage import Coverage, coverage
+from .prepare import prepare_model, start_from_weights, state_from_float
 from .probing import each_batch, probing, run
 from .select import choose
 from .swap import (
@@ -21,15 +23,19 @@ from .swap import (
 
 __all__ = [
     "Coverage",
+    "attach",
     "check_calibrated",
     "choose",
+    "config_of",
     "coverage",
     "dequantize_model",
+    "detach",
     "each_batch",
     "harden",
     "kept_codes",
     "make_spec",
     "pack_model",
+    "prepare_model",
     "probing",
     "quantize_model",
     "quantized_layers",
@@ -37,6 +43,8 @@ __all__ = [
     "run",
     "set_norm_blend",
     "set_strength",
+    "start_from_weights",
+    "state_from_float",
     "trained_layers",
     "unpack_model",
 ]

@@ -19,10 +19,12 @@ from transformers.pytorch_utils import Conv1D
 from ..config import BitNetQuantizationConfig
 from ..modules import PackedBitLinear, TrainedLayer
 
-_HEADS = re.compile(
-    r"(^|\.)(lm_head|embed_out|output_projection|classifier|classification_head|score|scores|qa_outputs|qa_classifier|"
-    r"pooler|cls|proj_out|lm_head_decoder|summary|logits_proj|mc_head|multiple_choice_head|v_head|reward_head)(\.|$)"
+HEADS = (
+    *("lm_head", "lm_head_decoder", "embed_out", "output_projection", "proj_out", "logits_proj"),
+    *("classifier", "classification_head", "score", "scores", "qa_outputs", "qa_classifier", "pooler", "cls", "summary"),
+    *("mc_head", "multiple_choice_head", "v_head", "reward_head"),
 )
+_HEADS = re.compile(rf"(^|\.)({'|'.join(HEADS)})(\.|$)")
 _ROUTERS = re.compile(r"(^|\.)(router|gate|gating|wg|shared_expert_gate|expert_gate|layer_router)(\.|$)")
 
 

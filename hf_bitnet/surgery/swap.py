@@ -20,7 +20,8 @@ from ..modules import BitConv1D, BitLinear, LayerSpec, PackedBitLinear, Quantize
 from ..quantizers import ACTIVATION_SCHEMES
 from ..relaxations import RELAXATIONS
 from ..ste import ESTIMATORS
-from .coverage import check_finite, config_place, coverage, float_dtype
+from .attached import attach, config_of, copied, detach
+from .coverage import check_finite, coverage, float_dtype
 from .select import Choice, choose
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -67,18 +68,24 @@ def quantize_model(model: Model, config: BitNetQuantizationConfig, *, progress: 
         raise ValueError(
             "the model is quantized already; call hf_bitnet.dequantize_model(model) first, or load the original checkpoint"
         )
-    chosen = _chosen(model, config)
+    chosen = chosen_layers(model, config)
     for choice in _with_progress(chosen, "checking", progress):
-        _check(choice, model, config)
-    _check_coverage(model, chosen, config)
+        check_layer(choice, model, config)
+    check_coverage(model, chosen, config)
     for choice in _with_progress(chosen, "quantizing", progress):
-        layer = _trained_layer(choice, config)
-        _replace(model, choice.module, PackedBitLinear.from_trained(layer) if config.form == "packed" else layer)
-    _set_config(model, config)
+        swap_layer(model, choice, config)
+    attach(model, config)
     return model
 
 
-def _chosen(model: nn.Module, config: BitNetQuantizationConfig) -> list[Choice]:
+def swap_layer(model: nn.Module, choice: Choice, config: BitNetQuantizationConfig) -> None:
+    """Puts the quantized layer of the config's form in the place of a chosen one."""
+    layer = _trained_layer(choice, config)
+    _replace(model, choice.module, PackedBitLinear.from_trained(layer) if config.form == "packed" else layer)
+
+
+def chosen_layers(model: nn.Module, config: BitNetQuantizationConfig) -> list[Choice]:
+    """The layers that the config quantizes. Raises ValueError when there is none."""
     found = choose(model, config)
     chosen = [choice for choice in found if choice.kept is None]
     if not chosen:
@@ -90,7 +97,8 @@ def _chosen(model: nn.Module, config: BitNetQuantizationConfig) -> list[Choice]:
     return chosen
 
 
-def _check(choice: Choice, model: nn.Module, config: BitNetQuantizationConfig) -> None:
+def check_layer(choice: Choice, model: nn.Module, config: BitNetQuantizationConfig) -> None:
+    """Raises ValueError when a chosen layer cannot be quantized as the config says."""
     if choice.module is model:
         raise ValueError(
             f"the model is itself a {type(model).__name__}, which cannot be replaced in place; wrap it: "
@@ -113,7 +121,8 @@ def _check(choice: Choice, model: nn.Module, config: BitNetQuantizationConfig) -
         ) from None
 
 
-def _check_coverage(model: nn.Module, chosen: list[Choice], config: BitNetQuantizationConfig) -> None:
+def check_coverage(model: nn.Module, chosen: list[Choice], config: BitNetQuantizationConfig) -> None:
+    """Raises ValueError when the chosen layers are less than the config's `min_coverage`."""
     linear = sum(row.weights for row in coverage(model).rows if row.linear)
     share = sum(choice.module._parameters["weight"].numel() for choice in chosen) / max(linear, 1)  # type: ignore[union-attr]
     if share < config.min_coverage:
@@ -139,12 +148,13 @@ def pack_model(model: Model, *, progress: bool | None = None) -> Model:
     never calibrated.
     """
     layers = _layers(model, TrainedLayer, "pack_model", "quantize_model(model, config)")
+    config = config_of(model)
     for name, layer in layers:
         check_finite(name, layer.weight)
         check_calibrated(name, layer)
     for _, layer in _with_progress(layers, "packing", progress):
         _replace(model, layer, PackedBitLinear.from_trained(layer))
-    _set_form(model, "packed")
+    attach(model, config, form="packed")
     return model
 
 
@@ -159,13 +169,13 @@ def unpack_model(model: Model, *, weight_scale: str | None = None) -> Model:
     Raises ValueError when the model is not packed, has no config, or when the rule cannot reproduce the codes.
     """
     layers = _layers(model, PackedBitLinear, "unpack_model", "pack_model(model)")
-    config = _config_of(model)
+    config = config_of(model)
     if weight_scale is not None:
         overrides = {
             pattern: {**change, "weight_scale": weight_scale} if isinstance(change, dict) else change
             for pattern, change in config.overrides.items()
         }
-        config = _copied(config, weight_scale=weight_scale, overrides=overrides)
+        config = copied(config, weight_scale=weight_scale, overrides=overrides)
     dtype = float_dtype(model)
     made: list[tuple[PackedBitLinear, TrainedLayer]] = []
     for name, packed in layers:
@@ -174,8 +184,7 @@ def unpack_model(model: Model, *, weight_scale: str | None = None) -> Model:
         made.append((packed, _unpacked(name, packed, spec, dtype)))
     for packed, layer in made:
         _replace(model, packed, layer)
-    _set_config(model, config)
-    _set_form(model, "train")
+    attach(model, config, form="train")
     return model
 
 
@@ -208,9 +217,7 @@ def dequantize_model(model: Model, *, dtype: torch.dtype | None = None) -> Model
     for _, layer in layers:
         dense = _dense(layer, layer.quantized_weight().dequantize(dtype))
         _replace(model, layer, dense if layer.sub_norm is None else nn.Sequential(layer.sub_norm, dense))
-    holder, attribute = config_place(model)
-    if hasattr(holder, attribute):
-        delattr(holder, attribute)
+    detach(model)
     return model
 
 
@@ -331,24 +338,3 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def _with_progress(items: list[Any], what: str, progress: bool | None) -> Iterable[Any]:
     show = len(items) >= _PROGRESS_FROM if progress is None else progress
     return tqdm(items, desc=what, unit="layer", disable=not show, leave=False)
-
-
-def _config_of(model: nn.Module) -> BitNetQuantizationConfig:
-    config = getattr(*config_place(model), None)
-    if not isinstance(config, BitNetQuantizationConfig):
-        raise ValueError("the model carries no BitNetQuantizationConfig; quantize it with hf_bitnet.quantize_model")
-    return config
-
-
-def _set_config(model: nn.Module, config: BitNetQuantizationConfig) -> None:
-    # a copy: the caller's object must not change when this model is packed later
-    setattr(*config_place(model), _copied(config))
-
-
-def _copied(config: BitNetQuantizationConfig, **changes: Any) -> BitNetQuantizationConfig:
-    fields: dict[str, Any] = config.to_dict()
-    return BitNetQuantizationConfig(**(fields | changes))
-
-
-def _set_form(model: nn.Module, form: str) -> None:
-    _config_of(model).form = form

@@ -1,0 +1,91 @@
+"""What a checkpoint must hold, checked where transformers would warn, or load something else. Own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..config import BitNetQuantizationConfig
+
+
+def check_files(files: Iterable[str] | None) -> None:
+    """Raises ValueError when a safetensors file cannot be read: cut off, or not such a file at all."""
+    for file in files or ():
+        if not str(file).endswith(".safetensors"):
+            raise ValueError(f"{file} is not a safetensors file; hf_bitnet reads no pickled weights. Save it as safetensors")
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or incomplete ({error}); copy or download it again") from None
+
+
+def check_stored_dtype(name: str, stored_is_float: bool, expects_packed: bool) -> None:
+    """Raises ValueError when packed bytes would be loaded as float weights, or the other way round."""
+    if stored_is_float == expects_packed:
+        stored, expected = ("float numbers", "packed") if stored_is_float else ("packed bytes", "train")
+        raise ValueError(
+            f"{name} holds {stored}, but the checkpoint's config.json says form={expected!r}; config.json and weights are not "
+            "of the same checkpoint. Save the model again with save_pretrained, which writes both"
+        )
+
+
+def before_initialization(model: Any, check: Callable[[Any], None]) -> None:
+    """Calls `check(loading_info)` after the tensors are loaded and before transformers initialises the missing ones.
+
+    There is no hook for that in a quantizer. The first method that transformers calls on the model then is wrapped, in
+    this one instance and for one call.
+    """
+    name = "mark_tied_weights_as_initialized"
+
+    def checked(loading_info: Any) -> Any:
+        delattr(model, name)
+        check(loading_info)
+        return getattr(model, name)(loading_info)
+
+    setattr(model, name, checked)
+
+
+def check_loaded(info: Any, layers: set[str], errors: list[Exception], config: BitNetQuantizationConfig, saved: bool) -> None:
+    """Raises on anything that would leave a quantized layer with other numbers than the checkpoint's.
+
+    Args:
+        info: transformers' `LoadStateDictInfo`. layers: dotted names of the quantized layers.
+        errors: what was raised while quantizing. saved: the checkpoint was quantized already.
+    """
+    problem = errors[0] if errors else _problem(info, layers, config, saved)
+    if problem is not None:
+        # transformers reports from a `finally`, and would raise its own error over ours
+        for collected in (info.missing_keys, info.unexpected_keys, info.mismatched_keys, info.error_msgs):
+            collected.clear()
+        info.conversion_errors.clear()
+        raise problem
+
+
+def _problem(info: Any, layers: set[str], config: BitNetQuantizationConfig, saved: bool) -> ValueError | None:
+    for key, stored, expected in sorted(info.mismatched_keys):
+        if owner(key, layers):
+            return ValueError(
+                f"{key} has shape {tuple(stored)} in the checkpoint, but {tuple(expected)} by its config.json "
+                f"(weight={config.weight!r}, form={config.form!r}); they are not of the same checkpoint, or one was edited"
+            )
+    missing = sorted(key for key in info.missing_keys if owner(key, layers))
+    if missing and (saved or config.form == "packed"):
+        advice = "copy or save it again" if saved else "keep these layers (`keep`), or load with form='train'"
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        return ValueError(f"the checkpoint lacks {', '.join(missing[:5])}{more}, which its quantized layers need; {advice}")
+    packed = next((key for key in sorted(info.unexpected_keys) if key.endswith(".weight_scale") and owner(key, layers)), None)
+    if packed is not None and not saved:
+        return ValueError(
+            f"the checkpoint holds {packed}: it is packed already, but its config.json has no quantization_config; restore "
+            "that file, and load it without a quantization_config"
+        )
+    return None
+
+
+def owner(key: str, layers: set[str]) -> str | None:
+    """The layer of `layers` that tensor `key` belongs to (also as part of its sub-norm), or None."""
+    parent = key.rpartition(".")[0]
+    return next((name for name in (parent, parent.rpartition(".")[0]) if name in layers), None)

@@ -1,0 +1,97 @@
+"""BitNetQuantizer: from_pretrained and save_pretrained for both forms. Own.
+
+Train form: BitLinear layers, filled by transformers' normal loading; nothing of the quantizer stays on the model, so it is
+a plain PreTrainedModel for Trainer, FSDP and save_pretrained. Packed form: the quantizer stays, and lets Trainer train
+adapters only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.base import HfQuantizer
+
+# as a module: transformers may import us in the middle of an import of surgery, which imports transformers
+from .. import surgery
+from ..config import BitNetQuantizationConfig
+from ..modules import PackedBitLinear
+from .checks import before_initialization, check_files, check_loaded, check_stored_dtype, owner
+from .operations import QuantizeOnLoad
+
+
+class BitNetQuantizer(HfQuantizer):
+    """Loads float, train-form and packed checkpoints into quantized layers."""
+
+    quantization_config: BitNetQuantizationConfig  # type: ignore[assignment]
+
+    def __init__(self, quantization_config: BitNetQuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.layers: set[str] = set()
+        self.packed: set[str] = set()
+        self.errors: list[Exception] = []
+        self.new: set[str] = set()
+
+    def _process_model_before_weight_loading(  # type: ignore[override]
+        self, model: Any, checkpoint_files: list[str] | None = None, **unused: Any
+    ) -> None:
+        check_files(checkpoint_files)
+        surgery.prepare_model(model, self.quantization_config, saved=self.pre_quantized)
+        # prepare_model attached a copy with the list of layers
+        self.quantization_config = model.config.quantization_config
+        layers = dict(surgery.quantized_layers(model))
+        self.layers = set(layers)
+        self.packed = {name for name, layer in layers.items() if isinstance(layer, PackedBitLinear)}
+        before_initialization(model, self._check_loaded)
+
+    def _check_loaded(self, info: Any) -> None:
+        check_loaded(info, self.layers, self.errors, self.quantization_config, self.pre_quantized)
+        self.new = {name for key in info.missing_keys if (name := owner(key, self.layers)) and key == f"{name}.weight"}
+
+    def param_needs_quantization(self, model: Any, param_name: str, **unused: Any) -> bool:
+        layer, _, leaf = param_name.rpartition(".")
+        return not self.pre_quantized and leaf == "weight" and layer in self.layers
+
+    def get_quantize_ops(self) -> ConversionOps:  # type: ignore[override]
+        return QuantizeOnLoad(self.errors)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Only for quantized checkpoints. The dtype of the empty layer is right, float32 scales in a bfloat16 model too."""
+        new = super().get_new_dtype(converter, param, dtype)
+        layer, _, leaf = converter.target_patterns[0].rpartition(".")
+        if leaf == "weight" and layer in self.layers:
+            check_stored_dtype(f"{layer}.weight", new is not None, layer in self.packed)
+        return new
+
+    def _process_model_after_weight_loading(self, model: Any, **unused: Any) -> Any:  # type: ignore[override]
+        surgery.start_from_weights(model, self.new)
+        surgery.reset_state(model)
+        if self.quantization_config.form != "packed":
+            surgery.detach(model)
+            model.config.quantization_config = self.quantization_config
+            return model
+        for _, layer in surgery.quantized_layers(model):
+            layer.get_parameter("weight_scale").requires_grad_(False)
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:  # type: ignore[override]
+        return surgery.dequantize_model(model, dtype=dtype)
+
+    def is_serializable(self) -> bool:  # type: ignore[override]
+        return True
+
+    @property
+    def is_trainable(self) -> bool:  # type: ignore[override]
+        """Adapters on packed layers train: the gradient passes through them."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Only float weights train, and a model with those carries no quantizer."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True

@@ -1,0 +1,127 @@
+"""The config that a model carries: what it records, and what of it transformers gets to see. Own.
+
+Leaves out: changing layers (`swap.py`), files.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from ..config import BitNetQuantizationConfig
+from ..modules import BitLinear, QuantizedLayer
+from .coverage import config_place
+from .select import HEADS, is_linear
+
+# what from_pretrained leaves on a model it quantized
+_LOADER_STATE = ("hf_quantizer", "quantization_method", "is_quantized")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$")
+
+
+def config_of(model: nn.Module) -> BitNetQuantizationConfig:
+    """The config a quantized model carries. Raises ValueError when there is none."""
+    config = getattr(*config_place(model), None)
+    if not isinstance(config, BitNetQuantizationConfig):
+        raise ValueError("the model carries no BitNetQuantizationConfig; quantize it with hf_bitnet.quantize_model")
+    return config
+
+
+def copied(config: BitNetQuantizationConfig, **changes: Any) -> BitNetQuantizationConfig:
+    """A config of its own with some fields changed."""
+    return BitNetQuantizationConfig(**(config.fields() | changes))
+
+
+def attach(model: nn.Module, config: BitNetQuantizationConfig, **changes: Any) -> None:
+    """Gives the quantized model a copy of `config`, with the layers it has now written into it."""
+    config = copied(config, **changes)
+    config.quantized_modules = _patterns(model)
+    config.native = _native_settings(model, config)
+    detach(model, loader=config.form != "packed")
+    setattr(*config_place(model), config)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.quantization_config = config
+    if config.form == "packed":
+        for each in _configs(model):
+            # transformers then takes the compute dtype from the config, not from the (uint8) weight of some linear layer
+            each._is_quantized = True
+
+
+def detach(model: nn.Module, *, loader: bool = True) -> None:
+    """Takes every mark of quantization off the model, the traces of from_pretrained (`loader`) included."""
+    holder, attribute = config_place(model)
+    if isinstance(getattr(holder, attribute, None), BitNetQuantizationConfig):
+        delattr(holder, attribute)
+    for each in _configs(model):
+        each.__dict__.pop("_is_quantized", None)
+        # a part of the model may have been quantized by itself before
+        if isinstance(getattr(each, "quantization_config", None), BitNetQuantizationConfig):
+            delattr(each, "quantization_config")
+    if loader:
+        for name in _LOADER_STATE:
+            model.__dict__.pop(name, None)
+
+
+def _configs(model: nn.Module) -> list[PreTrainedConfig]:
+    found = {id(each): each for m in model.modules() if isinstance(each := getattr(m, "config", None), PreTrainedConfig)}
+    return list(found.values())
+
+
+def _patterns(model: nn.Module) -> list[str]:
+    """Names of the quantized modules; numbers are written as "*" where that covers no linear map that is kept."""
+    quantized, kept = [], set()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            quantized.append(name)
+        elif is_linear(module):
+            kept.add(_NUMBER.sub("*", name))
+    return list(dict.fromkeys(name if (pattern := _NUMBER.sub("*", name)) in kept else pattern for name in quantized))
+
+
+def is_listed(name: str, patterns: list[str], base_prefix: str) -> bool:
+    """Whether module `name` is in a config's `quantized_modules`, with or without the model's `base_model_prefix`."""
+    names = {name, f"{base_prefix}.{name}", name.removeprefix(f"{base_prefix}.")}
+    return any(each in patterns or _NUMBER.sub("*", each) in patterns for each in names)
+
+
+def _native_settings(model: nn.Module, config: BitNetQuantizationConfig) -> dict[str, Any] | None:
+    """`quantization_config` with which plain transformers computes the same from the same files; None where it cannot.
+
+    Only for a whole model with its head: a base model may be part of another one, whose other layers nobody sees here.
+    """
+    base_prefix = getattr(model, "base_model_prefix", None)
+    if config.form != "train" or base_prefix is None or not _has_head(model):
+        return None
+    quantized: list[str] = []
+    patterns: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            if type(module) is not BitLinear or not config.layer(name).is_native:
+                return None
+            quantized.append(name)
+        elif isinstance(module, nn.Linear):
+            # patterns match at the end of a name too, so without the prefix they serve the base model as well
+            patterns.append(name.removeprefix(f"{base_prefix}."))
+    # heads that another class of model may put on these layers
+    patterns += [head for head in HEADS if _spares(quantized, [head])]
+    if not _spares(quantized, [*patterns, *(getattr(model, "_keep_in_fp32_modules", None) or ())]):
+        return None
+    return {
+        "linear_class": "autobitlinear",
+        "quantization_mode": "online",
+        "modules_to_not_convert": sorted(set(patterns)),
+        "use_rms_norm": False,
+        "rms_norm_eps": 1e-6,
+    }
+
+
+def _spares(quantized: list[str], patterns: list[str]) -> bool:
+    return all(should_convert_module(name, patterns) for name in quantized)
+
+
+def _has_head(model: Any) -> bool:
+    return model.base_model is not model or model.get_output_embeddings() is not None

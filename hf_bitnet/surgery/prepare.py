@@ -1,0 +1,101 @@
+"""Empty quantized layers for a checkpoint that is going to be loaded, and what fills them. Own.
+
+Leaves out: files, and the loading itself (`plugin/`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..config import BitNetQuantizationConfig
+from ..modules import BitConv1D, PackedBitLinear, QuantizedLayer, TrainedLayer
+from ..quantizers import ACTIVATION_SCHEMES
+from .attached import attach, is_listed
+from .coverage import check_finite
+from .select import Choice, choose
+from .swap import check_coverage, check_layer, chosen_layers, quantized_layers, swap_layer
+
+
+def prepare_model(model: nn.Module, config: BitNetQuantizationConfig, *, saved: bool) -> None:
+    """Replaces layers of a model on the meta device by empty quantized ones, and attaches the config.
+
+    Args:
+        saved: the checkpoint is quantized already, by this config; its list of layers decides. Else it is a float
+            checkpoint, and the config and our rules decide.
+
+    Raises ValueError as `quantize_model` does, except for what only the weights can tell.
+    """
+    chosen = _saved_layers(model, config) if saved and config.quantized_modules is not None else chosen_layers(model, config)
+    for choice in chosen:
+        check_layer(choice, model, config)
+        if not saved and config.form == "packed" and ACTIVATION_SCHEMES.get(config.layer(choice.name).activation).static:
+            raise ValueError(
+                f"{choice.name}: form='packed' needs a calibrated activation range, which a float checkpoint has not; load "
+                "with form='train', call hf_bitnet.calibrate(model, batches), then pack_model(model)"
+            )
+    if not saved:
+        check_coverage(model, chosen, config)
+    for choice in chosen:
+        swap_layer(model, choice, config)
+    attach(model, config)
+
+
+def _saved_layers(model: nn.Module, config: BitNetQuantizationConfig) -> list[Choice]:
+    patterns, base_prefix = config.quantized_modules or [], getattr(model, "base_model_prefix", "")
+    chosen = [choice for choice in choose(model, config) if is_listed(choice.name, patterns, base_prefix)]
+    if not chosen:
+        raise ValueError(
+            f"none of the quantized layers that the checkpoint lists ({', '.join(patterns[:5])}, ...) is in "
+            f"{type(model).__name__}; load it with the model class that saved it"
+        )
+    return chosen
+
+
+@torch.no_grad()
+def state_from_float(name: str, layer: QuantizedLayer, weight: Tensor) -> dict[str, Tensor]:
+    """Every tensor of a layer, made from the float weight of the layer it replaces.
+
+    Args:
+        name: dotted module name, for errors.
+        layer: an empty layer. weight: in the layout of the checkpoint.
+
+    Raises ValueError or TypeError when the weight has another shape, or cannot be quantized (`check_finite`).
+    """
+    shape = (layer.out_features, layer.in_features)
+    is_conv1d = isinstance(layer, BitConv1D) or (isinstance(layer, PackedBitLinear) and layer.was_conv1d)
+    expected = shape[::-1] if is_conv1d else shape
+    if weight.shape != expected:
+        raise ValueError(f"the weight of {name} has shape {tuple(weight.shape)} in the checkpoint, the model needs {expected}")
+    check_finite(name, weight)
+    matrix = weight.t() if is_conv1d else weight
+    if isinstance(layer, PackedBitLinear):
+        quantized = layer.quantizer.quantize(matrix)
+        packed = kernels.pack(quantized.codes, layer.bits, layer.grid.lowest, layer.grid.step)
+        state = {"weight": packed, "weight_scale": quantized.scale}
+    else:
+        state = {"weight": weight}
+        if layer._parameters.get("weight_scale") is not None:
+            state["weight_scale"] = layer.quantizer.compute_scale(matrix)
+    return state | _fresh_state(layer, weight.device)
+
+
+def _fresh_state(layer: QuantizedLayer, device: torch.device) -> dict[str, Tensor]:
+    """What a float checkpoint does not have and no weight is needed for, as the constructors would make it."""
+    state = {}
+    if layer.act_scale is not None:
+        state["act_scale"] = torch.zeros((), dtype=torch.float32, device=device)
+    if isinstance(layer, TrainedLayer) and "ste_temperature" in layer._parameters:
+        state["ste_temperature"] = torch.full((), layer.spec.temperature, dtype=torch.float32, device=device)
+    if layer.sub_norm is not None:
+        state["sub_norm.weight"] = torch.ones_like(layer.sub_norm.weight, device=device)
+        state["sub_norm.blend"] = torch.zeros_like(layer.sub_norm.blend, device=device)
+    return state
+
+
+def start_from_weights(model: nn.Module, names: set[str]) -> None:
+    """Starts the state of the named layers in train form, whose weights were newly made instead of loaded."""
+    for name, layer in quantized_layers(model):
+        if name in names:
+            layer.load_state_dict(state_from_float(name, layer, layer.get_parameter("weight")), strict=False)
