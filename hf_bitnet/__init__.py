@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ._register import register_when_transformers_loads
 
 if TYPE_CHECKING:
+    from .analysis import layer_report, output_report, sensitivity, suggest_overrides
     from .calibration import calibrate
     from .config import BitNetQuantizationConfig
     from .modules import BitConv1D, BitLinear, PackedBitLinear
@@ -43,6 +44,10 @@ _HOME = {
     "dequantize_model": "surgery",
     "harden": "surgery",
     "kept_codes": "surgery",
+    "layer_report": "analysis",
+    "output_report": "analysis",
+    "sensitivity": "analysis",
+    "suggest_overrides": "analysis",
     "pack_model": "surgery",
     "quantize_model": "surgery",
     "set_norm_blend": "surgery",
@@ -62,10 +67,14 @@ __all__ = [
     "dequantize_model",
     "harden",
     "kept_codes",
+    "layer_report",
+    "output_report",
     "pack_model",
     "quantize_model",
+    "sensitivity",
     "set_norm_blend",
     "set_strength",
+    "suggest_overrides",
     "unpack_model",
 ]
 

@@ -1,0 +1,19 @@
+"""Floor 5: what quantization did to a model, and which layers it hurts."""
+
+from .layers import LayerReport, layer_report
+from .losses import SensitivityReport, sensitivity
+from .outputs import OutputReport, output_report
+from .report import LayerRow, Report
+from .suggest import suggest_overrides
+
+__all__ = [
+    "LayerReport",
+    "LayerRow",
+    "OutputReport",
+    "Report",
+    "SensitivityReport",
+    "layer_report",
+    "output_report",
+    "sensitivity",
+    "suggest_overrides",
+]

@@ -1,0 +1,109 @@
+"""A horizontal bar chart as one SVG text, without any dependency. Own.
+
+Text and grid take `currentColor`, and the colours follow the reader's light or dark scheme, so it reads well in a README,
+in a notebook and on a page of either kind.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from xml.sax.saxutils import escape
+
+_ROW, _BAR = 20, 12
+_BAR_SPACE = 440
+_TOP = 62
+_MARGIN = 16
+# of the 12 px font; an estimate is enough, since labels are cut to a number of characters
+_CHARACTER = 6.7
+_LONGEST_LABEL = 44
+
+_STYLE = """
+.hfb { color: #1f2328; font: 12px system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif; }
+.hfb text { fill: currentColor; }
+.hfb .head { font-size: 14px; font-weight: 600; }
+.hfb .quiet { opacity: 0.7; }
+.hfb line { stroke: currentColor; stroke-opacity: 0.14; }
+.hfb line.zero { stroke-opacity: 0.55; }
+.hfb .bar { fill: #3b78c4; }
+.hfb .broken { fill: #c4443b; }
+@media (prefers-color-scheme: dark) {
+  .hfb { color: #e6edf3; }
+  .hfb .bar { fill: #6aa5e8; }
+  .hfb .broken { fill: #f0776c; }
+}
+"""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: its label, its length (NaN and infinite ones are drawn over the whole width) and the text at its end."""
+
+    label: str
+    value: float
+    text: str
+
+
+def bar_chart(title: str, subtitle: str, bars: Sequence[Bar], footer: str = "") -> str:
+    """The SVG of the bars, from top to bottom in the order given."""
+    labels = [_cut(bar.label) for bar in bars]
+    left = _MARGIN + max([len(label) for label in labels] or [0]) * _CHARACTER + 10
+    width = left + _BAR_SPACE + _MARGIN + max([len(bar.text) for bar in bars] or [0]) * _CHARACTER + 8
+    # an estimate of the title's width, so that a chart of short names does not cut it
+    width = max(width, 2 * _MARGIN + 8.0 * len(title), 2 * _MARGIN + _CHARACTER * len(subtitle))
+    bottom = _TOP + _ROW * len(bars) + 6
+    height = bottom + (26 if footer else 10)
+    finite = [bar.value for bar in bars if math.isfinite(bar.value)]
+    ticks = _ticks(min([0.0, *finite]), max([0.0, *finite]))
+    low, high = ticks[0], ticks[-1]
+
+    def x(value: float) -> float:
+        return left + (value - low) / (high - low) * _BAR_SPACE
+
+    parts = [_text(_MARGIN, 22, title, "head"), _text(_MARGIN, 40, subtitle, "quiet")]
+    for tick in ticks:
+        kind = ' class="zero"' if tick == 0 else ""
+        parts.append(f'<line{kind} x1="{x(tick):.1f}" y1="{_TOP - 2}" x2="{x(tick):.1f}" y2="{bottom}"/>')
+        parts.append(_text(x(tick), _TOP - 7, f"{tick:g}", "quiet", "middle"))
+    for i, (bar, label) in enumerate(zip(bars, labels, strict=True)):
+        parts += _bar(bar, label, _TOP + _ROW * i + (_ROW - _BAR) / 2 + 2, left, x)
+    if footer:
+        parts.append(_text(_MARGIN, bottom + 16, footer, "quiet"))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="hfb" role="img" width="{width:.0f}" height="{height:.0f}" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}">\n<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
+
+
+def _bar(bar: Bar, label: str, y: float, left: float, x: Callable[[float], float]) -> list[str]:
+    broken = not math.isfinite(bar.value)
+    start, end = (left, left + _BAR_SPACE) if broken else sorted((x(0.0), x(bar.value)))
+    middle = y + _BAR - 2
+    return [
+        _text(left - 10, middle, label, anchor="end"),
+        f'<rect class="{"broken" if broken else "bar"}" x="{start:.1f}" y="{y:.1f}" width="{max(end - start, 0.5):.1f}" '
+        f'height="{_BAR}" rx="2"><title>{escape(bar.label)}: {escape(bar.text)}</title></rect>',
+        _text(end + 6, middle, bar.text, "quiet"),
+    ]
+
+
+def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
+    attributes = (f' class="{kind}"' if kind else "") + (f' text-anchor="{anchor}"' if anchor != "start" else "")
+    return f'<text x="{x:.1f}" y="{y:.1f}"{attributes}>{escape(text)}</text>'
+
+
+def _cut(label: str) -> str:
+    # the end of a dotted name tells layers apart
+    return label if len(label) <= _LONGEST_LABEL else "…" + label[1 - _LONGEST_LABEL :]
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers from at or below `low` to at or above `high`."""
+    span = (high - low) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / 4))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor * 5 >= span)
+    first, last = math.floor(low / step + 1e-9), math.ceil((high or low + span) / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
