@@ -10,6 +10,7 @@ from .dispatch import (
     quantize_rows,
     quantize_sign,
     quantize_weight,
+    scale_rows,
     unpack,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "quantize_rows",
     "quantize_sign",
     "quantize_weight",
+    "scale_rows",
     "unpack",
 ]

@@ -48,6 +48,10 @@ def _why_no_onednn(device: str) -> str | None:
     return None
 
 
+def _why_no_blocks(device: str) -> str | None:
+    return None if device == "cpu" else f"blocks serve the CPU's caches; on {device} they would only be more launches"
+
+
 _BODIES: dict[str, list[Body]] = {
     "int_matmul": [
         Body("onednn", eager.int_matmul_onednn, _why_no_onednn),
@@ -59,8 +63,18 @@ _BODIES: dict[str, list[Body]] = {
         Body("float32", eager.make_int_linear(eager.int_matmul_float32), _always),
         Body("reference", reference.int_linear, _always),
     ],
-    "quantize_rows": [Body("reference", reference.quantize_rows, _always)],
-    "quantize_weight": [Body("reference", reference.quantize_weight, _always)],
+    "quantize_rows": [
+        Body("blocked", eager.quantize_rows, _why_no_blocks),
+        Body("reference", reference.quantize_rows, _always),
+    ],
+    "quantize_weight": [
+        Body("blocked", eager.quantize_weight, _why_no_blocks),
+        Body("reference", reference.quantize_weight, _always),
+    ],
+    "scale_rows": [
+        Body("blocked", eager.scale_rows, _why_no_blocks),
+        Body("reference", reference.scale_rows, _always),
+    ],
     "quantize_sign": [Body("reference", reference.quantize_sign, _always)],
     "pack": [Body("reference", reference.pack, _always)],
     "unpack": [Body("reference", reference.unpack, _always)],
@@ -109,10 +123,17 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def int_linear(
-    x_codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, w_codes: Tensor, w_scale: Tensor, w_zero: float
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    w_zero: float,
+    bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """int8 (M, K) x int8 (N, K) with their scales and zero points -> float32 (M, N); see `reference.int_linear`."""
-    return _body("int_linear", x_codes)(x_codes, x_scale, x_zero, w_codes, w_scale, w_zero)
+    """int8 (M, K) x int8 (N, K), scales, zero points, bias (N,) -> (M, N) in `dtype`; see `reference.int_linear`."""
+    return _body("int_linear", x_codes)(x_codes, x_scale, x_zero, w_codes, w_scale, w_zero, bias, dtype)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -128,14 +149,21 @@ def quantize_rows(x: Tensor, qmin: int, qmax: int, eps: float) -> tuple[Tensor, 
     return _body("quantize_rows", x)(x, qmin, qmax, eps)
 
 
-def quantize_weight(weight: Tensor, scale: Tensor, zero_point: float, qmin: int, qmax: int) -> Tensor:
-    """float (N, K) -> int8 codes (N, K)."""
-    return _body("quantize_weight", weight)(weight, scale, zero_point, qmin, qmax)
+def quantize_weight(
+    rows: Tensor, scale: Tensor, zero_point: float, qmin: int, qmax: int, dtype: torch.dtype = torch.int8
+) -> Tensor:
+    """float (R, n), float32 scale (R, 1) -> codes (R, n) in `dtype`."""
+    return _body("quantize_weight", rows)(rows, scale, zero_point, qmin, qmax, dtype)
 
 
-def quantize_sign(weight: Tensor, threshold: Tensor) -> Tensor:
-    """float (N, K), float32 threshold that broadcasts -> int8 codes -1, +1 (N, K)."""
-    return _body("quantize_sign", weight)(weight, threshold)
+def quantize_sign(rows: Tensor, threshold: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
+    """float (R, n), float32 threshold that broadcasts -> codes -1, +1 (R, n) in `dtype`."""
+    return _body("quantize_sign", rows)(rows, threshold, dtype)
+
+
+def scale_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """int8 or float (M, K) times float32 (M, 1), rounded once to `dtype`."""
+    return _body("scale_rows", x)(x, scale, dtype)
 
 
 def pack(codes: Tensor, bits: int, lowest: int, step: int) -> Tensor:

@@ -1,17 +1,33 @@
-"""Faster bodies that need nothing but stock torch (oneDNN's int8 product). Own.
+"""Faster bodies that need nothing but stock torch. Own.
 
-Same contracts as `reference.py`; `dispatch.py` says where each may serve.
+Same contracts as `reference.py`; `dispatch.py` says where each may serve. Two things make them fast: oneDNN's int8 product,
+and working in blocks of rows, so that the chain of elementwise steps stays in the cache instead of running through memory
+once a step. Under torch.compile the blocks would only unroll; there the compiler fuses the plain form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from . import reference
+
 # float32 holds integers up to 2**24 exactly; an int8 x int8 product is at most 2**14
 _EXACT_FLOAT32_TERMS = 2**24 // 2**14
+# elements: 512 KB of float32, within the second-level cache of one core
+_BLOCK = 1 << 17
+
+
+def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, _BLOCK // max(columns, 1))
+    step -= step % 32 if step > 32 else 0  # whole tiles of the matrix product
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _small(tensor: Tensor) -> bool:
+    return torch.compiler.is_compiling() or tensor.numel() <= _BLOCK
 
 
 def int_matmul_onednn(a: Tensor, b: Tensor) -> Tensor:
@@ -33,23 +49,94 @@ def make_int_linear(int_matmul: Callable[[Tensor, Tensor], Tensor]) -> Callable[
     """`reference.int_linear` over an integer product: exact sums, scales applied outside in float32."""
 
     def int_linear(
-        x_codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, w_codes: Tensor, w_scale: Tensor, w_zero: float
+        x_codes: Tensor,
+        x_scale: Tensor,
+        x_zero: Tensor | None,
+        w_codes: Tensor,
+        w_scale: Tensor,
+        w_zero: float,
+        bias: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
         if w_scale.shape[-1] > 1:
-            # a scale that changes along K cannot leave the sum: one float32 product over dequantized weights
-            x = x_codes.float() if x_zero is None else x_codes.float() - x_zero
-            w = (w_codes.float() - w_zero).unflatten(-1, (w_scale.shape[-1], -1)) * w_scale.unsqueeze(-1)
-            with torch.autocast(x.device.type, enabled=False):
-                return (x @ w.flatten(-2).t()) * x_scale
-        y = int_matmul(x_codes, w_codes)
-        if x_zero is not None or w_zero:
-            y = y.float()
-            if x_zero is not None:
-                y = y - x_zero * (w_codes.sum(dim=-1, dtype=torch.int32).float() - w_zero * w_codes.shape[-1])
+            return _grouped_linear(x_codes, x_scale, x_zero, w_codes, w_scale, w_zero, bias, dtype)
+        # what a zero point of the input takes off: its multiple of each row's sum of levels
+        w_sum = torch.zeros(())
+        if x_zero is not None:
+            w_sum = w_codes.sum(dim=-1, dtype=torch.int32).float() - w_zero * w_codes.shape[-1]
+        w_scale = w_scale.reshape(1, -1)
+
+        def block(x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+            y = int_matmul(x, w_codes)
             if w_zero:
-                y = y - w_zero * x_codes.sum(dim=-1, keepdim=True, dtype=torch.int32)
-        if w_scale.shape[0] == 1:
-            return y * (x_scale * w_scale)
-        return (y * x_scale) * w_scale.t()
+                y = y - w_zero * x.sum(dim=-1, keepdim=True, dtype=torch.int32)
+            if zero is not None:
+                y = y - zero * w_sum
+            y = y * (scale * w_scale) if w_scale.numel() == 1 else (y * scale).mul_(w_scale)
+            return (y if bias is None else y.add_(bias)).to(dtype)
+
+        rows, columns = x_codes.shape[0], w_codes.shape[0]
+        if torch.compiler.is_compiling() or rows * columns <= _BLOCK:
+            return block(x_codes, x_scale, x_zero)
+        out = torch.empty(rows, columns, dtype=dtype, device=x_codes.device)
+        for part in _row_blocks(rows, columns):
+            out[part] = block(x_codes[part], x_scale[part], None if x_zero is None else x_zero[part])
+        return out
 
     return int_linear
+
+
+def _grouped_linear(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    w_zero: float,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A scale that changes along K cannot leave the sum: one float32 product over dequantized weights."""
+    x = x_codes.float() if x_zero is None else x_codes.float() - x_zero
+    w = ((w_codes.float() - w_zero).unflatten(-1, (w_scale.shape[-1], -1)) * w_scale.unsqueeze(-1)).flatten(-2)
+    with torch.autocast(x.device.type, enabled=False):
+        y = (x @ w.t()) * x_scale
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def quantize_rows(x: Tensor, qmin: int, qmax: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Blocked `reference.quantize_rows`."""
+    if _small(x):
+        return reference.quantize_rows(x, qmin, qmax, eps)
+    flat = x.reshape(-1, x.shape[-1])
+    codes = torch.empty(flat.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(flat.shape[0], 1, dtype=torch.float32, device=x.device)
+    for part in _row_blocks(*flat.shape):
+        codes[part], scale[part] = reference.quantize_rows(flat[part], qmin, qmax, eps)
+    return codes.view(x.shape), scale.view(*x.shape[:-1], 1)
+
+
+def quantize_weight(
+    rows: Tensor, scale: Tensor, zero_point: float, qmin: int, qmax: int, dtype: torch.dtype = torch.int8
+) -> Tensor:
+    """Blocked `reference.quantize_weight`; one long row is cut along its length."""
+    if _small(rows):
+        return reference.quantize_weight(rows, scale, zero_point, qmin, qmax, dtype)
+    codes = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    if rows.shape[0] == 1:
+        for part in _row_blocks(rows.shape[1], 1):
+            codes[:, part] = reference.quantize_weight(rows[:, part], scale, zero_point, qmin, qmax, dtype)
+    else:
+        for part in _row_blocks(*rows.shape):
+            codes[part] = reference.quantize_weight(rows[part], scale[part], zero_point, qmin, qmax, dtype)
+    return codes
+
+
+def scale_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Blocked `reference.scale_rows`."""
+    if _small(x):
+        return reference.scale_rows(x, scale, dtype)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    for part in _row_blocks(*x.shape):
+        out[part] = x[part] * scale[part]
+    return out

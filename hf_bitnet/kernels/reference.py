@@ -45,31 +45,33 @@ def quantize_rows(x: Tensor, qmin: int, qmax: int, eps: float) -> tuple[Tensor, 
     return codes, inverse.reciprocal()
 
 
-def quantize_weight(weight: Tensor, scale: Tensor, zero_point: float, qmin: int, qmax: int) -> Tensor:
-    """`clamp(round_half_even(weight / scale + zero_point))`.
+def quantize_weight(
+    rows: Tensor, scale: Tensor, zero_point: float, qmin: int, qmax: int, dtype: torch.dtype = torch.int8
+) -> Tensor:
+    """`clamp(round_half_even(rows / scale + zero_point))`.
 
     Args:
-        weight: float (N, K). scale: float32 that broadcasts to it.
+        rows: float (R, n), each row with its own scale. scale: float32 (R, 1). dtype: of the result.
 
     Returns:
-        int8 (N, K).
+        Codes (R, n) in `dtype`; integers, whatever the dtype.
     """
-    u = weight.float() * scale.reciprocal()
+    u = rows.float() * scale.reciprocal()
     if zero_point:
         u = u + zero_point
-    return u.round_().clamp_(qmin, qmax).to(torch.int8)
+    return u.round_().clamp_(qmin, qmax).to(dtype)
 
 
-def quantize_sign(weight: Tensor, threshold: Tensor) -> Tensor:
-    """+1 where `weight >= threshold`, else -1.
+def quantize_sign(rows: Tensor, threshold: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
+    """+1 where `rows >= threshold`, else -1.
 
     Args:
-        weight: float (N, K). threshold: float32 that broadcasts to it.
+        rows: float (R, n). threshold: float32 that broadcasts to it. dtype: of the result.
 
     Returns:
-        int8 (N, K).
+        (R, n) in `dtype`.
     """
-    return (weight.float() >= threshold).to(torch.int8).mul_(2).sub_(1)
+    return (rows.float() >= threshold).to(dtype).mul_(2).sub_(1)
 
 
 def pack(codes: Tensor, bits: int, lowest: int, step: int) -> Tensor:
@@ -102,17 +104,38 @@ def unpack(packed: Tensor, bits: int, lowest: int, step: int, in_features: int) 
 
 
 def int_linear(
-    x_codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, w_codes: Tensor, w_scale: Tensor, w_zero: float
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    w_zero: float,
+    bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """`y[m, n] = sum_k (x_codes - x_zero)[m, k] * x_scale[m] * (w_codes - w_zero)[n, k] * w_scale[n, group(k)]`.
+    """`y[m, n] = sum_k (x_codes - x_zero)[m, k] * x_scale[m] * (w_codes - w_zero)[n, k] * w_scale[n, group(k)] + bias[n]`.
 
     Args:
         x_codes: int8 (M, K). x_scale, x_zero: float32 (M, 1).
         w_codes: int8 (N, K). w_scale: float32 (1, 1), (N, 1) or (N, G), each of G equal runs of K having its own.
+        bias: float (N,) or None.
 
     Returns:
-        float32 (M, N), computed in float64.
+        (M, N) in `dtype`, computed in float64.
     """
     x = x_codes.double() - (0.0 if x_zero is None else x_zero.double())
     w = (w_codes.double() - w_zero) * w_scale.double().repeat_interleave(w_codes.shape[-1] // w_scale.shape[-1], dim=-1)
-    return ((x @ w.t()) * x_scale.double()).float()
+    y = (x @ w.t()) * x_scale.double()
+    return (y if bias is None else y + bias.double()).to(dtype)
+
+
+def scale_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x * scale`, multiplied in float32 and rounded once.
+
+    Args:
+        x: int8 or float (M, K). scale: float32 (M, 1).
+
+    Returns:
+        (M, K) in `dtype`.
+    """
+    return (x * scale).to(dtype)

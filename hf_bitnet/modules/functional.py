@@ -28,6 +28,8 @@ class WeightSource(Protocol):
 
     def codes(self, weight: Tensor, scale: Tensor | None) -> Quantized: ...
 
+    def levels(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor: ...
+
     def gradients(
         self, value_grad: Tensor, weight: Tensor, scale: Tensor | None, temperature: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
@@ -43,6 +45,10 @@ class Latent:
 
     def codes(self, weight: Tensor, scale: Tensor | None) -> Quantized:
         return self.quantizer.quantize(weight, scale)
+
+    def levels(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """`codes - zero_point` (N, K) in `dtype`, from the weight and the scale that `codes` returned."""
+        return self.quantizer.levels(weight, scale, dtype)
 
     def gradients(
         self, value_grad: Tensor, weight: Tensor, scale: Tensor | None, temperature: Tensor | None
@@ -90,6 +96,9 @@ class Packed:
         codes = kernels.unpack(weight, self.bits, self.grid.lowest, self.grid.step, self.in_features)
         return Quantized(codes, scale, self.grid.zero_point)
 
+    def levels(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.codes(weight, scale).levels(dtype)
+
     def gradients(
         self, value_grad: Tensor, weight: Tensor, scale: Tensor | None, temperature: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -101,25 +110,30 @@ def _over_groups(values: Tensor, scale: Tensor) -> Tensor:
     return values.reshape(scale.numel(), -1)
 
 
-def _product(x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None, w: Quantized) -> Tensor:
-    """(M, K) -> (M, N): float32 from codes, x's own dtype where activations are not quantized."""
-    assert isinstance(w.zero_point, float)
+def _product(
+    x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None, w: Quantized, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(M, K) -> (M, N) in `dtype`."""
     if x_scale is not None:
-        return kernels.int_linear(x, x_scale, x_zero, w.codes, w.scale, w.zero_point)
+        assert isinstance(w.zero_point, float)
+        return kernels.int_linear(x, x_scale, x_zero, w.codes, w.scale, w.zero_point, bias, dtype)
+    # activations as they are; their products with exact levels are scaled outside where one scale serves a whole row
     if w.scale.shape[-1] > 1 or x.dtype == torch.float16:  # sums of 8-bit levels overflow float16
-        return x @ w.dequantize(x.dtype).t()
-    return (x @ w.levels(x.dtype).t()) * w.scale.t()
+        y = x @ w.dequantize(x.dtype).t()
+    else:
+        y = (x @ w.levels(x.dtype).t()) * w.scale.t()
+    return (y if bias is None else y + bias).to(dtype)
 
 
-def _input_gradient(grad: Tensor, w: Quantized, dtype: torch.dtype) -> Tensor:
-    """(M, N) -> (M, K) in `dtype`."""
-    if w.scale.shape[-1] > 1:
-        return (grad @ w.dequantize(grad.dtype)).to(dtype)
-    levels = w.levels(grad.dtype)
-    if w.scale.numel() == 1 and grad.dtype != torch.float16:  # sums of 8-bit levels overflow float16
-        product = grad @ levels
-        return product.mul_(w.scale) if product.dtype == dtype else (product * w.scale).to(dtype)
-    return ((grad * w.scale.t()).to(grad.dtype) @ levels).to(dtype)
+def _input_gradient(grad: Tensor, levels: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """(M, N), `codes - zero_point` (N, K) in the dtype of `grad` -> (M, K) in `dtype`."""
+    if scale.shape[-1] > 1:
+        values = levels.unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)
+        return (grad @ values.flatten(-2).to(grad.dtype)).to(dtype)
+    if scale.numel() == 1 and grad.dtype != torch.float16:  # sums of 8-bit levels overflow float16
+        # a 0-dim factor is a scalar to torch: no type promotion, one pass in place
+        return (grad @ levels).to(dtype).mul_(scale.reshape(()))
+    return ((grad * scale.t()).to(grad.dtype) @ levels).to(dtype)
 
 
 def _value_gradient(grad: Tensor, x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None) -> Tensor:
@@ -128,8 +142,8 @@ def _value_gradient(grad: Tensor, x: Tensor, x_scale: Tensor | None, x_zero: Ten
         return grad.t() @ x.to(grad.dtype)
     levels = x if x_zero is None else x.float() - x_zero
     if x.shape[1] <= grad.shape[1]:  # the scale is applied to the smaller operand
-        return grad.t() @ (levels * x_scale).to(grad.dtype)
-    return (grad * x_scale).to(grad.dtype).t() @ levels.to(grad.dtype)
+        return grad.t() @ kernels.scale_rows(levels, x_scale, grad.dtype)
+    return kernels.scale_rows(grad, x_scale, grad.dtype).t() @ levels.to(grad.dtype)
 
 
 class BitLinearFunction(torch.autograd.Function):
@@ -157,9 +171,7 @@ class BitLinearFunction(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         w = source.codes(weight, scale) if held is None else held
-        y = _product(x_codes, x_scale, x_zero, w)
-        if bias is not None:
-            y = y + bias
+        y = _product(x_codes, x_scale, x_zero, w, bias, dtype)
         ctx.source, ctx.held, ctx.x_shape, ctx.x_dtype = source, held, x.shape, x.dtype
         ctx.compiling = torch.compiler.is_compiling()
         needs_weight = any(ctx.needs_input_grad[1:4])
@@ -171,16 +183,19 @@ class BitLinearFunction(torch.autograd.Function):
             # compression) have no business with it. The version check autograd would do is done in backward.
             ctx.save_for_backward(*kept)
             ctx.weights, ctx.versions = (weight, scale, temperature), versions(weight, scale, temperature)
-        return y.to(dtype)
+            # found again in backward it would cost two more passes over the weight; group scales are too large to keep
+            ctx.w_scale = w.scale if w.scale.shape[-1] == 1 else None
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.compiling:
             x_codes, x_scale, x_zero, weight, scale, temperature = ctx.saved_tensors
+            w_scale = None
         else:
             x_codes, x_scale, x_zero = ctx.saved_tensors
-            weight, scale, temperature = ctx.weights
+            (weight, scale, temperature), w_scale = ctx.weights, ctx.w_scale
             if versions(weight, scale, temperature) != ctx.versions:
                 raise RuntimeError(
                     "a BitLinear weight (or its scale) was changed in place between forward and backward, so its codes are "
@@ -190,8 +205,14 @@ class BitLinearFunction(torch.autograd.Function):
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         x_grad = weight_grad = scale_grad = temperature_grad = None
         if needs[0]:
-            w = ctx.source.codes(weight, scale) if ctx.held is None else ctx.held
-            x_grad = _input_gradient(grad, w, ctx.x_dtype).reshape(ctx.x_shape)
+            if ctx.held is not None:
+                levels, w_scale = ctx.held.levels(grad.dtype), ctx.held.scale
+            elif w_scale is not None:
+                levels = ctx.source.levels(weight, w_scale, grad.dtype)
+            else:
+                w = ctx.source.codes(weight, scale)
+                levels, w_scale = w.levels(grad.dtype), w.scale
+            x_grad = _input_gradient(grad, levels, w_scale, ctx.x_dtype).reshape(ctx.x_shape)
         if any(needs[1:4]):
             value_grad = _value_gradient(grad, x_codes, x_scale, x_zero)
             weight_grad, scale_grad, temperature_grad = ctx.source.gradients(value_grad, weight, scale, temperature)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import kernels
@@ -19,8 +20,8 @@ class Binary(WeightScheme):
     default_scale = "absmean"
 
     @classmethod
-    def codes(cls, rows: Tensor, scale: Tensor) -> Tensor:
-        return kernels.quantize_sign(rows, _mean(rows))
+    def codes(cls, rows: Tensor, scale: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
+        return kernels.quantize_sign(rows, _mean(rows), dtype)
 
     @classmethod
     def position(cls, rows: Tensor, scale: Tensor) -> Tensor:
