@@ -2,6 +2,7 @@
 
 from .attached import attach, config_of, detach
 from .coverage import Coverage, coverage
+from .full_precision import full_precision_copy, output_head
 from .prepare import prepare_model, start_from_weights, state_from_float
 from .probing import each_batch, probing, run
 from .select import choose
@@ -31,9 +32,11 @@ __all__ = [
     "dequantize_model",
     "detach",
     "each_batch",
+    "full_precision_copy",
     "harden",
     "kept_codes",
     "make_spec",
+    "output_head",
     "pack_model",
     "prepare_model",
     "probing",

@@ -1,0 +1,64 @@
+"""A full-precision twin of a model in train form, and the map that makes its logits. Own.
+
+Both are what distillation needs to know about the shape of a model.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from ..modules import TrainedLayer
+from .attached import detach
+from .swap import Model, _dense, _replace, trained_layers
+
+_LEFT_BY_ACCELERATE = ("forward", "_original_forward", "_is_accelerate_prepared")
+
+
+def full_precision_copy(model: Model) -> Model:
+    """A copy of `model` whose quantized layers are plain ones that hold the float weights; shares no memory with it.
+
+    It computes what the model computes at strength 0, bit for bit, without the cost of the mix. A sub-norm that is still
+    the identity (blend 0) is left out, any other stays in front of its layer inside an nn.Sequential.
+
+    Raises ValueError when the model has no layer in train form.
+    """
+    if not trained_layers(model):
+        raise ValueError(
+            f"full_precision_copy: {type(model).__name__} has no layer in train form; call quantize_model(model, config) first"
+        )
+    twin = _deepcopy(model)
+    for _, layer in trained_layers(twin):
+        _replace(twin, layer, _plain(layer))
+    detach(twin)
+    return twin
+
+
+def _deepcopy(model: Model) -> Model:
+    # accelerate leaves a forward in the instance that is bound to this very model: a copy of it would run the original
+    bound = {name: model.__dict__.pop(name) for name in _LEFT_BY_ACCELERATE if name in model.__dict__}
+    try:
+        return copy.deepcopy(model)
+    finally:
+        model.__dict__.update(bound)
+
+
+def _plain(layer: TrainedLayer) -> nn.Module:
+    dense = _dense(layer, layer.matrix.detach())
+    if layer.sub_norm is None or float(layer.sub_norm.blend) == 0.0:
+        return dense
+    return nn.Sequential(layer.sub_norm, dense)
+
+
+def output_head(model: nn.Module) -> nn.Linear | None:
+    """The plain linear map from the last hidden states to logits over a vocabulary, or None.
+
+    None too where it is not an ordinary one: quantized, wrapped by an adapter, or with a forward put into the instance
+    (offloading). Whether the model changes the logits afterwards (soft-capping, scaling) is not seen here.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
+    # sharding makes a subclass of its own, which keeps nn.Linear's forward; any other forward computes something else
+    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and "forward" not in head.__dict__
+    return head if plain else None
