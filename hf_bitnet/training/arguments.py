@@ -1,0 +1,118 @@
+"""QATArguments: how a run trains. What the model is, is in `BitNetQuantizationConfig`. Own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .schedules import SCHEDULES
+
+
+@dataclass
+class QATArguments(TrainingArguments):
+    """Arguments of `QATTrainer`: everything of transformers' TrainingArguments, and the fields below.
+
+    All of them are flat, so that `HfArgumentParser(QATArguments)` makes a command line of them. Raises ValueError or TypeError
+    that say what came, what is legal and the corrected call.
+    """
+
+    strength_schedule: str = field(
+        default="none",
+        metadata={
+            "help": "How quantization fades in: 'none' (quantized from the first step), 'linear', 'cosine', or 'step' "
+            "(strength_steps stairs)."
+        },
+    )
+    strength_start: float = field(
+        default=0.0,
+        metadata={"help": "Fraction of the training steps (0..1) after which the strength starts to rise from 0."},
+    )
+    strength_end: float = field(
+        default=0.3,
+        metadata={"help": "Fraction of the training steps (0..1) after which the model is fully quantized."},
+    )
+    strength_steps: int = field(default=4, metadata={"help": "Number of stairs of strength_schedule='step'."})
+    eval_at_full_strength: bool = field(
+        default=True,
+        metadata={
+            "help": "Evaluate the quantized model even while the strength is below 1. False evaluates the model as it is at "
+            "that step. The metric eval_strength says which."
+        },
+    )
+    distill_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the KL divergence to the teacher: 1 is KL only, 0 is cross entropy only. Default: 0.5 with a "
+            "teacher, 0 without."
+        },
+    )
+    distill_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of both distributions in the KL divergence (weighted by its square)."}
+    )
+    distill_chunk_tokens: int = field(
+        default=1024,
+        metadata={"help": "Tokens whose logits exist at a time in the distillation loss; fewer take less memory."},
+    )
+    latent_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the float weights behind the quantized ones. Default: learning_rate."},
+    )
+    scale_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of learned scales and learned temperatures. Default: learning_rate."},
+    )
+    latent_weight_decay: float | None = field(
+        default=None,
+        metadata={"help": "Weight decay of the float weights behind the quantized ones. Default: weight_decay."},
+    )
+    scale_weight_decay: float = field(
+        default=0.0, metadata={"help": "Weight decay of learned scales and learned temperatures."}
+    )
+    quant_logging: bool = field(
+        default=True,
+        metadata={
+            "help": "Log quant/strength, quant/flip_rate, quant/zero_fraction, quant/sqnr_db and quant/latent_changed at each "
+            "logging step. Keeps the packed codes of the last one."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self._validate()
+        super().__post_init__()
+
+    def _validate(self) -> None:
+        SCHEDULES.get(self.strength_schedule)
+        for name in ("strength_start", "strength_end"):
+            _number(name, getattr(self, name), 0.0, 1.0, hint=f"it is a fraction of the training steps: {name}=0.3")
+        if self.strength_start > self.strength_end:
+            raise ValueError(
+                f"strength_start={self.strength_start} lies behind strength_end={self.strength_end}; the strength rises from "
+                f"start to end: strength_start={self.strength_end}, strength_end={self.strength_start}"
+            )
+        _whole("strength_steps", self.strength_steps)
+        if self.distill_alpha is not None:
+            _number("distill_alpha", self.distill_alpha, 0.0, 1.0, hint="1 is KL only, 0 is cross entropy only")
+        if _number("distill_temperature", self.distill_temperature, 0.0) == 0.0:
+            raise ValueError("distill_temperature must be above 0, got 0; distill_temperature=1.0 compares the plain outputs")
+        _whole("distill_chunk_tokens", self.distill_chunk_tokens)
+        for name in ("latent_learning_rate", "scale_learning_rate", "latent_weight_decay"):
+            if getattr(self, name) is not None:
+                _number(name, getattr(self, name), 0.0)
+        _number("scale_weight_decay", self.scale_weight_decay, 0.0)
+
+
+def _number(name: str, value: Any, lowest: float, highest: float = float("inf"), hint: str = "") -> float:
+    legal = f"at least {lowest:g}" if highest == float("inf") else f"from {lowest:g} to {highest:g}"
+    hint = f"; {hint}" if hint else ""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number {legal}, got {value!r}{hint}")
+    if not lowest <= value <= highest or value == float("inf"):
+        raise ValueError(f"{name}={value!r} is out of range; legal: {legal}{hint}")
+    return float(value)
+
+
+def _whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}; for example {name}=4")

@@ -1,0 +1,99 @@
+"""What has to be true before training, and what a model's own loss does with gradient accumulation. Own."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import logging
+from typing import Any
+
+from torch import nn
+from transformers.trainer_utils import unwrap_peft_model
+
+from ..surgery import quantized_layers, trained_layers
+from .arguments import QATArguments
+
+logger = logging.getLogger(__name__)
+
+
+def check_arguments(args: Any, has_teacher: bool, named: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError on arguments that do not belong together."""
+    if not isinstance(args, QATArguments):
+        raise TypeError(
+            f"QATTrainer takes QATArguments, got {type(args).__name__}; it has all fields of TrainingArguments: "
+            "args=QATArguments(output_dir='out', ...)"
+        )
+    if args.distill_alpha and not has_teacher:
+        raise ValueError(
+            f"distill_alpha={args.distill_alpha} needs a teacher and none was given; write "
+            "QATTrainer(model=model, args=args, teacher='self') for the model's own full-precision weights, or leave "
+            "distill_alpha out"
+        )
+    if has_teacher and args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} with a teacher: the teacher's distribution takes its place; "
+            "write label_smoothing_factor=0"
+        )
+    if has_teacher and named.get("compute_loss_func") is not None:
+        raise ValueError("compute_loss_func and teacher both define the loss; give one of them")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, for which Trainer would take nn.DataParallel; its replicas cannot "
+            f"hold the state of quantized layers. Start one process a GPU: torchrun --nproc_per_node {args.n_gpu} script.py, "
+            "or show it one: CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises ValueError when the model has no layer in train form."""
+    if trained_layers(model):
+        return
+    if any(True for _ in quantized_layers(model)):
+        raise ValueError(
+            "the model is packed, and packed weights are frozen; turn it back with hf_bitnet.unpack_model(model) to train the "
+            "weights. (To train adapters on packed weights use transformers' own Trainer.)"
+        )
+    raise ValueError(
+        f"{type(model).__name__} has no quantized layer; quantize it first: "
+        "quantize_model(model, BitNetQuantizationConfig.bitnet_b158())"
+    )
+
+
+def warn_half_precision(model: nn.Module) -> None:
+    """Says once when float weights behind quantized ones are trained in 16 bits."""
+    half = [layer for _, layer in trained_layers(model) if layer.weight.requires_grad and layer.weight.itemsize < 4]
+    if half:
+        logger.warning(
+            "%d quantized layers train %s weights: 85 to 96 %% of small steps are lost in rounding. "
+            "Load the model in float32, from_pretrained(..., dtype=torch.float32), and use QATArguments(bf16=True) for speed.",
+            len(half),
+            str(half[0].weight.dtype).removeprefix("torch."),
+        )
+
+
+class LossStyle(enum.Enum):
+    """What a model's forward makes of `num_items_in_batch`."""
+
+    SUM = "divides the sum by it"
+    MEAN = "ignores it and returns the mean over the labels"
+    OTHER = "ignores it"
+
+
+def loss_style(model: nn.Module) -> LossStyle:
+    """Read from the source of the model's forward: only `self.loss_function` takes the number of items.
+
+    (126 model files of transformers 5.23 make a CrossEntropyLoss of their own, yet take **kwargs.)
+    """
+    try:
+        source = inspect.getsource(inspect.unwrap(type(unwrap_peft_model(model)).forward))
+    except (OSError, TypeError):  # defined at a prompt: nothing to read
+        return LossStyle.OTHER
+    if "self.loss_function(" in source:
+        return LossStyle.SUM
+    return LossStyle.MEAN if "CrossEntropyLoss(" in source else LossStyle.OTHER
+
+
+def auxiliary_weight(model: nn.Module) -> float:
+    """Weight of the load-balancing loss of a mixture of experts."""
+    config = getattr(model, "config", None)
+    return float(getattr(model, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0)))

@@ -1,0 +1,55 @@
+"""The metrics that QATTrainer adds to Trainer's logs, with one copy from the device for all of them. Own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .distiller import KL
+from .monitor import QuantMonitor
+
+
+class TrainMetrics(TrainerCallback):
+    """Collects between logging steps.
+
+    Args:
+        monitor: of the quantized layers.
+        alpha: weight of the distillation; 0 without a teacher.
+        device: of the training.
+    """
+
+    def __init__(self, monitor: QuantMonitor, alpha: float, device: torch.device) -> None:
+        self._monitor = monitor
+        self._names = [] if alpha == 0.0 else ["distill/kl"] if alpha == 1.0 else ["distill/kl", "distill/ce"]
+        self._sums = torch.zeros(2, device=device)
+        self._since = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._since = state.global_step
+        self._sums.zero_()
+        self._monitor.start(kwargs["model"])
+
+    def add(self, losses: Tensor) -> None:
+        """float32 (3,) total, KL, CE of one micro-batch, as it enters the mean of its step."""
+        self._sums += losses[KL:]
+
+    def collect(self, model: nn.Module, step: int, strength: float | None, accelerator: Accelerator) -> dict[str, float]:
+        """Everything since the last call. Every rank has to call it."""
+        names, parts = list(self._names), []
+        if self._names:
+            means = self._sums[: len(self._names)] / max(step - self._since, 1)
+            parts.append(means if accelerator.num_processes == 1 else accelerator.reduce(means, "mean"))
+            self._sums.zero_()
+        self._since = step
+        measured = self._monitor.measure(model)
+        if measured is not None:
+            names += self._monitor.NAMES
+            parts.append(measured)
+        logs = {} if strength is None or not self._monitor.enabled else {"quant/strength": strength}
+        if parts:
+            logs |= dict(zip(names, torch.cat(parts).tolist(), strict=True))  # type: ignore[arg-type]
+        return logs

@@ -1,0 +1,71 @@
+"""Parameter groups: latent weights, scales, and the rest, each with its own learning rate and weight decay. Own.
+
+The optimizer itself is Trainer's, whatever `optim` names: its groups are split after it was made and before it has state,
+so that everything else in them (betas, GaLore's rank, ...) stays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..surgery import trained_layers
+from .arguments import QATArguments
+
+_OPTIONS = ("latent_learning_rate", "scale_learning_rate", "latent_weight_decay")
+
+
+def split_groups(optimizer: Any, model: nn.Module, args: QATArguments) -> None:
+    """Splits each group of a fresh optimizer into "rest", "latent" and "scale", in place.
+
+    The rest comes first, because Trainer logs the learning rate of the first group. Raises ValueError when the arguments ask
+    for rates that this optimizer cannot have.
+    """
+    kinds = _kinds(model)
+    held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    if not isinstance(optimizer, torch.optim.Optimizer) or not trainable <= held:
+        refuse_rates(args, f"the optimizer of optim={str(args.optim)!r} manages the parameters itself")
+        return
+    groups = optimizer.param_groups
+    optimizer.param_groups = []
+    for kind in ("rest", "latent", "scale"):
+        for group in groups:
+            members = [p for p in group["params"] if kinds.get(id(p), "rest") == kind]
+            if members:
+                optimizer.add_param_group({**group, "params": members, "name": kind, **_settings(kind, args)})
+
+
+def refuse_rates(args: QATArguments, why: str) -> None:
+    """Raises ValueError when a rate of a parameter group is set that would not be used."""
+    asked = [name for name in _OPTIONS if getattr(args, name) is not None] + ["scale_weight_decay"] * (
+        args.scale_weight_decay != 0.0
+    )
+    if asked:
+        raise ValueError(
+            f"{asked[0]}={getattr(args, asked[0])!r} cannot be used: {why}. Leave it out, or use optim='adamw_torch' without "
+            "passing an optimizer"
+        )
+
+
+def _kinds(model: nn.Module) -> dict[int, str]:
+    """id of parameter -> "latent" or "scale"."""
+    kinds: dict[int, str] = {}
+    for _, layer in trained_layers(model):
+        kinds[id(layer.weight)] = "latent"
+        for parameter in (layer.weight_scale, layer.ste_temperature):
+            if isinstance(parameter, nn.Parameter):
+                kinds[id(parameter)] = "scale"
+    return kinds
+
+
+def _settings(kind: str, args: QATArguments) -> dict[str, float]:
+    """What differs from the group that Trainer made."""
+    wanted: dict[str, float | None] = {}
+    if kind == "latent":
+        wanted = {"lr": args.latent_learning_rate, "weight_decay": args.latent_weight_decay}
+    elif kind == "scale":
+        wanted = {"lr": args.scale_learning_rate, "weight_decay": args.scale_weight_decay}
+    return {key: value for key, value in wanted.items() if value is not None}

@@ -1,0 +1,147 @@
+"""Who the teacher is: checked, loaded, made ready for one or many devices. Own.
+
+Leaves out: the loss (`distillation.py`) and how teacher and student are run (`distiller.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from ..surgery import full_precision_copy, output_head
+
+Teacher = nn.Module | str | os.PathLike[str]
+SELF = "self"
+# enough of each tensor to tell two models apart, cheap for any size
+_FINGERPRINTED = 256
+
+
+def make_teacher(teacher: Teacher, student: nn.Module) -> nn.Module:
+    """The teacher module, in eval mode.
+
+    Args:
+        teacher: a module (used as it is; it is put into eval mode and onto the student's device), the path or Hub name of a
+            saved model, or "self": a copy of the student's present full-precision weights. The copy costs the memory of one
+            full-precision model.
+
+    Raises:
+        TypeError: none of these.
+        ValueError: the teacher is the student or shares trained parameters with it; the outputs have different sizes.
+    """
+    if isinstance(teacher, nn.Module):
+        _refuse_shared(teacher, student)
+        made = teacher
+    elif isinstance(teacher, str | os.PathLike):
+        made = full_precision_copy(student) if teacher == SELF else _load(teacher, student)
+        made.requires_grad_(False)
+    else:
+        raise TypeError(
+            f"teacher must be a model, a path or 'self', got {type(teacher).__name__}; for example "
+            "QATTrainer(model=model, args=args, teacher='self')"
+        )
+    _check_sizes(made, student)
+    return made.eval()
+
+
+def _load(path: str | os.PathLike[str], student: nn.Module) -> nn.Module:
+    config = transformers.AutoConfig.from_pretrained(path)
+    names = getattr(config, "architectures", None) or [type(student).__name__]
+    kind = getattr(transformers, names[0], None)
+    if kind is None:
+        raise ValueError(
+            f"the teacher {str(path)!r} is a {names[0]}, which transformers does not have; load it and pass the model: "
+            "teacher=MyModel.from_pretrained(...)"
+        )
+    return kind.from_pretrained(path)
+
+
+def _refuse_shared(teacher: nn.Module, student: nn.Module) -> None:
+    trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
+    if teacher is student or any(id(parameter) in trained for parameter in teacher.parameters()):
+        raise ValueError(
+            "the teacher is the model that is trained, or shares parameters with it, so it would change at every step; "
+            "write teacher='self' for a copy of its present full-precision weights, or load the teacher separately"
+        )
+
+
+def _check_sizes(teacher: nn.Module, student: nn.Module) -> None:
+    ours, theirs = _classes(student), _classes(teacher)
+    if ours is not None and theirs is not None and ours != theirs:
+        raise ValueError(
+            f"the teacher tells {theirs} classes (tokens) apart, the student {ours}; distillation compares them one by one. "
+            "Choose a teacher with the same tokenizer, or, where one vocabulary is only padded, resize it: "
+            f"student.resize_token_embeddings({theirs})"
+        )
+    if ours == 1:
+        raise ValueError(
+            "the student has a single output (a regression), which has no distribution to distil; leave `teacher` out"
+        )
+
+
+def _classes(model: nn.Module) -> int | None:
+    """Size of the vocabulary of a model with output embeddings, number of labels of a classifier, None if unknown."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
+    if head is not None and hasattr(head, "weight"):
+        return getattr(head, "out_features", head.weight.shape[0])
+    return getattr(getattr(model, "config", None), "num_labels", None)
+
+
+def prepare_teacher(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Places (and under FSDP2 or DeepSpeed shards) a teacher as the student will be. Raises ValueError under FSDP 1."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return _prepare_deepspeed(teacher, accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise ValueError(
+                "a teacher is sharded by FSDP version 2 only, this run uses version 1; set fsdp_config={'version': 2} "
+                "(or fsdp_version: 2 in the accelerate config)"
+            )
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(accelerator, teacher).eval()
+    prepared = accelerator.prepare_model(teacher, evaluation_mode=True)
+    # Trainer takes a registered model for the student and would then leave the student unprepared in evaluate()
+    accelerator._models.remove(prepared)
+    return prepared
+
+
+def _prepare_deepspeed(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    plugin: Any = accelerator.state.deepspeed_plugin
+    config = copy.deepcopy(plugin.deepspeed_config)
+    for block in ("optimizer", "scheduler"):
+        config.pop(block, None)
+    # only stage 3 shards weights; the lower stages shard what a teacher does not have
+    if config.get("zero_optimization", {}).get("stage") != 3:
+        config["zero_optimization"] = {"stage": 0}
+    return deepspeed.initialize(model=teacher, config=config)[0].eval()
+
+
+def whole_head(teacher: nn.Module) -> nn.Linear | None:
+    """The teacher's output head where its weight lies whole on this device, else None."""
+    head = output_head(teacher)
+    if head is None or hasattr(head.weight, "full_tensor") or head.weight.numel() == 0:
+        return None
+    return head
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """Tells two teachers apart: a hash of some elements of each parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // _FINGERPRINTED)]
+        digest.update(name.encode())
+        digest.update(some.double().cpu().numpy().tobytes() if some.numel() else b"")
+    return digest.hexdigest()[:32]

@@ -1,0 +1,260 @@
+"""QATTrainer: transformers' Trainer for quantized models. Own.
+
+It adds a strength schedule, distillation, parameter groups and quantization metrics, and mends what stock Trainer gets
+wrong for such models: gradient accumulation where a model's loss ignores the number of items, checkpoints of mixtures of
+experts, checkpoints cut short by a killed process. Leaves out: file formats, choosing layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..surgery import check_calibrated, kept_codes, quantized_layers, trained_layers
+from .arguments import QATArguments
+from .callbacks import KeptCodesCallback, ReadablePrinter, ReadableProgress, StrengthCallback
+from .checks import LossStyle, auxiliary_weight, check_arguments, check_model, loss_style, warn_half_precision
+from .distiller import TOTAL, Distiller
+from .metrics import TrainMetrics
+from .monitor import QuantMonitor
+from .optimizers import refuse_rates, split_groups
+from .resume import check_teacher, last_complete_checkpoint, write_teacher
+from .teacher import Teacher, fingerprint, make_teacher, prepare_teacher
+
+_DEFAULT_ALPHA = 0.5
+
+
+class QATTrainer(Trainer):
+    """Trainer for a model in train form (`quantize_model`, or `from_pretrained` with a BitNetQuantizationConfig).
+
+    Args:
+        model: the quantized model.
+        args: QATArguments; None takes the defaults.
+        teacher: None; a model; the path or Hub name of one; or "self", a copy of the model's own full-precision weights as
+            they are now (one more full-precision model in memory). See `QATArguments.distill_alpha`. The loss is then
+            alpha T^2 KL + (1 - alpha) cross entropy over the tokens whose label is not -100, divided like Trainer's own.
+            Evaluation always measures the model's own loss.
+        others: as Trainer's, by position or by name.
+
+    A run that was stopped or killed continues with `train(resume_from_checkpoint=True)`, bit for bit: same losses, same
+    weights. (Logged values are means since the last logged step, so let `save_steps` be a multiple of `logging_steps`.)
+
+    Raises ValueError or TypeError with the corrected call when the model is not quantized, is packed, or the teacher does
+    not fit.
+    """
+
+    args: QATArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: QATArguments | None = None,
+        *others: Any,
+        teacher: Teacher | None = None,
+        **named: Any,
+    ) -> None:
+        args = QATArguments(output_dir="tmp_trainer") if args is None else args
+        check_arguments(args, teacher is not None, named)
+        if model is not None:
+            check_model(model)
+        super().__init__(model, args, *others, **named)
+        assert isinstance(self.model, nn.Module)
+        if model is None:
+            check_model(self.model)
+        warn_half_precision(self.model)
+        self._loss_style = loss_style(self.model)
+        # stock Trainer believes it of every model whose forward takes **kwargs
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and self._loss_style is LossStyle.SUM
+        self._made_optimizer = False
+        self._distiller: Distiller | None = None
+        self._setup_teacher(teacher)
+        self._strength, self._codes = StrengthCallback(), KeptCodesCallback()
+        self._metrics = TrainMetrics(QuantMonitor(args.quant_logging), self._alpha, args.device)
+        for callback in (self._strength, self._codes, self._metrics):
+            self.add_callback(callback)
+        self._make_logs_readable()
+
+    def _setup_teacher(self, teacher: Teacher | None) -> None:
+        self._alpha = 0.0 if teacher is None else _DEFAULT_ALPHA
+        if self.args.distill_alpha is not None:
+            self._alpha = self.args.distill_alpha
+        if teacher is None or self._alpha == 0.0:
+            return
+        made = make_teacher(teacher, self.accelerator.unwrap_model(self.model))
+        self._fingerprint = fingerprint(made)
+        self._distiller = Distiller(
+            prepare_teacher(made, self.accelerator),
+            self._alpha,
+            self.args.distill_temperature,
+            self.args.distill_chunk_tokens,
+            compiled=self.args.torch_compile,
+        )
+
+    def _make_logs_readable(self) -> None:
+        for stock, ours in ((ProgressCallback, ReadableProgress), (PrinterCallback, ReadablePrinter)):
+            if any(type(callback) is stock for callback in self.callback_handler.callbacks):
+                self.remove_callback(stock)
+                self.add_callback(ours)
+
+    # ---- training ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *others: Any, **named: Any) -> Any:
+        """As Trainer's. With True it continues from the last checkpoint that was written to its end."""
+        assert isinstance(self.model, nn.Module)
+        check_model(self.model)
+        for name, layer in quantized_layers(self.model):
+            check_calibrated(name, layer)
+        if resume_from_checkpoint is True:
+            # True again where there is none: Trainer has an error for that
+            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir), self.args.world_size) or True
+        if self._distiller is not None:
+            self._distiller.reset()
+            if isinstance(resume_from_checkpoint, str):
+                check_teacher(resume_from_checkpoint, self._fingerprint)
+        try:
+            return super().train(resume_from_checkpoint, *others, **named)
+        finally:
+            self._codes.close()
+            self._strength.finish(self.model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As Trainer's, with groups "rest", "latent" and "scale"."""
+        if self.optimizer is not None:
+            if not self._made_optimizer:
+                refuse_rates(self.args, "the optimizer was made outside of the trainer")
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        assert isinstance(self.model, nn.Module)
+        split_groups(optimizer, self.model if model is None else model, self.args)
+        self._made_optimizer = True
+        return optimizer
+
+    # ---- loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The distillation loss in training with a teacher, else the model's own; both divided over the whole batch."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._distiller is not None:
+            loss, outputs = self._distill(self._distiller, model, inputs, num_items_in_batch)
+        elif num_items_in_batch is None or not self._mends_loss(inputs.get("labels")):
+            self.loss_is_scaled_for_ga = None  # Trainer knows
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            loss, outputs = self._mean_loss(model, inputs, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _mends_loss(self, labels: Any) -> bool:
+        """Whether the model's loss is a mean over the labels of a micro-batch, whatever it is told."""
+        if self.compute_loss_func is not None or self.label_smoother is not None or not isinstance(labels, Tensor):
+            return False
+        # transformers' losses for float labels (regression, several labels) are means
+        return self._loss_style is LossStyle.MEAN or (self._loss_style is LossStyle.SUM and labels.is_floating_point())
+
+    def _mean_loss(self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int) -> tuple[Tensor, Any]:
+        """A micro-batch counts for its share of the items, not for one of so many micro-batches."""
+        accepts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, False
+        try:
+            loss, outputs = super().compute_loss(model, inputs, True)
+        finally:
+            self.model_accepts_loss_kwargs = accepts
+        self.loss_is_scaled_for_ga = True
+        return self._over_ranks(loss * (inputs["labels"].ne(-100).sum() / items)), outputs
+
+    def _distill(
+        self, distiller: Distiller, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None
+    ) -> tuple[Tensor, Any]:
+        assert isinstance(self.model, nn.Module)
+        micro_batches = self.current_gradient_accumulation_steps
+        sums, count, outputs = distiller(model, self.model, inputs, self._loss_shifts_labels)
+        means = sums / (max(count, 1) * micro_batches if items is None else items)
+        loss = self._over_ranks(means) if items is not None else means
+        self._metrics.add(loss.detach())
+        loss = loss[TOTAL]
+        auxiliary = outputs.get("aux_loss") if isinstance(outputs, dict) else None
+        if auxiliary is not None:  # load balancing of experts, which models add to their own loss only
+            loss = loss + auxiliary_weight(self.model) * auxiliary / micro_batches
+        self.loss_is_scaled_for_ga = True
+        return loss, outputs
+
+    def _over_ranks(self, loss: Tensor) -> Tensor:
+        """DDP averages gradients over ranks; a loss divided by the items of all ranks has to be summed."""
+        if not self.args.average_tokens_across_devices:
+            return loss
+        return loss * (self.accelerator.num_processes // self.get_tp_size())
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        if self.compute_loss_func is not None or self.label_smoother is not None:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        # counted also where the model does not take the number, because `compute_loss` divides in its place
+        accepts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, True
+        try:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        finally:
+            self.model_accepts_loss_kwargs = accepts
+
+    # ---- evaluation, logs, checkpoints ----
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As Trainer's, at full strength (see `eval_at_full_strength`); changes neither the strength nor the random state.
+
+        The metric `eval_strength` is the strength that was measured.
+        """
+        assert isinstance(self.model, nn.Module)
+        model = self.model
+        full = self._strength.at_full_strength(model) if self.args.eval_at_full_strength else contextlib.nullcontext()
+        random_state = torch.get_rng_state()  # a DataLoader draws a seed from it each time it is read
+        try:
+            with full, kept_codes(model):
+                strength = float(trained_layers(model)[0][1].strength)
+                output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        finally:
+            torch.set_rng_state(random_state)
+        assert output.metrics is not None
+        output.metrics[f"{metric_key_prefix}_strength"] = strength
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's; training logs also get the `quant/...` and `distill/...` metrics."""
+        if self.is_in_train and "loss" in logs:
+            assert isinstance(self.model, nn.Module)
+            logs.update(self._metrics.collect(self.model, self.state.global_step, self._strength.strength, self.accelerator))
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # save_pretrained writes experts in their original layout, which resuming and load_best_model_at_end (a plain
+        # load_state_dict) do not find again; a checkpoint is for them, and from_pretrained reads both layouts
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not self.is_in_train or not isinstance(model, PreTrainedModel):
+            super()._save(output_dir, state_dict)
+            return
+        in_own_layout = functools.partial(type(model).save_pretrained, model, save_original_format=False)
+        model.__dict__["save_pretrained"] = in_own_layout
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del model.__dict__["save_pretrained"]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self._distiller is not None and self.args.should_save:
+            write_teacher(f"{self._get_output_dir(trial)}/checkpoint-{self.state.global_step}", self._fingerprint)
