@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         set_strength,
         unpack_model,
     )
+    from .training import QATArguments, QATTrainer
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,8 @@ _HOME = {
     "set_norm_blend": "surgery",
     "set_strength": "surgery",
     "unpack_model": "surgery",
+    "QATArguments": "training",
+    "QATTrainer": "training",
 }
 
 __all__ = [
@@ -61,6 +64,8 @@ __all__ = [
     "BitNetQuantizationConfig",
     "Coverage",
     "PackedBitLinear",
+    "QATArguments",
+    "QATTrainer",
     "Quantized",
     "calibrate",
     "coverage",
