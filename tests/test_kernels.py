@@ -1,0 +1,191 @@
+"""Every body of every kernel against `reference.py`, and the reference itself by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_bitnet import kernels
+from hf_bitnet.kernels import cases, dispatch, eager, reference
+from hf_bitnet.quantizers import WEIGHT_SCHEMES
+
+OPERATIONS = tuple(dispatch._BODIES)
+BODIES = [(operation, body) for operation in OPERATIONS for body in dispatch.bodies(operation)]
+each_body = pytest.mark.parametrize(("operation", "body"), BODIES, ids=[f"{o}-{b.name}" for o, b in BODIES])
+# of the root mean square: float32 sums against float64 ones, and one rounding to bfloat16
+_RATIO = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}
+
+
+def _assert_equal(found: Any, expected: Any, case: str) -> None:
+    """Integers equal; floats by the ratio of root mean squares."""
+    if isinstance(expected, tuple):
+        assert len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            _assert_equal(a, b, case)
+        return
+    assert found.dtype == expected.dtype and found.shape == expected.shape, case
+    if not expected.is_floating_point():
+        assert torch.equal(found, expected), case
+    elif expected.numel():
+        error = (found.double() - expected.double()).square().mean().sqrt()
+        assert error <= _RATIO[expected.dtype] * expected.double().square().mean().sqrt(), case
+
+
+def _serve(body: dispatch.Body) -> Callable[..., Any]:
+    reason = body.why_unavailable("cpu")
+    if reason:
+        pytest.skip(reason)
+    return body.function
+
+
+def _copies(args: tuple[Any, ...]) -> list[Any]:
+    return [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_operation_has_cases_and_a_definition(operation: str) -> None:
+    assert sum(1 for _ in cases.CASES[operation]()) > 5
+    assert dispatch.bodies(operation)[-1].function is getattr(reference, operation)
+
+
+@each_body
+def test_body_equals_reference(operation: str, body: dispatch.Body) -> None:
+    function, definition = _serve(body), getattr(reference, operation)
+    for case, args in cases.CASES[operation]():
+        before = _copies(args)
+        _assert_equal(function(*args), definition(*args), case)
+        assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(before, args, strict=True)), case
+
+
+@each_body
+def test_blocks_of_any_size(operation: str, body: dispatch.Body, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocked bodies cut large inputs; with tiny blocks the small cases are cut too, with a remainder."""
+    function, definition = _serve(body), getattr(reference, operation)
+    for block in (1, 100):
+        monkeypatch.setattr(eager, "_BLOCK", block)
+        for case, args in cases.CASES[operation](seed=1):
+            _assert_equal(function(*args), definition(*args), f"{case}, blocks of {block}")
+
+
+@each_body
+def test_autocast_changes_nothing(operation: str, body: dispatch.Body) -> None:
+    function = _serve(body)
+    for case, args in cases.CASES[operation]():
+        expected = function(*args)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = function(*args)
+        pairs = zip(found, expected, strict=True) if isinstance(expected, tuple) else [(found, expected)]
+        assert all(torch.equal(a, b) for a, b in pairs), case
+
+
+@each_body
+def test_fresh_memory_is_never_read(operation: str, body: dispatch.Body) -> None:
+    """With new tensors filled by NaN or huge integers, a kernel that reads what it did not write gives itself away."""
+    function, definition = _serve(body), getattr(reference, operation)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # this is what makes torch fill new memory
+    try:
+        for case, args in cases.CASES[operation](seed=2):
+            _assert_equal(function(*args), definition(*args), case)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# ---- the definitions, by hand ----
+
+
+def test_int_matmul_by_hand() -> None:
+    a, b = torch.tensor([[1, -2, 3]], dtype=torch.int8), torch.tensor([[4, 5, 6], [-128, 0, 127]], dtype=torch.int8)
+    assert reference.int_matmul(a, b).tolist() == [[12, 253]]
+
+
+def test_quantize_rows_by_hand() -> None:
+    codes, scale = reference.quantize_rows(torch.tensor([[127.0, 0.5, 1.5, -2.5], [0.0, 0.0, 0.0, 0.0]]), -128, 127, 1e-5)
+    assert codes.tolist() == [[127, 0, 2, -2], [0, 0, 0, 0]]
+    torch.testing.assert_close(scale, torch.tensor([[1.0], [1e-5 / 127]]))
+
+
+def test_int_linear_by_hand() -> None:
+    x, w = torch.tensor([[2, 3]], dtype=torch.int8), torch.tensor([[1, -1], [0, 2]], dtype=torch.int8)
+    x_scale, w_scale = torch.tensor([[0.5]]), torch.tensor([[1.0, 10.0], [100.0, 1000.0]])
+    y = reference.int_linear(x, x_scale, torch.tensor([[1.0]]), w, w_scale, -0.5, torch.tensor([1.0, 2.0]), torch.float32)
+    # row 0: (1 * 1.5 * 1 + 2 * -0.5 * 10) / 2 + 1; row 1: (1 * 0.5 * 100 + 2 * 2.5 * 1000) / 2 + 2
+    assert y.tolist() == [[-3.25, 2527.0]]
+
+
+def test_packed_layout_by_hand() -> None:
+    """Neighbours along the input share a byte, the first in the lowest bits; level = (code - lowest) / step; rows padded."""
+    ternary = torch.tensor([[1, 0, -1, 1, -1], [-1, -1, -1, -1, 1]], dtype=torch.int8)
+    packed = kernels.pack(ternary, 2, -1, 1)
+    assert packed.tolist() == [[2 + (1 << 2) + (0 << 4) + (2 << 6), 0], [0, 2]]
+    binary = torch.tensor([[1, -1, -1, 1, 1, 1, -1, -1, 1]], dtype=torch.int8)
+    assert kernels.pack(binary, 1, -1, 2).tolist() == [[0b00111001, 1]]
+    assert kernels.pack(torch.tensor([[-7, 7, 0]], dtype=torch.int8), 4, -7, 1).tolist() == [[0 + (14 << 4), 7]]
+    assert kernels.pack(torch.tensor([[-127, 127]], dtype=torch.int8), 8, -127, 1).tolist() == [[0, 254]]
+    assert packed.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("scheme", WEIGHT_SCHEMES.names())
+@pytest.mark.parametrize("columns", [1, 2, 3, 7, 8, 9, 64, 131])
+def test_pack_and_unpack_round_trip(scheme: str, columns: int) -> None:
+    kind = WEIGHT_SCHEMES.get(scheme)
+    grid, bits = kind.grid, kind.storage_bits
+    assert 2**bits >= grid.levels
+    codes = (torch.randint(0, grid.levels, (5, columns)) * grid.step + grid.lowest).to(torch.int8)
+    codes[0] = grid.lowest
+    codes[1] = grid.highest
+    packed = kernels.pack(codes, bits, grid.lowest, grid.step)
+    assert packed.shape == (5, -(-columns * bits // 8))
+    assert torch.equal(kernels.unpack(packed, bits, grid.lowest, grid.step, columns), codes)
+
+
+# ---- dispatch ----
+
+
+def test_explain_names_every_operation_and_reason() -> None:
+    lines = kernels.explain("cpu").splitlines()
+    assert [line.split()[0] for line in lines] == ["operation", *OPERATIONS]
+    assert "onednn: torch._int_mm has shape limits on cuda" in kernels.explain("cuda")
+
+
+@pytest.mark.parametrize(
+    ("x", "enabled", "expected"),
+    [
+        (torch.zeros(1), False, torch.float32),
+        (torch.zeros(1), True, torch.bfloat16),
+        (torch.zeros(1, dtype=torch.float16), False, torch.float16),
+        (torch.zeros(1, dtype=torch.float64), True, torch.float64),
+    ],
+)
+def test_output_dtype_is_that_of_a_linear_layer(x: Tensor, enabled: bool, expected: torch.dtype) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        assert kernels.autocast_dtype(x) == expected
+        assert torch.nn.functional.linear(x, torch.zeros(2, 1, dtype=x.dtype)).dtype == expected
+
+
+def _dispatch_under(monkeypatch: pytest.MonkeyPatch, forced: str) -> ModuleType:
+    """The dispatch module as a fresh process with this environment would import it."""
+    monkeypatch.setenv("HF_BITNET_KERNELS", forced)
+    spec = importlib.util.find_spec("hf_bitnet.kernels.dispatch")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("forced", ["reference", "float32"])
+def test_environment_variable_forces_a_body(monkeypatch: pytest.MonkeyPatch, forced: str) -> None:
+    fresh = _dispatch_under(monkeypatch, forced)
+    body = next(body for body in fresh.bodies("int_matmul") if body.name == forced)
+    assert fresh._CHOSEN["int_matmul", "cpu"] is body.function
+    assert ("pack", "cpu") in fresh._CHOSEN  # operations without such a body keep theirs
+
+
+def test_environment_variable_with_an_unknown_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"HF_BITNET_KERNELS='refrence' names no kernel body; legal: .*reference.* unset"):
+        _dispatch_under(monkeypatch, "refrence")
