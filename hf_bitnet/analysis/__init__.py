@@ -1,10 +1,11 @@
-"""Floor 5: what quantization did to a model, and which layers it hurts."""
+"""Floor 5: what quantization did to a model, and which layers it hurts; perplexity."""
 
 from .layers import LayerReport, layer_report
 from .losses import SensitivityReport, sensitivity
 from .outputs import OutputReport, output_report
 from .report import LayerRow, Report
 from .suggest import suggest_overrides
+from .text import perplexity, text_windows
 
 __all__ = [
     "LayerReport",
@@ -14,6 +15,8 @@ __all__ = [
     "SensitivityReport",
     "layer_report",
     "output_report",
+    "perplexity",
     "sensitivity",
     "suggest_overrides",
+    "text_windows",
 ]

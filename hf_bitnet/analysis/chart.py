@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape
 
 _ROW, _BAR = 20, 12
 _BAR_SPACE = 440
-_TOP = 62
+_TOP = 76
 _MARGIN = 16
 # of the 12 px font; an estimate is enough, since labels are cut to a number of characters
 _CHARACTER = 6.7
@@ -45,18 +45,27 @@ class Bar:
     text: str
 
 
-def bar_chart(title: str, subtitle: str, bars: Sequence[Bar], footer: str = "") -> str:
-    """The SVG of the bars, from top to bottom in the order given."""
+def bar_chart(
+    title: str,
+    subtitle: str,
+    bars: Sequence[Bar],
+    footer: Sequence[str] = (),
+    tick_text: Callable[[float], str] = "{:g}".format,
+) -> str:
+    """The SVG of the bars, from top to bottom in the order given, with lines of text below them."""
     labels = [_cut(bar.label) for bar in bars]
     left = _MARGIN + max([len(label) for label in labels] or [0]) * _CHARACTER + 10
     width = left + _BAR_SPACE + _MARGIN + max([len(bar.text) for bar in bars] or [0]) * _CHARACTER + 8
-    # an estimate of the title's width, so that a chart of short names does not cut it
-    width = max(width, 2 * _MARGIN + 8.0 * len(title), 2 * _MARGIN + _CHARACTER * len(subtitle))
+    # a chart of short names must not cut its own texts
+    width = max(
+        [width, 2 * _MARGIN + 8.2 * len(title), *(2 * _MARGIN + _CHARACTER * len(text) for text in (subtitle, *footer))]
+    )
     bottom = _TOP + _ROW * len(bars) + 6
-    height = bottom + (26 if footer else 10)
+    height = bottom + 12 + _ROW * len(footer)
     finite = [bar.value for bar in bars if math.isfinite(bar.value)]
-    ticks = _ticks(min([0.0, *finite]), max([0.0, *finite]))
-    low, high = ticks[0], ticks[-1]
+    low = min([0.0, *finite])
+    ticks = _ticks(low, max([0.0, *finite]))
+    high = ticks[-1]
 
     def x(value: float) -> float:
         return left + (value - low) / (high - low) * _BAR_SPACE
@@ -65,11 +74,10 @@ def bar_chart(title: str, subtitle: str, bars: Sequence[Bar], footer: str = "") 
     for tick in ticks:
         kind = ' class="zero"' if tick == 0 else ""
         parts.append(f'<line{kind} x1="{x(tick):.1f}" y1="{_TOP - 2}" x2="{x(tick):.1f}" y2="{bottom}"/>')
-        parts.append(_text(x(tick), _TOP - 7, f"{tick:g}", "quiet", "middle"))
+        parts.append(_text(x(tick), _TOP - 8, tick_text(tick), "quiet", "middle"))
     for i, (bar, label) in enumerate(zip(bars, labels, strict=True)):
         parts += _bar(bar, label, _TOP + _ROW * i + (_ROW - _BAR) / 2 + 2, left, x)
-    if footer:
-        parts.append(_text(_MARGIN, bottom + 16, footer, "quiet"))
+    parts += [_text(_MARGIN, bottom + _ROW * (i + 1), text, "quiet") for i, text in enumerate(footer)]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="hfb" role="img" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}">\n<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n'
@@ -101,9 +109,9 @@ def _cut(label: str) -> str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers from at or below `low` to at or above `high`."""
+    """Round numbers from at or above `low` (at most 0) to at or above `high` (at least 0)."""
     span = (high - low) or 1.0
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor * 5 >= span)
-    first, last = math.floor(low / step + 1e-9), math.ceil((high or low + span) / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+    first, last = math.ceil(low / step - 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, max(last, 1 if span > -low else 0) + 1)]

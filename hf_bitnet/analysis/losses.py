@@ -45,7 +45,7 @@ class SensitivityReport(Report[SensitivityRow]):
     title = "Sensitivity by layer"
     explanation = "Increase of the loss when only this layer is quantized"
     ranked_by = "increase"
-    columns = (Column("loss", "loss", "{:.5g}".format), Column("increase", "increase", "{:+.5g}".format))
+    columns = (Column("loss", "loss", "{:.5f}".format), Column("increase", "increase", "{:+.5f}".format))
 
     def __init__(self, rows: list[SensitivityRow], measure: str, full_precision: float, quantized: float) -> None:
         super().__init__(rows)

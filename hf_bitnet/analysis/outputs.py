@@ -45,6 +45,10 @@ class OutputReport(Report[OutputRow]):
         Column("by input", "activation_error", percent),
     )
 
+    @staticmethod
+    def tick_text(value: float) -> str:
+        return f"{100 * value:g} %"
+
     def __init__(self, rows: Iterable[OutputRow]) -> None:
         super().__init__(rows)
         self.rows = [*self.worst(), *(row for row in self.rows if row.error is None)]

@@ -94,6 +94,11 @@ class Report(Sequence[Row], Generic[Row]):
 
         return sorted((row for row in self.rows if self.badness(row) is not None), key=key, reverse=True)[:count]
 
+    @staticmethod
+    def tick_text(value: float) -> str:
+        """A number on the axis of the chart."""
+        return f"{value:g}"
+
     @property
     def average_bits(self) -> float:
         """Bits per weight over the quantized weights."""
@@ -114,8 +119,8 @@ class Report(Sequence[Row], Generic[Row]):
         ranked = self.worst()
         bars = [Bar(row.name, self.badness(row) or 0.0, shape(self.badness(row))) for row in ranked[:limit]]
         hidden = len(ranked) - len(bars)
-        footer = f"and {hidden} more layer{'s' if hidden > 1 else ''}, below these" if hidden else ""
-        return bar_chart(self.title, f"{self.explanation}. {self.summary()}", bars, footer)
+        footer = [f"and {hidden} more layer{'s' if hidden > 1 else ''}, less hurt than these"] if hidden else []
+        return bar_chart(self.title, self.explanation, bars, [*footer, *self.summary().split("; ")], self.tick_text)
 
     def __str__(self) -> str:
         columns = (*LAYER_COLUMNS, *self.columns)
