@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_bitnet as hb
 from benchmarks.common import SHARED, table, write_results
-from benchmarks.text import perplexity, windows
 from hf_bitnet.quantizers import SCALE_RULES, WEIGHT_SCHEMES, make_weight_quantizer
 
 
@@ -48,13 +47,13 @@ def main(argv: list[str] | None = None) -> None:
         path = SHARED / "models" / name
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        tokens = windows(tokenizer, SHARED / "data" / "novels" / "valid.txt")[: 4 if args.smoke else args.windows]
-        full = perplexity(model, tokens)
+        tokens = hb.text_windows(tokenizer, SHARED / "data" / "novels" / "valid.txt")[: 4 if args.smoke else args.windows]
+        full = hb.perplexity(model, tokens, progress=False)
         print(f"{name}: full precision {full:.2f}", flush=True)
         for fields in configurations():
             quantized = hb.quantize_model(copy.deepcopy(model), hb.BitNetQuantizationConfig(**fields))
             bits = hb.coverage(quantized).bits_per_weight
-            ratio = perplexity(quantized, tokens) / full
+            ratio = hb.perplexity(quantized, tokens, progress=False) / full
             row = {"model": name, **fields, "group_size": fields["group_size"] or "-", "ratio": ratio, "file bits": bits}
             rows.append(row)
             print("  ".join(str(value) for value in row.values()), flush=True)

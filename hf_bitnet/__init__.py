@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ._register import register_when_transformers_loads
 
 if TYPE_CHECKING:
-    from .analysis import layer_report, output_report, sensitivity, suggest_overrides
+    from .analysis import layer_report, output_report, perplexity, sensitivity, suggest_overrides, text_windows
     from .calibration import calibrate
     from .config import BitNetQuantizationConfig
     from .modules import BitConv1D, BitLinear, PackedBitLinear
@@ -48,7 +48,9 @@ _HOME = {
     "layer_report": "analysis",
     "output_report": "analysis",
     "sensitivity": "analysis",
+    "perplexity": "analysis",
     "suggest_overrides": "analysis",
+    "text_windows": "analysis",
     "pack_model": "surgery",
     "quantize_model": "surgery",
     "set_norm_blend": "surgery",
@@ -75,11 +77,13 @@ __all__ = [
     "layer_report",
     "output_report",
     "pack_model",
+    "perplexity",
     "quantize_model",
     "sensitivity",
     "set_norm_blend",
     "set_strength",
     "suggest_overrides",
+    "text_windows",
     "unpack_model",
 ]
 
