@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_bitnet.modules import BitConv1D, BitLinear, LayerSpec, TrainedLayer
+from hf_bitnet.modules import BitConv1D, BitLinear, LayerSpec, PackedBitLinear, QuantizedLayer, TrainedLayer
 from hf_bitnet.quantizers import ACTIVATION_SCHEMES, GRANULARITIES, SCALE_RULES, WEIGHT_SCHEMES, make_weight_quantizer
 from hf_bitnet.ste import ESTIMATORS
 
@@ -68,6 +70,15 @@ def as_conv1d(layer: BitLinear) -> BitConv1D:
     if made.weight_scale is not None and layer.weight_scale is not None:
         made.weight_scale.data.copy_(layer.weight_scale)
     return made
+
+
+FORMS: dict[str, Callable[[BitLinear], QuantizedLayer]] = {
+    "linear": lambda layer: layer,
+    "conv1d": as_conv1d,
+    "packed": PackedBitLinear.from_trained,
+    "packed conv1d": lambda layer: PackedBitLinear.from_trained(as_conv1d(layer)),
+}
+each_form = pytest.mark.parametrize("form", FORMS)
 
 
 def double(tensor: Tensor) -> Tensor:
