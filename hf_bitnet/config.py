@@ -188,7 +188,9 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         settings where they mean the same (`native`), else a setting that makes it stop instead of loading a wrong model.
         """
         around = {"linear_class": FOREIGN_LINEAR_CLASS} if self.native is None else copy.deepcopy(self.native)
-        return {"quant_method": NATIVE_METHOD, **around, QUANT_METHOD: self.fields()}
+        # pairs, not a dict: transformers sorts the keys of config.json, and here the first match wins
+        overrides = [[pattern, change] for pattern, change in self.fields()["overrides"].items()]
+        return {"quant_method": NATIVE_METHOD, **around, QUANT_METHOD: self.fields() | {"overrides": overrides}}
 
     @classmethod
     def from_dict(  # type: ignore[override]
@@ -198,6 +200,8 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         ours = config_dict.get(QUANT_METHOD, config_dict)
         if not isinstance(ours, dict):
             raise ValueError(f"quantization_config[{QUANT_METHOD!r}] of config.json must hold the settings, got {ours!r}")
+        if isinstance(ours.get("overrides"), list):
+            ours = ours | {"overrides": dict(ours["overrides"])}
         return super().from_dict(ours, return_unused_kwargs, **kwargs)
 
     def get(self, name: str, default: Any = None) -> Any:
