@@ -1,0 +1,248 @@
+"""What goes with a model's files: its card, and folders and files that are either complete or not there. Own.
+
+Every figure and setting of a card comes from the model, from its config, or from what was measured; nothing is typed by
+hand, and what is not known is left out. Leaves out: uploading, which `push_to_hub` and `ModelCard.push_to_hub` do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
+
+from .config import BitNetQuantizationConfig
+from .surgery import config_of, coverage
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_CARD, _CONFIG = "README.md", "config.json"
+# fields of the config that say nothing about this model to a reader
+_BOOKKEEPING = frozenset(
+    ["version", "quant_method", "quantized_modules", "min_coverage", "ste_threshold", "ste_temperature", "relaxation"]
+    + ["sub_norm_eps"]
+)
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured figure of a card.
+
+    Attributes:
+        what: the model that was measured, for example "packed, as saved".
+        value: the figure.
+        dataset: name of the text, a Hub id or a file's name.
+        metric: name of the figure.
+        kind: "result" is of the model that the card is for; "step" of what it was on the way; "reference" of the
+            full-precision model, by which the others are divided.
+    """
+
+    what: str
+    value: float
+    dataset: str
+    metric: str = "perplexity"
+    kind: str = "result"
+
+
+def model_card(
+    model: nn.Module,
+    *,
+    name: str,
+    base_model: str | None = None,
+    license: str | None = None,
+    measurements: Sequence[Measurement] = (),
+    training: Mapping[str, Any] | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> ModelCard:
+    """The card of a quantized model, in train form or packed.
+
+    Args:
+        model: carries its BitNetQuantizationConfig, from which the card is written.
+        name: of the model.
+        base_model: Hub id or path of the model that was quantized. A path of this machine does not get into the card.
+        license: of the model; None takes the base model's, where it has a card that says so (`license_of`).
+        measurements: figures; the results among them also go into the metadata.
+        training: settings and sizes of the training run; None for a model that was not trained.
+        versions: of the libraries.
+
+    Raises ValueError when the model is not quantized.
+    """
+    config = config_of(model)
+    data = ModelCardData(
+        model_name=name,
+        license=license or (None if base_model is None else license_of(base_model)),
+        library_name="transformers",
+        pipeline_tag="text-generation" if hasattr(model, "can_generate") and model.can_generate() else None,  # type: ignore[operator]
+        base_model=hub_id(base_model),
+        base_model_relation="quantized" if hub_id(base_model) else None,
+        tags=["hf_bitnet", "bitnet", "quantized", config.weight, f"{config.bits:g}-bit"],
+        eval_results=[_eval_result(each) for each in measurements if each.kind == "result"] or None,
+    )
+    sections = [_summary(model, config, name, base_model, training), _use(model, config), _quantization(model, config)]
+    sections += [_results(measurements)] if measurements else []
+    sections += ["## Training\n\n" + _table("setting", "value", training)] if training else []
+    sections += ["## Versions\n\n" + _table("package", "version", versions)] if versions else []
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _eval_result(each: Measurement) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        # a Hub id where it is one; the format asks for some identifier
+        dataset_type=each.dataset if "/" in each.dataset else "text",
+        dataset_name=each.dataset,
+        metric_type=each.metric,
+        metric_name=f"{each.metric} ({each.what})",
+        metric_value=each.value,
+    )
+
+
+def _summary(
+    model: nn.Module, config: BitNetQuantizationConfig, name: str, base_model: str | None, training: Mapping[str, Any] | None
+) -> str:
+    base = "a full-precision model" if base_model is None else f"`{hub_id(base_model) or Path(base_model).name}`"
+    how = "with quantization-aware training" if training else "without any training"
+    covered = coverage(model)
+    return (
+        f"# {name}\n\n{base} with {config.weight} weights ({config.bits:g} bits) and activations {config.activation!r}, made "
+        f"{how} by hf_bitnet. {covered.fraction:.1%} of the weights of its linear maps "
+        f"are quantized. {covered.bytes_float / 1e6:.1f} MB in full precision are {covered.bytes_packed / 1e6:.1f} MB packed."
+    )
+
+
+def _use(model: nn.Module, config: BitNetQuantizationConfig) -> str:
+    kind = type(model).__name__
+    native = "" if config.native is None else "\nPlain transformers, without hf_bitnet, loads these files too.\n"
+    return (
+        f"## Use\n\n```python\nimport hf_bitnet\nfrom transformers import AutoTokenizer, {kind}\n\n"
+        'path = "..."  # of this repository or folder\n'
+        f"tokenizer = AutoTokenizer.from_pretrained(path)\nmodel = {kind}.from_pretrained(path)\n```\n{native}".rstrip()
+    )
+
+
+def _quantization(model: nn.Module, config: BitNetQuantizationConfig) -> str:
+    fields = {key: value for key, value in config.fields().items() if key not in _BOOKKEEPING and value not in (None, [], {})}
+    return f"## Quantization\n\n{_table('field', 'value', fields)}\n\n```text\n{coverage(model)}\n```"
+
+
+def _results(measurements: Sequence[Measurement]) -> str:
+    lines = ["## Results", "", "| model | text | figure | value | to full precision |", "|---|---|---|---:|---:|"]
+    for each in measurements:
+        same = (each.metric, each.dataset)
+        base = next((m.value for m in measurements if m.kind == "reference" and (m.metric, m.dataset) == same), None)
+        ratio = f"x {each.value / base:.3f}" if base and each.kind != "reference" else ""
+        lines.append(f"| {each.what} | {_cell(each.dataset)} | {each.metric} | {each.value:.4g} | {ratio} |")
+    return "\n".join(lines)
+
+
+def _table(left: str, right: str, rows: Mapping[str, Any]) -> str:
+    return "\n".join([f"| {left} | {right} |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows.items())])
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name` where it is the id of a model on the Hub; None where it is a folder here, or cannot be an id."""
+    if name is None or os.path.exists(name) or not _HUB_ID.fullmatch(name):
+        return None
+    return name
+
+
+def license_of(name: str) -> str | None:
+    """The license that the card of a model (Hub id, or folder with a README.md) names; None where it cannot be read."""
+    source = Path(name) / _CARD if os.path.isdir(name) else hub_id(name)
+    if source is None or (isinstance(source, Path) and not source.is_file()):
+        return None
+    try:
+        return ModelCard.load(source, ignore_metadata_errors=True).data.get("license")
+    except Exception:  # no network, no card, a broken card: the license is not known, which must not fail a finished run
+        return None
+
+
+def write_card(folder: str | os.PathLike[str], card: ModelCard) -> Path:
+    """Writes the card as README.md of a folder, whole or not at all."""
+    return _write(Path(folder) / _CARD, str(card))
+
+
+def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> Path:
+    """Writes a JSON file, whole or not at all."""
+    return _write(Path(path), json.dumps(values, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> Path:
+    temporary = _beside(path)
+    try:
+        with open(temporary, "x", encoding="utf-8", newline="") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _beside(path: Path) -> Path:
+    """A name that nobody uses, in the same folder, so that a rename to `path` is one step of the file system."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+
+
+def refuse_existing(folder: str | os.PathLike[str], *, overwrite: bool, advice: str = "overwrite=True") -> None:
+    """Raises ValueError when a folder holds something, and may not be or should not be replaced.
+
+    Args:
+        overwrite: allows to replace a folder that holds a model (a config.json).
+        advice: how the caller's user allows it.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file; give a folder")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"the folder {str(folder)!r} is not empty; choose another one, or replace it: {advice}")
+    if not (path / _CONFIG).is_file():
+        raise ValueError(f"the folder {str(folder)!r} holds no model (no {_CONFIG}), so it is not replaced; choose another one")
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False, advice: str = "overwrite=True") -> Iterator[Path]:
+    """Yields an empty folder that becomes `folder` at the end, and disappears after an error.
+
+    Raises ValueError at once as `refuse_existing` does.
+    """
+    refuse_existing(folder, overwrite=overwrite, advice=advice)
+    path = Path(os.path.abspath(folder))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        put_in_place(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Renames a complete folder to `path`; what was there is removed when the new one is in its place."""
+    old = _beside(path)
+    existed = path.exists()
+    if existed:
+        os.replace(path, old)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        if existed:
+            os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

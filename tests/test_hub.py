@@ -1,0 +1,179 @@
+"""The model card says what the model is, and files and folders are whole or not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from transformers import PreTrainedModel
+
+import hf_bitnet as hb
+from hf_bitnet.hub import (
+    Measurement,
+    hub_id,
+    license_of,
+    model_card,
+    new_folder,
+    put_in_place,
+    refuse_existing,
+    write_card,
+    write_json,
+)
+from tests.tiny import tiny
+
+
+def quantized(**fields: Any) -> PreTrainedModel:
+    return hb.quantize_model(tiny("llama")[0], hb.BitNetQuantizationConfig(**fields))
+
+
+MEASUREMENTS = [
+    Measurement("full precision", 40.0, "valid.txt", kind="reference"),
+    Measurement("quantized, not yet trained", 200.0, "valid.txt", kind="step"),
+    Measurement("packed, as saved", 50.0, "valid.txt"),
+    Measurement("packed, as saved", 30.0, "org/corpus"),
+]
+
+# ---- the card ----
+
+
+def test_card_says_what_the_model_is() -> None:
+    model = hb.pack_model(quantized(keep=[r"layers\.0\."]))
+    card = model_card(model, name="small-b158", base_model="org/base", license="mit", measurements=MEASUREMENTS)
+    text = card.text
+    assert "`org/base` with ternary weights (1.58 bits) and activations 'int8'" in text
+    assert "without any training" in text
+    assert str(hb.coverage(model)) in text
+    assert f"{hb.coverage(model).fraction:.1%} of the weights" in text
+    assert "LlamaForCausalLM.from_pretrained(path)" in text
+    assert r"| keep | ['layers\\.0\\.'] |" in text
+    assert "| packed, as saved | valid.txt | perplexity | 50 | x 1.250 |" in text
+    assert "| quantized, not yet trained | valid.txt | perplexity | 200 | x 5.000 |" in text
+    assert "| full precision | valid.txt | perplexity | 40 |  |" in text
+    assert "| packed, as saved | org/corpus | perplexity | 30 |  |" in text  # another text: nothing to divide by
+    assert "## Training" not in text
+
+
+def test_metadata_is_what_the_hub_reads(tmp_path: Path) -> None:
+    card = model_card(
+        quantized(), name="small-b158", base_model="org/base", license="mit", measurements=MEASUREMENTS, training={"steps": 3}
+    )
+    write_card(tmp_path, card)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.license, data.base_model, data.library_name) == ("mit", "org/base", "transformers")
+    assert (data.base_model_relation, data.pipeline_tag) == ("quantized", "text-generation")
+    assert {"hf_bitnet", "bitnet", "ternary", "quantized"} <= set(data.tags)
+    # only what was measured on this very model
+    assert [(each.dataset_name, each.metric_type, each.metric_value) for each in data.eval_results] == [
+        ("valid.txt", "perplexity", 50.0),
+        ("org/corpus", "perplexity", 30.0),
+    ]
+
+
+def test_card_of_a_classifier_makes_no_claim_about_text() -> None:
+    model = hb.quantize_model(tiny("bert")[0], hb.BitNetQuantizationConfig.w8a8())
+    card = model_card(model, name="bert-w8")
+    assert card.data.pipeline_tag is None and card.data.license is None and card.data.eval_results is None
+    assert "## Results" not in card.text
+    assert "BertForSequenceClassification.from_pretrained(path)" in card.text
+    assert "a full-precision model with int8 weights (8 bits)" in card.text
+
+
+def test_settings_and_versions_become_tables() -> None:
+    card = model_card(
+        quantized(), name="x", training={"learning_rate": 1e-4, "tokens": 1500000, "text": "a|b"}, versions={"torch": "2.13"}
+    )
+    assert "| learning_rate | 0.0001 |\n| tokens | 1,500,000 |\n| text | a\\|b |" in card.text
+    assert "| torch | 2.13 |" in card.text
+    assert "with quantization-aware training" in card.text
+
+
+def test_native_checkpoints_are_said_to_be_native() -> None:
+    assert "Plain transformers" in model_card(quantized(), name="x").text
+    assert "Plain transformers" not in model_card(hb.pack_model(quantized()), name="x").text
+
+
+def test_card_needs_a_quantized_model() -> None:
+    with pytest.raises(ValueError, match="carries no BitNetQuantizationConfig"):
+        model_card(tiny("llama")[0], name="x")
+
+
+def test_no_path_of_this_machine_in_a_card(tmp_path: Path) -> None:
+    base = tmp_path / "my-model"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# mine\n")
+    card = model_card(quantized(), name="x", base_model=str(base))
+    assert str(tmp_path) not in str(card)
+    assert "`my-model` with ternary weights" in card.text
+    assert card.data.base_model is None
+    assert card.data.license == "apache-2.0"
+
+
+def test_license_that_is_not_known(tmp_path: Path) -> None:
+    assert license_of(str(tmp_path)) is None  # no card
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    assert license_of(str(tmp_path)) is None  # a broken one
+    assert license_of("org/model") is None  # no network
+    assert license_of("not/an/id") is None
+
+
+def test_hub_ids(tmp_path: Path) -> None:
+    assert hub_id("org/model-1.5") == "org/model-1.5"
+    assert hub_id("gpt2") == "gpt2"
+    assert hub_id("../model") is None and hub_id("a/b/c") is None and hub_id(None) is None and hub_id(str(tmp_path)) is None
+
+
+# ---- whole or not there ----
+
+
+def test_files_are_written_whole(tmp_path: Path) -> None:
+    assert json.loads(write_json(tmp_path / "results.json", {"a": [1.5]}).read_text()) == {"a": [1.5]}
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "results.json", {"a": object()})
+    assert json.loads((tmp_path / "results.json").read_text()) == {"a": [1.5]}
+    with pytest.raises(UnicodeEncodeError):
+        write_card(tmp_path, ModelCard("# lone surrogate \udc80"))
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_new_folder_is_complete_or_absent(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "deep" / "out") as folder:
+        (folder / "config.json").write_text("1")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert (tmp_path / "deep" / "out" / "config.json").read_text() == "1"
+    with pytest.raises(KeyError), new_folder(tmp_path / "deep" / "other") as folder:
+        (folder / "config.json").write_text("1")
+        raise KeyError
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_new_folder_replaces_a_model_only_when_allowed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    with (
+        pytest.raises(ValueError, match="is not empty; choose another one, or replace it: --force"),
+        new_folder(out, advice="--force"),
+    ):
+        pass
+    with pytest.raises(KeyError), new_folder(out, overwrite=True):
+        raise KeyError
+    assert (out / "config.json").read_text() == "old"
+    with new_folder(out, overwrite=True) as folder:
+        (folder / "new").write_text("")
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(ValueError, match=r"holds no model \(no config.json\), so it is not replaced"):
+        refuse_existing(out, overwrite=True)
+    with pytest.raises(ValueError, match="is a file; give a folder"):
+        refuse_existing(out / "new", overwrite=True)
+
+
+def test_what_was_there_comes_back_when_renaming_fails(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("")
+    with pytest.raises(FileNotFoundError):
+        put_in_place(tmp_path / "missing", tmp_path / "out")
+    assert (tmp_path / "out" / "old").exists()
