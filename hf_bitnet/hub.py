@@ -26,11 +26,9 @@ from .surgery import config_of, coverage
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _CARD, _CONFIG = "README.md", "config.json"
 # fields of the config that say nothing about this model to a reader
-_BOOKKEEPING = frozenset(
-    ["version", "quant_method", "quantized_modules", "min_coverage", "ste_threshold", "ste_temperature", "relaxation"]
-    + ["sub_norm_eps"]
-)
-)
+_BOOKKEEPING = {"version", "quant_method", "quantized_modules", "min_coverage", "sub_norm_eps"} | {
+    *("ste_threshold", "ste_temperature", "relaxation")
+}
 
 
 @dataclass(frozen=True)
