@@ -119,7 +119,7 @@ def coverage(model: nn.Module) -> Coverage:
             )
             size = parameter.numel() * parameter.element_size()
             # fused experts are linear maps too, so min_coverage must not look away from them
-            linear = (is_linear(module) and key == "weight") or (parameter.dim() == 3 and not isinstance(module, nn.Embedding))
+            linear = (is_linear(module) and key == "weight") or _is_fused_experts(module, parameter)
             rows.append(Row(name, parameter.numel(), 8 * parameter.element_size(), size, size, "kept", reason, linear))
     return Coverage(rows)
 
@@ -143,13 +143,17 @@ def _kind(module: nn.Module, key: str) -> str:
         return "bias of a quantized layer" if key == "bias" else f"{key} of a quantized layer"
     if key == "bias":
         return "bias"
-    parameter = module._parameters[key]
-    if parameter is not None and parameter.dim() == 3:
+    if _is_fused_experts(module, module._parameters[key]):
         return "fused 3-D experts (not a linear layer)"
     for kind in ("norm", "router"):
         if kind in type(module).__name__.lower():
             return kind
     return f"{key} of {type(module).__name__}"
+
+
+def _is_fused_experts(module: nn.Module, parameter: torch.Tensor | None) -> bool:
+    # transformers calls all of them ...Experts; convolutions and position tables have three dimensions too
+    return parameter is not None and parameter.dim() == 3 and "expert" in type(module).__name__.lower()
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:
