@@ -108,9 +108,10 @@ def prepare_teacher(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
         return fsdp2_prepare_model(accelerator, teacher).eval()
+    registered = len(accelerator._models)
     prepared = accelerator.prepare_model(teacher, evaluation_mode=True)
     # Trainer takes a registered model for the student and would then leave the student unprepared in evaluate()
-    accelerator._models.remove(prepared)
+    del accelerator._models[registered:]
     return prepared
 
 

@@ -177,7 +177,7 @@ class QATTrainer(Trainer):
         self, distiller: Distiller, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None
     ) -> tuple[Tensor, Any]:
         assert isinstance(self.model, nn.Module)
-        micro_batches = self.current_gradient_accumulation_steps
+        micro_batches = getattr(self, "current_gradient_accumulation_steps", 1)
         sums, count, outputs = distiller(model, self.model, inputs, self._loss_shifts_labels)
         means = sums / (max(count, 1) * micro_batches if items is None else items)
         loss = self._over_ranks(means) if items is not None else means
@@ -225,7 +225,9 @@ class QATTrainer(Trainer):
         random_state = torch.get_rng_state()  # a DataLoader draws a seed from it each time it is read
         try:
             with full, kept_codes(model):
-                strength = float(trained_layers(model)[0][1].strength)
+                strength = self._strength.strength
+                if strength is None:  # not in training: as the user left it
+                    strength = float(trained_layers(model)[0][1].strength)
                 output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         finally:
             torch.set_rng_state(random_state)

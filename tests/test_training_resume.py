@@ -1,0 +1,203 @@
+"""A run that was stopped or killed continues bit for bit; experts come back; broken checkpoints are passed over."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+from hf_bitnet.training.resume import last_complete_checkpoint
+from tests.qat import assert_same, losses, make_trainer, quantized, weights
+from tests.tiny import tiny
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+STEPS, SAVED = 8, 2
+RUN: dict[str, Any] = {
+    "max_steps": STEPS,
+    "save_strategy": "steps",
+    "save_steps": SAVED,
+    "gradient_accumulation_steps": 2,
+    "per_device_train_batch_size": 2,
+    "strength_schedule": "cosine",
+    "strength_end": 0.8,
+    "teacher": "self",
+    "logging_steps": 1,
+}
+DROPOUT = {"attention_dropout": 0.3}  # so that the random state matters too
+
+
+class _StopAt(tf.TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise InterruptedError
+
+
+def _model() -> tf.PreTrainedModel:
+    return quantized(model=DROPOUT, weight="int2_seq", weight_scale="learned", ste="learnable", sub_norm=["o_proj"])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    trainer = make_trainer(tmp_path_factory.mktemp("whole"), _model(), **RUN)
+    trainer.train()
+    return losses(trainer), weights(trainer.model)
+
+
+@pytest.mark.parametrize("stop", [3, 6])
+def test_resume_equals_no_stop(stop: int, tmp_path: Path, uninterrupted: tuple) -> None:
+    with pytest.raises(InterruptedError):
+        make_trainer(tmp_path, _model(), callbacks=[_StopAt(stop)], **RUN).train()
+    trainer = make_trainer(tmp_path, _model(), **RUN)
+    trainer.train(resume_from_checkpoint=True)
+    assert losses(trainer) == uninterrupted[0]
+    assert_same(weights(trainer.model), uninterrupted[1])
+
+
+_SCRIPT = """
+import sys, time, torch
+torch.set_num_threads(1)
+from tests.qat import make_trainer
+from tests.test_training_resume import RUN, _model
+import transformers as tf
+class Report(tf.TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        print("step", state.global_step, flush=True)
+        time.sleep(0.05)
+    def on_substep_end(self, args, state, control, **kwargs):
+        print("half", state.global_step, flush=True)
+make_trainer(sys.argv[1], _model(), callbacks=[Report()], **RUN).train()
+"""
+
+
+def test_resume_after_sigkill(tmp_path: Path, uninterrupted: tuple) -> None:
+    """A real process, killed without warning at a random moment after the first checkpoint."""
+    moment = random.Random().choice([f"{what} {step}" for step in range(SAVED + 1, STEPS - 1) for what in ("step", "half")])
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SCRIPT, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip() == moment:
+            time.sleep(random.Random().random() * 0.05)
+            process.send_signal(signal.SIGKILL)
+            break
+    process.stdout.close()
+    assert process.wait() == -signal.SIGKILL, moment
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        trainer = make_trainer(tmp_path, _model(), **RUN)
+        trainer.train(resume_from_checkpoint=True)
+    finally:
+        torch.set_num_threads(threads)
+    assert losses(trainer) == uninterrupted[0], moment
+    assert_same(weights(trainer.model), uninterrupted[1])
+
+
+def test_checkpoints_cut_short_are_passed_over(tmp_path: Path, uninterrupted: tuple, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(InterruptedError):
+        make_trainer(tmp_path, _model(), callbacks=[_StopAt(7)], **RUN).train()
+    whole = last_complete_checkpoint(tmp_path, 1)
+    assert whole is not None and whole.endswith("checkpoint-6")
+    (tmp_path / "checkpoint-6" / "trainer_state.json").write_text('{"global_st')
+    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-5")
+    trainer = make_trainer(tmp_path, _model(), **RUN)
+    trainer.train(resume_from_checkpoint=True)
+    said = [record.getMessage() for record in caplog.records if "cut short" in record.getMessage()]
+    assert len(said) == 2
+    assert "checkpoint-6: no readable trainer_state.json" in said[0]
+    assert "checkpoint-5: its state is of step 4" in said[1]
+    assert losses(trainer) == uninterrupted[0]
+    assert_same(weights(trainer.model), uninterrupted[1])
+
+
+def test_random_states_of_all_ranks_are_needed(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
+    assert last_complete_checkpoint(tmp_path, 2) == str(folder)  # save_only_model
+    (folder / "rng_state_0.pth").touch()
+    assert last_complete_checkpoint(tmp_path, 2) is None
+    (folder / "rng_state_1.pth").touch()
+    assert last_complete_checkpoint(tmp_path, 2) == str(folder)
+    assert last_complete_checkpoint(tmp_path / "nowhere", 1) is None
+
+
+def test_nothing_to_resume_from(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="No valid checkpoint"):
+        make_trainer(tmp_path, quantized()).train(resume_from_checkpoint=True)
+
+
+def test_another_teacher_is_noticed(tmp_path: Path) -> None:
+    make_trainer(tmp_path, quantized(), teacher="self", max_steps=2, save_strategy="steps", save_steps=2).train()
+    other = make_trainer(tmp_path, quantized(), teacher=tiny("llama", seed=1)[0], max_steps=4)
+    with pytest.raises(ValueError, match=r"trained with another teacher.*from the model the run started from"):
+        other.train(resume_from_checkpoint=True)
+    trained = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2", dtype=torch.float32)
+    with pytest.raises(ValueError, match="trained with another teacher"):
+        make_trainer(tmp_path, trained, teacher="self", max_steps=4).train(resume_from_checkpoint=True)
+
+
+# ---- mixtures of experts ----
+
+
+def _experts(folder: Path, **fields: Any) -> Any:
+    base = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    return make_trainer(folder, quantized("mixtral"), **(base | fields))
+
+
+def test_experts_and_router_are_resumed(tmp_path: Path) -> None:
+    whole = _experts(tmp_path / "whole")
+    whole.train()
+    with pytest.raises(InterruptedError):
+        _experts(tmp_path / "half", callbacks=[_StopAt(3)]).train()
+    resumed = _experts(tmp_path / "half")
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    assert_same(weights(resumed.model), weights(whole.model))
+    assert any("experts" in name for name in weights(whole.model))
+
+
+def test_best_experts_are_loaded(tmp_path: Path) -> None:
+    worst_last = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    trainer = _experts(tmp_path, metric_for_best_model="score", compute_metrics=_falling(), **worst_last)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Keep(tf.TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(weights(kwargs["model"]))
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    assert_same(weights(trainer.model), seen[0])
+    assert any(not torch.equal(seen[0][name], seen[1][name]) for name in seen[0] if "experts" in name)
+
+
+def _falling() -> Any:
+    scores = iter((1.0, 0.5))
+    return lambda _: {"score": next(scores)}
+
+
+def test_saved_experts_load_with_from_pretrained(tmp_path: Path) -> None:
+    """Checkpoints keep the model's own layout, a final save_model the original one; both load."""
+    trainer = _experts(tmp_path)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    for folder in ("checkpoint-4", "final"):
+        loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.float32)
+        assert_same(weights(loaded), weights(trainer.model))
