@@ -7,11 +7,16 @@ raw weight, where a quantized forward would be bypassed in silence.
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from types import CodeType
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -112,18 +117,30 @@ def _tied_keys(module: nn.Module) -> list[str]:
 
 
 def _raw_readers(model: nn.Module) -> Iterator[int]:
-    """ids of linear maps whose parent's code mentions `self.<name>.weight`."""
-    sources: dict[type, str] = {}
+    """ids of linear maps whose parent's code reads `self.<name>.weight`."""
     for parent in model.modules():
-        children = [(name, child) for name, child in parent._modules.items() if child is not None and is_linear(child)]
-        if not children:
-            continue
-        kind = type(parent)
-        if kind not in sources:
-            try:
-                sources[kind] = inspect.getsource(kind)
-            except (OSError, TypeError):  # defined at a prompt: nothing to read
-                sources[kind] = ""
-        for name, child in children:
-            if re.search(rf"self\.{name}\.weight\b", sources[kind]):
+        for name, child in parent._modules.items():
+            if child is not None and is_linear(child) and any(name in _weights_read(kind) for kind in type(parent).__mro__):
                 yield id(child)
+
+
+@functools.cache
+def _weights_read(kind: type) -> frozenset[str]:
+    """Every x for which a method defined in this very class says `something.x.weight`."""
+    if kind in (nn.Module, object):
+        return frozenset()
+    return frozenset(name for member in vars(kind).values() for name in _weights_read_by(member))
+
+
+def _weights_read_by(member: Any) -> Iterator[str]:
+    function = inspect.unwrap(getattr(member, "__func__", None) or getattr(member, "fget", None) or member)
+    waiting = [getattr(function, "__code__", None)]
+    while waiting:
+        code = waiting.pop()
+        if not isinstance(code, CodeType):
+            continue
+        waiting += code.co_consts  # functions and comprehensions inside
+        if "weight" in code.co_names:  # the byte code, because reading sources takes a tenth of a second a class
+            for outer, inner in pairwise(dis.get_instructions(code)):
+                if inner.argval == "weight" and outer.opname == inner.opname == "LOAD_ATTR":
+                    yield outer.argval
