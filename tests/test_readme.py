@@ -1,0 +1,38 @@
+"""The README's Python snippets run, in their order, on a tiny model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import tiny
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def snippets() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, batch = tiny("llama")
+    model.save_pretrained("model")
+    tokens = batch["input_ids"]
+    names: dict[str, Any] = {
+        "train_dataset": [{"input_ids": row, "labels": row} for row in tokens.repeat(4, 1)],
+        "batches": [{"input_ids": tokens, "labels": tokens}],
+    }
+    found = snippets()
+    assert len(found) >= 4
+    for snippet in found:
+        # a run of the test suite shows no progress bars and needs no accelerator
+        snippet = snippet.replace("path/or/hub-name", "model")
+        snippet = snippet.replace("QATArguments(", "QATArguments(use_cpu=True, disable_tqdm=True, ", 1)
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert torch.isfinite(names["model"](input_ids=tokens).logits).all()
+    assert names["config"].bits == 1.58
