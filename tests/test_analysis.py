@@ -246,6 +246,16 @@ def test_sensitivity_without_labels_and_with_a_loss_of_ones_own() -> None:
     assert constant.quantized == 1.5 and constant[0].increase == 0.0
 
 
+def test_sensitivity_is_the_mean_over_batches() -> None:
+    model = hb.quantize_model(trained_llama(), TERNARY)
+    one, other = batch(8, seed=1), batch(8, seed=2)
+    first, second, both = (hb.sensitivity(model, batches) for batches in ([one], [other], [one, other]))
+    assert both.quantized == pytest.approx((first.quantized + second.quantized) / 2, rel=1e-5)
+    increases = [{row.name: row.increase for row in report} for report in (first, second)]
+    for row in both:
+        assert row.increase == pytest.approx((increases[0][row.name] + increases[1][row.name]) / 2, abs=1e-5)
+
+
 def test_divergence_ignores_padding() -> None:
     model = hb.quantize_model(trained_llama(), TERNARY)
     ids = batch(4)["input_ids"]
@@ -363,6 +373,8 @@ def test_suggestion_passes_over_layers_with_as_many_bits() -> None:
     assert list(hb.suggest_overrides(report, 4, to="keep")) == ["^l0$", "^l1$", "^l2$"]
     assert list(hb.suggest_overrides(report, 4, to={"activation": "none"})) == ["^l0$", "^l1$", "^l2$"]
     assert list(hb.suggest_overrides(report)) == ["^l1$", "^l2$"]
+    dotted = Fixed([LayerRow("a.b", "s", "a", 2, 1)])
+    assert hb.suggest_overrides(dotted) == {r"^a\.b$": {"weight": "int8"}}
 
 
 def test_suggestion_within_a_budget_of_bits() -> None:
