@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from .analysis import layer_report, output_report, perplexity, sensitivity, suggest_overrides, text_windows
     from .calibration import calibrate
     from .config import BitNetQuantizationConfig
+    from .export import export_native
     from .modules import BitConv1D, BitLinear, PackedBitLinear
+    from .plugin import load_native
     from .quantizers import Quantized
     from .surgery import (
         Coverage,
+        convert_native,
         coverage,
         dequantize_model,
         harden,
@@ -41,11 +44,14 @@ _HOME = {
     "Quantized": "quantizers",
     "calibrate": "calibration",
     "Coverage": "surgery",
+    "convert_native": "surgery",
     "coverage": "surgery",
     "dequantize_model": "surgery",
+    "export_native": "export",
     "harden": "surgery",
     "kept_codes": "surgery",
     "layer_report": "analysis",
+    "load_native": "plugin",
     "output_report": "analysis",
     "sensitivity": "analysis",
     "perplexity": "analysis",
@@ -70,11 +76,14 @@ __all__ = [
     "QATTrainer",
     "Quantized",
     "calibrate",
+    "convert_native",
     "coverage",
     "dequantize_model",
+    "export_native",
     "harden",
     "kept_codes",
     "layer_report",
+    "load_native",
     "output_report",
     "pack_model",
     "perplexity",

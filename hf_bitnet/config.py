@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import BitNetQuantConfig, QuantizationConfigMixin
 
 from .quantizers import ACTIVATION_SCHEMES, WEIGHT_SCHEMES, WeightQuantizer, make_weight_quantizer
 from .relaxations import RELAXATIONS
@@ -20,6 +20,8 @@ from .ste import ESTIMATORS
 
 QUANT_METHOD = "hf_bitnet"
 NATIVE_METHOD = "bitnet"
+# names, inside transformers' registry, the quantizer of `load_native`
+NATIVE_LOADING = "hf_bitnet_native"
 FORMS = ("train", "packed")
 # Plain transformers only warns about an unknown quant_method and loads float weights as a dense model, with other numbers.
 # Its own method with a linear_class it does not know makes it stop, and the name is what its error prints.
@@ -68,6 +70,7 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         ste_temperature: steepness of the soft estimators; where the learnable one starts.
         relaxation: what serves while a schedule holds the strength below 1.
         sub_norm: regular expressions of layers that get an RMS norm in front, for example [r"o_proj", r"down_proj"].
+        sub_norm_eps: what these norms add to the mean square.
         keep: regular expressions of modules that stay in full precision, beside the default ones (heads, routers, ...).
         overrides: {regular expression: "keep" | {field: value}}, first match wins. Fields: weight, weight_scale,
             granularity, group_size, activation, ste, sub_norm (True or False). An override quantizes a layer that would be
@@ -93,6 +96,7 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         ste_temperature: float = 4.0,
         relaxation: str = "linear",
         sub_norm: list[str] | None = None,
+        sub_norm_eps: float = 1e-6,
         keep: list[str] | None = None,
         overrides: dict[str, str | dict[str, Any]] | None = None,
         form: str = "train",
@@ -120,7 +124,7 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         self.activation, self.ste = activation, ste
         self.ste_threshold, self.ste_temperature = ste_threshold, ste_temperature
         self.relaxation = relaxation
-        self.sub_norm = _list_of_patterns("sub_norm", sub_norm)
+        self.sub_norm, self.sub_norm_eps = _list_of_patterns("sub_norm", sub_norm), sub_norm_eps
         self.keep = _list_of_patterns("keep", keep)
         self.overrides = dict(overrides or {}) if isinstance(overrides, dict | None) else overrides
         self.form, self.min_coverage = form, min_coverage
@@ -162,6 +166,7 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         _number("ste_threshold", self.ste_threshold, lowest=0.0)
         if _number("ste_temperature", self.ste_temperature, lowest=0.0) == 0.0:
             raise ValueError("ste_temperature must be above 0; 4.0 is a good start")
+        _number("sub_norm_eps", self.sub_norm_eps, lowest=0.0)
         _number("min_coverage", self.min_coverage, lowest=0.0, highest=1.0)
         if not (self.quantized_modules is None or _all_strings(self.quantized_modules)):
             raise TypeError(f"quantized_modules must be a list of module names or None, got {self.quantized_modules!r}")
@@ -286,6 +291,44 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
     def w8a8(cls, **fields: Any) -> BitNetQuantizationConfig:
         """8-bit weights, one absmax scale a channel."""
         return cls(**{"weight": "int8", "granularity": "channel", **fields})
+
+
+class NativeBitNetConfig(BitNetQuantizationConfig):
+    """Of a model whose layers compute in the arithmetic of transformers' own `bitnet` method; see `load_native`.
+
+    It is saved as that method's config, without a word of ours. A copy by `fields()` is an ordinary config.
+
+    Args:
+        settings: the `quantization_config` of the checkpoint's config.json. Raises ValueError when transformers would.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        stock = BitNetQuantConfig(**{key: value for key, value in settings.items() if key != "quant_method"})
+        self.divides = stock.linear_class == "bitlinear"
+        self.online = not self.divides and stock.quantization_mode == "online"
+        super().__init__(
+            weight="ternary",
+            weight_scale="absmean",
+            granularity="tensor",
+            sub_norm=["."] if stock.use_rms_norm else [],
+            sub_norm_eps=1e-6 if stock.rms_norm_eps is None else stock.rms_norm_eps,
+            form="train" if self.online else "packed",
+        )
+        self.native = {key: value for key, value in vars(stock).items() if key != "quant_method"}
+        self.quant_method = NATIVE_LOADING  # type: ignore[assignment]
+
+    def to_dict(self) -> dict[str, Any]:
+        """transformers' own settings."""
+        return {"quant_method": NATIVE_METHOD, **copy.deepcopy(self.native or {})}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of an ordinary config with the same meaning."""
+        return super().fields() | {"quant_method": QUANT_METHOD}
 
 
 def _all_strings(values: Any) -> bool:

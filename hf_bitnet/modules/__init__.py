@@ -2,7 +2,21 @@
 
 from .base import QuantizedLayer
 from .bit_linear import BitConv1D, BitLinear, LayerSpec, TrainedLayer
+from .native import NativeBitLinear, NativeLayer, NativeOfflineLinear, NativeOnlineLinear, NativePackedLinear
 from .packed_linear import PackedBitLinear
 from .sub_norm import SubNorm
 
-__all__ = ["BitConv1D", "BitLinear", "LayerSpec", "PackedBitLinear", "QuantizedLayer", "SubNorm", "TrainedLayer"]
+__all__ = [
+    "BitConv1D",
+    "BitLinear",
+    "LayerSpec",
+    "NativeBitLinear",
+    "NativeLayer",
+    "NativeOfflineLinear",
+    "NativeOnlineLinear",
+    "NativePackedLinear",
+    "PackedBitLinear",
+    "QuantizedLayer",
+    "SubNorm",
+    "TrainedLayer",
+]

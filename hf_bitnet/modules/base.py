@@ -44,14 +44,24 @@ class QuantizedLayer(nn.Module):
         """Codes int8 (out_features, in_features) and scale that forward uses."""
         raise AssertionError("abstract")
 
+    @property
+    def plain_bias(self) -> Tensor | None:
+        """b of y = x W^T + b, for the layer that replaces this one."""
+        return self.bias
+
     def setup_activation(
-        self, activation: type[ActivationScheme], sub_norm: bool, device: Any = None, dtype: torch.dtype | None = None
+        self,
+        activation: type[ActivationScheme],
+        sub_norm: bool,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        sub_norm_eps: float = 1e-6,
     ) -> None:
         """Registers what belongs to the input side. Called once, by the constructors."""
         self.activation = activation
         scale = torch.zeros((), dtype=torch.float32, device=device) if activation.static else None
         self.register_buffer("act_scale", scale)
-        self.sub_norm = SubNorm(self.in_features, device=device, dtype=dtype) if sub_norm else None
+        self.sub_norm = SubNorm(self.in_features, sub_norm_eps, device, dtype) if sub_norm else None
 
     def check_input(self, x: Tensor) -> None:
         """Raises TypeError or ValueError on an input that no linear layer could mean."""

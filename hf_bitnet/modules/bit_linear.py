@@ -29,7 +29,7 @@ class LayerSpec:
         activation: scheme of the input.
         ste: gradient estimator, with its threshold (in levels) and starting temperature.
         relaxation: what serves while the strength is below 1.
-        sub_norm: whether an RMS norm stands in front.
+        sub_norm: whether an RMS norm stands in front, with `sub_norm_eps`.
     """
 
     weight: WeightQuantizer
@@ -39,6 +39,7 @@ class LayerSpec:
     temperature: float = 4.0
     relaxation: Relaxation = linear
     sub_norm: bool = False
+    sub_norm_eps: float = 1e-6
 
 
 class TrainedLayer(QuantizedLayer):
@@ -64,7 +65,7 @@ class TrainedLayer(QuantizedLayer):
         device = self.weight.device
         self.spec = spec
         self.source = Latent(spec.weight, spec.ste, spec.threshold)
-        self.setup_activation(spec.activation, spec.sub_norm, device, self.weight.dtype)
+        self.setup_activation(spec.activation, spec.sub_norm, device, self.weight.dtype, spec.sub_norm_eps)
         shape = spec.weight.scale_shape(self.out_features, self.in_features)
         scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=device)) if spec.weight.learned else None
         self.register_parameter("weight_scale", scale)

@@ -32,8 +32,8 @@ def check_stored_dtype(name: str, stored_is_float: bool, expects_packed: bool) -
         )
 
 
-def before_initialization(model: Any, check: Callable[[Any], None]) -> None:
-    """Calls `check(loading_info)` after the tensors are loaded and before transformers initialises the missing ones.
+def before_initialization(model: Any, check: Callable[[Any, Any], None]) -> None:
+    """Calls `check(model, loading_info)` after the tensors are loaded and before transformers initialises the missing ones.
 
     There is no hook for that in a quantizer. The first method that transformers calls on the model then is wrapped, in
     this one instance and for one call.
@@ -42,7 +42,7 @@ def before_initialization(model: Any, check: Callable[[Any], None]) -> None:
 
     def checked(loading_info: Any) -> Any:
         delattr(model, name)
-        check(loading_info)
+        check(model, loading_info)
         return getattr(model, name)(loading_info)
 
     setattr(model, name, checked)
@@ -66,17 +66,17 @@ def check_loaded(info: Any, layers: set[str], errors: list[Exception], config: B
 
 def _problem(info: Any, layers: set[str], config: BitNetQuantizationConfig, saved: bool) -> ValueError | None:
     for key, stored, expected in sorted(info.mismatched_keys):
-        if owner(key, layers):
+        if _owner(key, layers):
             return ValueError(
                 f"{key} has shape {tuple(stored)} in the checkpoint, but {tuple(expected)} by its config.json "
                 f"(weight={config.weight!r}, form={config.form!r}); they are not of the same checkpoint, or one was edited"
             )
-    missing = sorted(key for key in info.missing_keys if owner(key, layers))
+    missing = sorted(key for key in info.missing_keys if _owner(key, layers))
     if missing and (saved or config.form == "packed"):
         advice = "copy or save it again" if saved else "keep these layers (`keep`), or load with form='train'"
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         return ValueError(f"the checkpoint lacks {', '.join(missing[:5])}{more}, which its quantized layers need; {advice}")
-    packed = next((key for key in sorted(info.unexpected_keys) if key.endswith(".weight_scale") and owner(key, layers)), None)
+    packed = next((key for key in sorted(info.unexpected_keys) if key.endswith(".weight_scale") and _owner(key, layers)), None)
     if packed is not None and not saved:
         return ValueError(
             f"the checkpoint holds {packed}: it is packed already, but its config.json has no quantization_config; restore "
@@ -85,7 +85,7 @@ def _problem(info: Any, layers: set[str], config: BitNetQuantizationConfig, save
     return None
 
 
-def owner(key: str, layers: set[str]) -> str | None:
+def _owner(key: str, layers: set[str]) -> str | None:
     """The layer of `layers` that tensor `key` belongs to (also as part of its sub-norm), or None."""
     parent = key.rpartition(".")[0]
     return next((name for name in (parent, parent.rpartition(".")[0]) if name in layers), None)

@@ -16,10 +16,10 @@ from transformers.quantizers.base import HfQuantizer
 
 # as a module: transformers may import us in the middle of an import of surgery, which imports transformers
 from .. import surgery
-from ..config import BitNetQuantizationConfig
+from ..config import BitNetQuantizationConfig, NativeBitNetConfig
 from ..modules import PackedBitLinear
-from .checks import before_initialization, check_files, check_loaded, check_stored_dtype, owner
-from .operations import QuantizeOnLoad
+from .checks import before_initialization, check_files, check_loaded, check_stored_dtype
+from .operations import PackNativeRows, QuantizeOnLoad, layers_converter, without_our_converters
 
 
 class BitNetQuantizer(HfQuantizer):
@@ -38,17 +38,24 @@ class BitNetQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **unused: Any
     ) -> None:
         check_files(checkpoint_files)
-        surgery.prepare_model(model, self.quantization_config, saved=self.pre_quantized)
-        # prepare_model attached a copy with the list of layers
+        self._prepare(model)
+        # it attached a copy with the list of layers
         self.quantization_config = model.config.quantization_config
         layers = dict(surgery.quantized_layers(model))
         self.layers = set(layers)
         self.packed = {name for name, layer in layers.items() if isinstance(layer, PackedBitLinear)}
-        before_initialization(model, self._check_loaded)
+        before_initialization(model, self._after_tensors)
 
-    def _check_loaded(self, info: Any) -> None:
+    def _prepare(self, model: Any) -> None:
+        surgery.prepare_model(model, self.quantization_config, saved=self.pre_quantized)
+
+    def _after_tensors(self, model: nn.Module, info: Any) -> None:
         check_loaded(info, self.layers, self.errors, self.quantization_config, self.pre_quantized)
-        self.new = {name for key in info.missing_keys if (name := owner(key, self.layers)) and key == f"{name}.weight"}
+        self.new = {name for name in self.layers if f"{name}.weight" in info.missing_keys}
+        for name in self.layers - self.new:
+            # parameters that went to the disk are empty here, and would be given random values: of bytes, which fails
+            for module in model.get_submodule(name).modules():
+                module._is_hf_initialized = True  # type: ignore[assignment]
 
     def param_needs_quantization(self, model: Any, param_name: str, **unused: Any) -> bool:
         layer, _, leaf = param_name.rpartition(".")
@@ -56,6 +63,13 @@ class BitNetQuantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:  # type: ignore[override]
         return QuantizeOnLoad(self.errors)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        if self.pre_quantized or not self.packed:
+            return conversions
+        patterns = self.quantization_config.quantized_modules or []
+        return [*conversions, layers_converter(patterns, model.base_model_prefix)]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Only for quantized checkpoints. The dtype of the empty layer is right, float32 scales in a bfloat16 model too."""
@@ -66,6 +80,7 @@ class BitNetQuantizer(HfQuantizer):
         return new
 
     def _process_model_after_weight_loading(self, model: Any, **unused: Any) -> Any:  # type: ignore[override]
+        model._weight_conversions = without_our_converters(model._weight_conversions)
         surgery.start_from_weights(model, self.new)
         surgery.reset_state(model)
         if self.quantization_config.form != "packed":
@@ -95,3 +110,25 @@ class BitNetQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+class NativeBitNetQuantizer(BitNetQuantizer):
+    """Loads checkpoints of transformers' own method `bitnet` into layers of ours; used by `load_native` only."""
+
+    quantization_config: NativeBitNetConfig  # type: ignore[assignment]
+
+    def _prepare(self, model: Any) -> None:
+        settings = self.quantization_config.native or {}
+        skip = self.get_modules_to_not_convert(model, settings["modules_to_not_convert"], model._keep_in_fp32_modules)
+        surgery.prepare_native(model, self.quantization_config, skip)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        if self.quantization_config.divides or self.quantization_config.online:
+            return conversions
+        patterns = self.quantization_config.quantized_modules or []
+        return [*conversions, layers_converter(patterns, model.base_model_prefix, PackNativeRows(self.errors))]
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        # floats that are going to be packed must not be cast to bytes before
+        return None if dtype == torch.uint8 else super().get_new_dtype(converter, param, dtype)

@@ -7,6 +7,7 @@ Two lookups of transformers are extended; what is not ours passes through them u
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 from transformers.quantizers.auto import (
@@ -17,8 +18,11 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import BitNetQuantConfig
 
-from ..config import NATIVE_METHOD, QUANT_METHOD, BitNetQuantizationConfig
-from .quantizer import BitNetQuantizer
+from ..config import NATIVE_LOADING, NATIVE_METHOD, QUANT_METHOD, BitNetQuantizationConfig, NativeBitNetConfig
+from .quantizer import BitNetQuantizer, NativeBitNetQuantizer
+
+# set while load_native runs: `bitnet` checkpoints then become models of ours, whatever key their config carries
+loading_native: ContextVar[bool] = ContextVar("loading_native", default=False)
 
 
 class _NativeOrOurs(BitNetQuantConfig):
@@ -26,7 +30,9 @@ class _NativeOrOurs(BitNetQuantConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        target = BitNetQuantizationConfig if QUANT_METHOD in config_dict else BitNetQuantConfig
+        target: Any = BitNetQuantizationConfig if QUANT_METHOD in config_dict else BitNetQuantConfig
+        if loading_native.get():
+            target = NativeBitNetConfig
         return target.from_dict(config_dict, return_unused_kwargs, **kwargs)
 
 
@@ -67,5 +73,7 @@ def _check_agreement(saved: BitNetQuantizationConfig, given: BitNetQuantizationC
 
 register_quantization_config(QUANT_METHOD)(BitNetQuantizationConfig)
 register_quantizer(QUANT_METHOD)(BitNetQuantizer)
+register_quantization_config(NATIVE_LOADING)(NativeBitNetConfig)
+register_quantizer(NATIVE_LOADING)(NativeBitNetQuantizer)
 AUTO_QUANTIZATION_CONFIG_MAPPING[NATIVE_METHOD] = _NativeOrOurs
 AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge)  # type: ignore[method-assign, assignment]

@@ -1,13 +1,14 @@
 """Floor 4: the only code that walks a model."""
 
-from .attached import attach, config_of, detach
+from .attached import attach, config_of, detach, kept_for_native
 from .coverage import Coverage, coverage
 from .full_precision import full_precision_copy, output_head
-from .prepare import prepare_model, start_from_weights, state_from_float
+from .prepare import prepare_model, prepare_native, start_from_weights, state_from_float
 from .probing import each_batch, probing, run
 from .select import choose
 from .swap import (
     check_calibrated,
+    convert_native,
     dequantize_model,
     harden,
     kept_codes,
@@ -28,6 +29,7 @@ __all__ = [
     "check_calibrated",
     "choose",
     "config_of",
+    "convert_native",
     "coverage",
     "dequantize_model",
     "detach",
@@ -35,10 +37,12 @@ __all__ = [
     "full_precision_copy",
     "harden",
     "kept_codes",
+    "kept_for_native",
     "make_spec",
     "output_head",
     "pack_model",
     "prepare_model",
+    "prepare_native",
     "probing",
     "quantize_model",
     "quantized_layers",

@@ -5,6 +5,7 @@ Leaves out: changing layers (`swap.py`), files.
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..config import BitNetQuantizationConfig
+from ..config import BitNetQuantizationConfig, NativeBitNetConfig
 from ..modules import BitLinear, QuantizedLayer
 from .coverage import config_place
 from .select import HEADS, is_linear
@@ -38,8 +39,17 @@ def copied(config: BitNetQuantizationConfig, **changes: Any) -> BitNetQuantizati
 def attach(model: nn.Module, config: BitNetQuantizationConfig, **changes: Any) -> None:
     """Gives the quantized model a copy of `config`, with the layers it has now written into it."""
     config = copied(config, **changes)
-    config.quantized_modules = _patterns(model)
     config.native = _native_settings(model, config)
+    _put(model, config)
+
+
+def attach_native(model: nn.Module, config: NativeBitNetConfig) -> None:
+    """The same for a model with native layers, whose config is saved as it was loaded."""
+    _put(model, copy.copy(config))
+
+
+def _put(model: nn.Module, config: BitNetQuantizationConfig) -> None:
+    config.quantized_modules = _patterns(model)
     detach(model, loader=config.form != "packed")
     setattr(*config_place(model), config)
     quantizer = getattr(model, "hf_quantizer", None)
@@ -96,27 +106,36 @@ def _native_settings(model: nn.Module, config: BitNetQuantizationConfig) -> dict
     base_prefix = getattr(model, "base_model_prefix", None)
     if config.form != "train" or base_prefix is None or not _has_head(model):
         return None
-    quantized: list[str] = []
-    patterns: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer):
-            if type(module) is not BitLinear or not config.layer(name).is_native:
-                return None
-            quantized.append(name)
-        elif isinstance(module, nn.Linear):
-            # patterns match at the end of a name too, so without the prefix they serve the base model as well
-            patterns.append(name.removeprefix(f"{base_prefix}."))
-    # heads that another class of model may put on these layers
-    patterns += [head for head in HEADS if _spares(quantized, [head])]
-    if not _spares(quantized, [*patterns, *(getattr(model, "_keep_in_fp32_modules", None) or ())]):
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
+    if any(type(layer) is not BitLinear or not config.layer(name).is_native for name, layer in layers):
+        return None
+    kept = kept_for_native(model)
+    # transformers adds these by itself
+    float32 = list(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if not _spares([name for name, _ in layers], kept + float32):
         return None
     return {
         "linear_class": "autobitlinear",
         "quantization_mode": "online",
-        "modules_to_not_convert": sorted(set(patterns)),
+        "modules_to_not_convert": kept,
         "use_rms_norm": False,
         "rms_norm_eps": 1e-6,
     }
+
+
+def kept_for_native(model: nn.Module) -> list[str]:
+    """Patterns for transformers' `modules_to_not_convert`: every linear map that is not quantized, and usual heads.
+
+    They match at the end of a name too; so, written without the model's prefix, they serve its base model as well.
+    """
+    base_prefix = getattr(model, "base_model_prefix", "")
+    quantized, kept = [], set()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            quantized.append(name)
+        elif isinstance(module, nn.Linear):
+            kept.add(name.removeprefix(f"{base_prefix}."))
+    return sorted(kept | {head for head in HEADS if _spares(quantized, [head])})
 
 
 def _spares(quantized: list[str], patterns: list[str]) -> bool:

@@ -5,17 +5,28 @@ Leaves out: files, and the loading itself (`plugin/`).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .. import kernels
-from ..config import BitNetQuantizationConfig
-from ..modules import BitConv1D, PackedBitLinear, QuantizedLayer, TrainedLayer
+from ..config import BitNetQuantizationConfig, NativeBitNetConfig
+from ..modules import (
+    BitConv1D,
+    NativeBitLinear,
+    NativeOfflineLinear,
+    NativeOnlineLinear,
+    PackedBitLinear,
+    QuantizedLayer,
+    TrainedLayer,
+)
 from ..quantizers import ACTIVATION_SCHEMES
-from .attached import attach, is_listed
+from .attached import attach, attach_native, is_listed
 from .coverage import check_finite
 from .select import Choice, choose
-from .swap import check_coverage, check_layer, chosen_layers, quantized_layers, swap_layer
+from .swap import check_coverage, check_layer, chosen_layers, make_spec, quantized_layers, swap_layer
 
 
 def prepare_model(model: nn.Module, config: BitNetQuantizationConfig, *, saved: bool) -> None:
@@ -40,6 +51,34 @@ def prepare_model(model: nn.Module, config: BitNetQuantizationConfig, *, saved: 
     for choice in chosen:
         swap_layer(model, choice, config)
     attach(model, config)
+
+
+def prepare_native(model: nn.Module, config: NativeBitNetConfig, skip: list[str]) -> None:
+    """As `prepare_model`, for a checkpoint of transformers' own `bitnet` method: exactly the layers it would replace.
+
+    Args:
+        skip: what transformers makes of `modules_to_not_convert`.
+    """
+    spec = make_spec(config.layer(""), config)
+    spec = replace(spec, sub_norm=False)  # these layers bring their own
+    rms_norm_eps = config.sub_norm_eps if config.sub_norm else None
+    kind = NativeBitLinear if config.divides else NativeOfflineLinear
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or not should_convert_module(name, skip):
+            continue
+        if config.online:
+            layer: nn.Module = NativeOnlineLinear.from_float(module, spec, rms_norm_eps)
+        else:
+            layer = kind(
+                module.in_features,
+                module.out_features,
+                module.bias is not None,
+                rms_norm_eps=rms_norm_eps,
+                device=module.weight.device,
+                dtype=module.weight.dtype,
+            )
+        model.set_submodule(name, layer)
+    attach_native(model, config)
 
 
 def _saved_layers(model: nn.Module, config: BitNetQuantizationConfig) -> list[Choice]:

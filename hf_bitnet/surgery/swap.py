@@ -16,7 +16,16 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..config import BitNetQuantizationConfig, LayerConfig
-from ..modules import BitConv1D, BitLinear, LayerSpec, PackedBitLinear, QuantizedLayer, SubNorm, TrainedLayer
+from ..modules import (
+    BitConv1D,
+    BitLinear,
+    LayerSpec,
+    NativeLayer,
+    PackedBitLinear,
+    QuantizedLayer,
+    SubNorm,
+    TrainedLayer,
+)
 from ..quantizers import ACTIVATION_SCHEMES
 from ..relaxations import RELAXATIONS
 from ..ste import ESTIMATORS
@@ -39,6 +48,7 @@ def make_spec(layer: LayerConfig, config: BitNetQuantizationConfig) -> LayerSpec
         temperature=config.ste_temperature,
         relaxation=RELAXATIONS.get(config.relaxation),
         sub_norm=layer.sub_norm,
+        sub_norm_eps=config.sub_norm_eps,
     )
 
 
@@ -141,6 +151,21 @@ def _trained_layer(choice: Choice, config: BitNetQuantizationConfig) -> BitLinea
     return BitLinear.from_float(choice.module, spec)
 
 
+def convert_native(model: Model) -> Model:
+    """Turns the layers of a model from `load_native` into ordinary ones, in place, and returns it.
+
+    Packed layers become PackedBitLinear, trainable ones BitLinear: equal codes, scales and biases. Activations are then
+    quantized in float32 whatever the dtype, so logits may differ in the last digits. `pack_model`, `unpack_model` and
+    `dequantize_model` do the same on their way.
+
+    Raises ValueError when the model has no such layer.
+    """
+    for _, layer in _layers(model, NativeLayer, "convert_native", "hf_bitnet.load_native(path)"):
+        _replace(model, layer, layer.converted())
+    attach(model, config_of(model))
+    return model
+
+
 def pack_model(model: Model, *, progress: bool | None = None) -> Model:
     """Packs the weights of a trained-form model to 1, 2, 4 or 8 bits, in place, and returns it.
 
@@ -227,13 +252,14 @@ def _dense(layer: QuantizedLayer, value: torch.Tensor) -> nn.Linear | Conv1D:
         with torch.device("meta"):
             dense = Conv1D(layer.out_features, layer.in_features)
         dense.weight = nn.Parameter(value.t().contiguous())
-        assert isinstance(layer.bias, nn.Parameter)
-        dense.bias = layer.bias
+        assert isinstance(layer.plain_bias, nn.Parameter)
+        dense.bias = layer.plain_bias
     else:
         dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         dense.weight = nn.Parameter(value)
-        assert layer.bias is None or isinstance(layer.bias, nn.Parameter)
-        dense.register_parameter("bias", layer.bias)
+        bias = layer.plain_bias
+        assert bias is None or isinstance(bias, nn.Parameter)
+        dense.register_parameter("bias", bias)
     dense.train(layer.training)
     return dense
 

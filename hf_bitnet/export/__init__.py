@@ -1,0 +1,5 @@
+"""Floor 5: files that other programs read."""
+
+from .native import export_native
+
+__all__ = ["export_native"]
