@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..surgery import kept_codes, set_norm_blend, set_strength
+from ..surgery import kept_codes, set_norm_blend, set_strength, trained_layers
 from .arguments import QATArguments
 from .schedules import strength_at
 
@@ -68,6 +68,13 @@ class StrengthCallback(TrainerCallback):
             self.set(model, before)
 
 
+def kept_where_whole(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """`kept_codes`, except where weights are sharded (FSDP, ZeRO-3): codes of the whole model would undo the sharding."""
+    weight = trained_layers(model)[0][1].weight
+    sharded = hasattr(weight, "full_tensor") or weight.numel() == 0
+    return contextlib.nullcontext() if sharded else kept_codes(model)
+
+
 class KeptCodesCallback(TrainerCallback):
     """With gradient accumulation, layers make their codes once for all micro-batches of an optimizer step."""
 
@@ -77,7 +84,7 @@ class KeptCodesCallback(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.close()
         if args.gradient_accumulation_steps > 1:
-            self._kept.enter_context(kept_codes(kwargs["model"]))
+            self._kept.enter_context(kept_where_whole(kwargs["model"]))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

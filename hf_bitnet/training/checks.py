@@ -59,6 +59,23 @@ def check_model(model: nn.Module) -> None:
     )
 
 
+def check_parallelism(accelerator: Any, has_teacher: bool) -> None:
+    """Raises ValueError where tensors or sequences are split between processes in a way that is not supported."""
+    config = getattr(accelerator, "parallelism_config", None)
+    if config is None:
+        return
+    if config.tp_enabled:
+        raise ValueError(
+            f"tp_size={config.tp_size}: with tensor parallelism each process would compute the scale of its own part of a "
+            "weight; use data parallelism (torchrun) or FSDP2, with tp_size=1"
+        )
+    if has_teacher and (config.cp_enabled or config.sp_enabled):
+        raise ValueError(
+            "distillation with context or sequence parallelism is not supported: the loss needs whole sequences; leave "
+            "`teacher` out, or set cp_size=1 and sp_size=1"
+        )
+
+
 def warn_half_precision(model: nn.Module) -> None:
     """Says once when float weights behind quantized ones are trained in 16 bits."""
     half = [layer for _, layer in trained_layers(model) if layer.weight.requires_grad and layer.weight.itemsize < 4]

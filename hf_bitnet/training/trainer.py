@@ -16,10 +16,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..surgery import check_calibrated, kept_codes, quantized_layers, trained_layers
+from ..surgery import check_calibrated, quantized_layers, trained_layers
 from .arguments import QATArguments
-from .callbacks import KeptCodesCallback, ReadablePrinter, ReadableProgress, StrengthCallback
-from .checks import LossStyle, auxiliary_weight, check_arguments, check_model, loss_style, warn_half_precision
+from .callbacks import KeptCodesCallback, ReadablePrinter, ReadableProgress, StrengthCallback, kept_where_whole
+from .checks import (
+    LossStyle,
+    auxiliary_weight,
+    check_arguments,
+    check_model,
+    check_parallelism,
+    loss_style,
+    warn_half_precision,
+)
 from .distiller import TOTAL, Distiller
 from .metrics import TrainMetrics
 from .monitor import QuantMonitor
@@ -68,6 +76,7 @@ class QATTrainer(Trainer):
         if model is None:
             check_model(self.model)
         warn_half_precision(self.model)
+        check_parallelism(self.accelerator, teacher is not None)
         self._loss_style = loss_style(self.model)
         # stock Trainer believes it of every model whose forward takes **kwargs
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and self._loss_style is LossStyle.SUM
@@ -224,7 +233,7 @@ class QATTrainer(Trainer):
         full = self._strength.at_full_strength(model) if self.args.eval_at_full_strength else contextlib.nullcontext()
         random_state = torch.get_rng_state()  # a DataLoader draws a seed from it each time it is read
         try:
-            with full, kept_codes(model):
+            with full, kept_where_whole(model):
                 strength = self._strength.strength
                 if strength is None:  # not in training: as the user left it
                     strength = float(trained_layers(model)[0][1].strength)
