@@ -179,8 +179,12 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         for pattern, change in self.overrides.items():
             _pattern("overrides", pattern)
             layer = self._overridden(pattern, change)
-            if layer is not None:
+            if layer is None:
+                continue
+            try:
                 _validate_layer(layer)
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"overrides[{pattern!r}]: {error}") from None
 
     def fields(self) -> dict[str, Any]:
         """The arguments that make an equal config: `BitNetQuantizationConfig(**config.fields())`. A deep copy."""
