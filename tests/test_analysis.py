@@ -326,6 +326,25 @@ def test_inside_kept_codes() -> None:
     assert not any(layer.keep_codes or layer._kept for _, layer in quantized_layers(model))  # type: ignore[attr-defined]
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
+def test_a_compiled_model_is_measured_without_compiling_and_under_its_plain_names() -> None:
+    model = hb.quantize_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), TERNARY)
+    x = torch.randn(3, 8)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend)
+    assert hb.sensitivity(compiled, [x]).to_dict() == hb.sensitivity(model, [x]).to_dict()
+    assert hb.output_report(compiled, [x]).to_dict() == hb.output_report(model, [x]).to_dict()
+    assert not graphs
+    with torch.no_grad():
+        compiled(x)
+    assert graphs
+
+
 # ---- suggest_overrides ----
 
 

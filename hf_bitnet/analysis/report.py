@@ -145,7 +145,8 @@ def described(name: str, layer: QuantizedLayer) -> dict[str, Any]:
     size = f" of {quantizer.group_size}" if quantizer.group_size else ""
     activation = next((key for key in ACTIVATION_SCHEMES if ACTIVATION_SCHEMES.get(key) is layer.activation), "other")
     return {
-        "name": name,
+        # the name in the model as it is loaded, not as torch.compile wraps it
+        "name": name.replace("_orig_mod.", ""),
         "scheme": f"{quantizer.scheme}, {quantizer.scale_rule} per {quantizer.granularity}{size}",
         "activation": activation,
         "bits": quantizer.bits,

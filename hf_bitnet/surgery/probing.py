@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -43,7 +44,7 @@ def probing(model: nn.Module, *, quantized: bool = True) -> Iterator[None]:
             layer.relaxed, layer.bypassed = False, not quantized
         for layer, activation in packed:
             layer.activation = activation if quantized else ACTIVATION_SCHEMES.get("none")
-        with torch.no_grad():
+        with torch.no_grad(), _eager():
             yield
     finally:
         for module, training in modes:
@@ -106,6 +107,12 @@ def _moved(value: Any, device: torch.device) -> Any:
         moved = [_moved(item, device) for item in value]
         return moved if isinstance(value, list) else tuple(moved)
     return value
+
+
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    """Compiled models run uncompiled: each switch and each hook would be a compilation of its own."""
+    # importing dynamo takes seconds, and without it nothing is compiled
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 def _random_state() -> tuple[Any, ...]:
