@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import hf_bitnet as hb
 from hf_bitnet.analysis import LayerRow, Report
