@@ -209,8 +209,9 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         ours = config_dict.get(QUANT_METHOD, config_dict)
         if not isinstance(ours, dict):
             raise ValueError(f"quantization_config[{QUANT_METHOD!r}] of config.json must hold the settings, got {ours!r}")
-        if isinstance(ours.get("overrides"), list):
-            ours = ours | {"overrides": dict(ours["overrides"])}
+        pairs = ours.get("overrides")
+        if isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            ours = ours | {"overrides": dict(pairs)}
         return super().from_dict(ours, return_unused_kwargs, **kwargs)
 
     def get(self, name: str, default: Any = None) -> Any:
