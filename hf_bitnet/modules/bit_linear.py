@@ -125,7 +125,7 @@ class TrainedLayer(QuantizedLayer):
 
     def _held_codes(self) -> Quantized | None:
         """Codes kept for as long as the weight's version lasts; None outside `surgery.kept_codes`."""
-        if not self.keep_codes or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.keep_codes:  # in this order: the compiler then guards no flag
             return None
         version = (id(self.weight), *versions(self.weight, self.weight_scale))
         if self._kept is None or self._kept[0] != version:
