@@ -10,16 +10,32 @@ from safetensors import SafetensorError, safe_open
 from ..config import BitNetQuantizationConfig
 
 
-def check_files(files: Iterable[str] | None) -> None:
-    """Raises ValueError when a safetensors file cannot be read: cut off, or not such a file at all."""
+def check_files(files: Iterable[str] | None, saved: bool) -> None:
+    """Raises ValueError when a file cannot be read (cut off, or no safetensors), or is packed and would be packed again.
+
+    Args:
+        saved: by its config.json the checkpoint is quantized.
+    """
     for file in files or ():
         if not str(file).endswith(".safetensors"):
             raise ValueError(f"{file} is not a safetensors file; hf_bitnet reads no pickled weights. Save it as safetensors")
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as tensors:
+                packed = None if saved else _packed_weight(tensors)
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged or incomplete ({error}); copy or download it again") from None
+        if packed is not None:
+            raise ValueError(
+                f"the checkpoint holds {packed} as bytes: it is packed already, but its config.json has no "
+                "quantization_config; restore that file, and load it without a quantization_config"
+            )
+
+
+def _packed_weight(tensors: Any) -> str | None:
+    """A tensor of an open safetensors file that is stored as bytes beside its scale, or None."""
+    names = set(tensors.keys())
+    weights = (name.removesuffix("_scale") for name in sorted(names) if name.endswith(".weight_scale"))
+    return next((name for name in weights if name in names and tensors.get_slice(name).get_dtype() == "U8"), None)
 
 
 def check_stored_dtype(name: str, stored_is_float: bool, expects_packed: bool) -> None:
@@ -76,12 +92,6 @@ def _problem(info: Any, layers: set[str], config: BitNetQuantizationConfig, save
         advice = "copy or save it again" if saved else "keep these layers (`keep`), or load with form='train'"
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         return ValueError(f"the checkpoint lacks {', '.join(missing[:5])}{more}, which its quantized layers need; {advice}")
-    packed = next((key for key in sorted(info.unexpected_keys) if key.endswith(".weight_scale") and _owner(key, layers)), None)
-    if packed is not None and not saved:
-        return ValueError(
-            f"the checkpoint holds {packed}: it is packed already, but its config.json has no quantization_config; restore "
-            "that file, and load it without a quantization_config"
-        )
     return None
 
 

@@ -37,7 +37,7 @@ class BitNetQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(  # type: ignore[override]
         self, model: Any, checkpoint_files: list[str] | None = None, **unused: Any
     ) -> None:
-        check_files(checkpoint_files)
+        check_files(checkpoint_files, self.pre_quantized)
         self._prepare(model)
         # it attached a copy with the list of layers
         self.quantization_config = model.config.quantization_config
