@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.qat import make_trainer, quantized, weights
+from tests.qat import assert_same, losses, make_trainer, quantized, weights
 from tests.tiny import tiny
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -58,6 +61,89 @@ def _launch(script: str, *arguments: str) -> None:
         [*command, sys.executable, "-c", script, *arguments], env=environment, cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+_SHARDED = """
+import os, sys
+from safetensors.torch import save_file
+from tests.test_training_distributed import run_sharded, take_processes_for_gpus
+take_processes_for_gpus()
+result = run_sharded(sys.argv[1])
+if os.environ["RANK"] == "0":
+    save_file(result, f"{sys.argv[1]}/result-sharded.safetensors")
+"""
+_RUN: dict[str, Any] = {
+    "max_steps": 4,
+    "gradient_accumulation_steps": 2,
+    "teacher": "self",
+    "strength_schedule": "linear",
+    "strength_end": 0.7,
+}
+
+
+def take_processes_for_gpus() -> None:
+    """accelerate gives processes on CPUs DDP, whatever FSDP asks for; told that they are GPUs, it goes its real FSDP way."""
+    original = AcceleratorState.__init__
+
+    def told(self: AcceleratorState, *args: Any, **named: Any) -> None:
+        shared = PartialState(cpu=True)._shared_state
+        if shared["distributed_type"] == DistributedType.MULTI_CPU:
+            shared["distributed_type"] = DistributedType.MULTI_GPU
+        original(self, *args, **named)
+
+    AcceleratorState.__init__ = told
+
+
+def _small() -> Any:
+    return quantized(sub_norm=["o_proj"], weight="int2_seq", weight_scale="learned")
+
+
+def run_sharded(folder: str) -> dict[str, Tensor]:
+    """A whole run under FSDP2, and one that is stopped and resumed; both have to be the same."""
+    torch.set_num_threads(1)
+    sharding = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
+    fields = {**_RUN, "fsdp": True, "fsdp_config": sharding, "per_device_train_batch_size": 2, "bf16": False}
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    results = []
+    for resumed in (False, True):
+        if resumed:
+            with pytest.raises(InterruptedError):
+                make_trainer(f"{folder}/half", _small(), callbacks=[_StopAt(3)], **fields, **saving).train()
+        trainer = make_trainer(f"{folder}/half" if resumed else f"{folder}/whole", _small(), **fields, **saving)
+        trainer.train(resume_from_checkpoint=resumed)
+        assert type(trainer.model).__name__ == "FSDPLlamaForCausalLM"
+        state = {name: tensor.clone() for name, tensor in trainer.accelerator.get_state_dict(trainer.model).items()}
+        results.append((losses(trainer), state))
+    if trainer.accelerator.is_main_process:
+        assert results[0][0] == results[1][0]
+        assert_same(results[0][1], results[1][1])
+    return {**results[0][1], "logs": _numbers(results[0][0])}
+
+
+class _StopAt(tf.TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise InterruptedError
+
+
+def _numbers(logs: list[dict[str, float]]) -> Tensor:
+    return torch.tensor([log[key] for log in logs for key in ("loss", "quant/flip_rate", "quant/sqnr_db", "distill/kl")])
+
+
+@pytest.mark.slow
+def test_sharded_with_a_sharded_teacher(tmp_path: Path) -> None:
+    """FSDP2 on two ranks: resumes exactly, and trains as one process does (its gradients are summed in another order)."""
+    _launch(_SHARDED, str(tmp_path))
+    sharded = load_file(tmp_path / "result-sharded.safetensors")
+    trainer = make_trainer(tmp_path / "one", _small(), **_RUN)
+    trainer.train()
+    torch.testing.assert_close(sharded["logs"], _numbers(losses(trainer)), rtol=1e-3, atol=1e-3)
+    before, one = _small().state_dict(), weights(trainer.model)
+    for key in one.keys() - {"logs"}:
+        assert (sharded[key] - one[key]).float().norm() <= 0.05 * (one[key] - before[key]).float().norm() + 1e-6, key
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from .. import kernels
@@ -29,17 +28,19 @@ class Distiller:
     """Computes the loss of a student against one teacher.
 
     Args:
-        teacher: prepared, in eval mode.
+        teacher: in eval mode, as it is wrapped for the devices. inner: the same, unwrapped.
         alpha, temperature, chunk_tokens: as in `QATArguments`.
         compiled: whether the student is wrapped in torch.compile.
     """
 
-    def __init__(self, teacher: nn.Module, alpha: float, temperature: float, chunk_tokens: int, compiled: bool) -> None:
-        self.teacher = teacher
+    def __init__(
+        self, teacher: nn.Module, inner: nn.Module, alpha: float, temperature: float, chunk_tokens: int, compiled: bool
+    ) -> None:
+        self.teacher, self._inner = teacher, inner
         self.settings = (alpha, temperature, chunk_tokens)
         self._alpha = alpha
         self._head_loss = _HeadLoss(compiled)
-        self._arguments = inspect.signature(_innermost(teacher).forward).parameters
+        self._arguments = inspect.signature(type(inner).forward).parameters
         self._by_hidden: bool | None = None
 
     def reset(self) -> None:
@@ -103,7 +104,7 @@ class Distiller:
 
     def _teacher_rows(self, inputs: dict[str, Any], rows: Tensor) -> Callable[[slice], Tensor]:
         """Runs the teacher; the result gives its logits for a slice of the tokens that count."""
-        head = whole_head(_innermost(self.teacher)) if self._by_hidden else None
+        head = whole_head(self._inner) if self._by_hidden else None
         replaced = contextlib.nullcontext() if head is None else _forward_replaced(head, _identity)
         with torch.no_grad(), replaced:
             outputs = self.teacher(**self._accepted(inputs))
@@ -122,8 +123,7 @@ class Distiller:
         if output_head(student) is None:
             return False
         one = _first_sequence(inputs)
-        teacher = _innermost(self.teacher)
-        return _is_plain(student, one) and (whole_head(teacher) is None or _is_plain(teacher, self._accepted(one)))
+        return _is_plain(student, one) and (whole_head(self._inner) is None or _is_plain(self._inner, self._accepted(one)))
 
 
 class _HeadLoss:
@@ -239,11 +239,6 @@ def _rows_of(values: Tensor, rows: Tensor, labels: Tensor | None) -> Tensor:
             "label for each row of logits, classes last; leave `teacher` out for this model"
         )
     return flat if rows.numel() == flat.shape[0] else flat[rows]
-
-
-def _innermost(model: nn.Module) -> Any:
-    """Without the wrappers of DeepSpeed and torch.compile."""
-    return extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
 
 
 __all__ = ["CE", "KL", "TOTAL", "Distiller"]

@@ -5,6 +5,7 @@ Runs only at logging steps. It adds up 0-dim tensors on the device; the trainer 
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from ..modules import TrainedLayer
 from ..quantizers import Quantized
 from ..surgery import trained_layers
 
+logger = logging.getLogger(__name__)
 # latents watched in a layer, evenly spread: all of them would need a second copy of the weights
 _WATCHED = 4096
 _SMALLEST = 1e-30
@@ -35,6 +37,7 @@ class QuantMonitor:
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
         self._last: dict[str, _Snapshot] = {}
+        self._said = False
 
     @torch.no_grad()
     def start(self, model: nn.Module) -> None:
@@ -74,8 +77,13 @@ class QuantMonitor:
     def _layers(self, model: nn.Module) -> list[tuple[str, TrainedLayer]]:
         if not self.enabled:
             return []
-        # a sharded weight (ZeRO-3) is empty outside forward
-        return [(name, layer) for name, layer in trained_layers(model) if layer.weight.numel() > 0]
+        layers = [(name, layer) for name, layer in trained_layers(model) if layer.weight.numel() > 0]
+        if not layers and not self._said:
+            logger.warning(
+                "DeepSpeed ZeRO-3 holds no weight outside of forward: of the quant metrics only the strength is logged"
+            )
+            self._said = True
+        return layers
 
 
 def _present(layer: TrainedLayer) -> tuple[Tensor, Quantized]:

@@ -125,7 +125,9 @@ def _prepare_deepspeed(teacher: nn.Module, accelerator: Accelerator) -> nn.Modul
     # only stage 3 shards weights; the lower stages shard what a teacher does not have
     if config.get("zero_optimization", {}).get("stage") != 3:
         config["zero_optimization"] = {"stage": 0}
-    return deepspeed.initialize(model=teacher, config=config)[0].eval()
+    engine = deepspeed.initialize(model=teacher, config=config)[0]
+    engine.eval()  # returns None
+    return engine
 
 
 def whole_head(teacher: nn.Module) -> nn.Linear | None:

@@ -99,6 +99,7 @@ class QATTrainer(Trainer):
         self._fingerprint = fingerprint(made)
         self._distiller = Distiller(
             prepare_teacher(made, self.accelerator),
+            made,
             self._alpha,
             self.args.distill_temperature,
             self.args.distill_chunk_tokens,
