@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 from ._register import register_when_transformers_loads
 
 if TYPE_CHECKING:
-    from .analysis import layer_report, output_report, perplexity, sensitivity, suggest_overrides, text_windows
+    from .analysis import (
+        dataset_texts,
+        layer_report,
+        output_report,
+        perplexity,
+        sensitivity,
+        suggest_overrides,
+        text_windows,
+    )
     from .calibration import calibrate
     from .config import BitNetQuantizationConfig
     from .export import export_native
@@ -32,7 +40,7 @@ if TYPE_CHECKING:
         set_strength,
         unpack_model,
     )
-    from .training import QATArguments, QATTrainer
+    from .training import CONVERSION_DEFAULTS, QATArguments, QATTrainer, convert
 
 __version__ = "0.1.0"
 
@@ -54,6 +62,7 @@ _HOME = {
     "load_native": "plugin",
     "output_report": "analysis",
     "sensitivity": "analysis",
+    "dataset_texts": "analysis",
     "perplexity": "analysis",
     "suggest_overrides": "analysis",
     "text_windows": "analysis",
@@ -62,11 +71,14 @@ _HOME = {
     "set_norm_blend": "surgery",
     "set_strength": "surgery",
     "unpack_model": "surgery",
+    "CONVERSION_DEFAULTS": "training",
     "QATArguments": "training",
     "QATTrainer": "training",
+    "convert": "training",
 }
 
 __all__ = [
+    "CONVERSION_DEFAULTS",
     "BitConv1D",
     "BitLinear",
     "BitNetQuantizationConfig",
@@ -76,8 +88,10 @@ __all__ = [
     "QATTrainer",
     "Quantized",
     "calibrate",
+    "convert",
     "convert_native",
     "coverage",
+    "dataset_texts",
     "dequantize_model",
     "export_native",
     "harden",

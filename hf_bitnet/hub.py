@@ -17,14 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from .config import BitNetQuantizationConfig
 from .surgery import config_of, coverage
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _CARD, _CONFIG = "README.md", "config.json"
+_SECONDS = 5.0
 # fields of the config that say nothing about this model to a reader
 _BOOKKEEPING = {"version", "quant_method", "quantized_modules", "min_coverage", "sub_norm_eps"} | {
     *("ste_threshold", "ste_temperature", "relaxation")
@@ -160,13 +163,32 @@ def hub_id(name: str | None) -> str | None:
 
 def license_of(name: str) -> str | None:
     """The license that the card of a model (Hub id, or folder with a README.md) names; None where it cannot be read."""
-    source = Path(name) / _CARD if os.path.isdir(name) else hub_id(name)
-    if source is None or (isinstance(source, Path) and not source.is_file()):
-        return None
     try:
-        return ModelCard.load(source, ignore_metadata_errors=True).data.get("license")
+        if os.path.isdir(name):
+            return ModelCard.load(Path(name) / _CARD, ignore_metadata_errors=True).data.get("license")
+        known = hub_id(name)
+        # asked once: reading the card's file would be tried again for half a minute where there is no network
+        card = None if known is None else HfApi().model_info(known, timeout=_SECONDS).card_data
+        return None if card is None else card.get("license")
     except Exception:  # no network, no card, a broken card: the license is not known, which must not fail a finished run
         return None
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, transformers shows no progress of reading and writing weights; afterwards it does as before."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    hub_shown = not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # also those of huggingface_hub
+    if hub_shown:
+        enable_progress_bars()  # a download is worth watching
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+            if not hub_shown:
+                disable_progress_bars()
 
 
 def write_card(folder: str | os.PathLike[str], card: ModelCard) -> Path:

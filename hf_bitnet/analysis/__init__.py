@@ -5,7 +5,7 @@ from .losses import SensitivityReport, sensitivity
 from .outputs import OutputReport, output_report
 from .report import LayerRow, Report
 from .suggest import suggest_overrides
-from .text import perplexity, text_windows
+from .text import dataset_texts, perplexity, text_windows
 
 __all__ = [
     "LayerReport",
@@ -13,6 +13,7 @@ __all__ = [
     "OutputReport",
     "Report",
     "SensitivityReport",
+    "dataset_texts",
     "layer_report",
     "output_report",
     "perplexity",

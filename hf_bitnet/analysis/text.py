@@ -62,6 +62,30 @@ def text_windows(tokenizer: Any, source: Source, length: int = 256, *, max_windo
     return torch.cat(parts)[: count * length].view(count, length)
 
 
+def dataset_texts(
+    name: str, config: str | None = None, *, split: str = "train", column: str = "text", streaming: bool = False
+) -> Iterator[str]:
+    """The texts of a dataset on the Hub (or of a folder that `datasets.load_dataset` reads), for `text_windows`.
+
+    Args:
+        name: for example "Salesforce/wikitext". config: its configuration, for example "wikitext-2-raw-v1".
+        split, column: where the texts are.
+        streaming: reads no more than is asked for, instead of downloading all of it first.
+
+    Raises ValueError when there is no such configuration, split or column; the error lists those that there are.
+    """
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        rows: Any = datasets.load_dataset(name, config, split=split, streaming=streaming)
+    except DatasetNotFoundError:
+        raise ValueError(f"the Hub has no dataset {name!r} (or it needs a login); for text files use their paths") from None
+    if column not in (rows.column_names or [column]):
+        raise ValueError(f"the dataset {name!r} has no column {column!r}; its columns: {', '.join(rows.column_names)}")
+    return (row[column] for row in rows)
+
+
 def _handfuls(texts: Iterator[str]) -> Iterator[list[str]]:
     """Texts that are not empty, about `_AT_ONCE` characters at a time: tokenizers are fast on many, memory is not endless."""
     handful, size = [], 0

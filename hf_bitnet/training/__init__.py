@@ -1,8 +1,19 @@
-"""Floor 6: how a run trains. Schedule of the strength, distillation, parameter groups, metrics, exact resume."""
+"""Floor 6: how a run trains. Schedule of the strength, distillation, parameter groups, metrics, exact resume,
+and the whole way from a full-precision model to a packed one."""
 
 from .arguments import QATArguments
 from .distillation import distill_from_hidden, distill_from_logits
+from .pipeline import CONVERSION_DEFAULTS, convert
 from .schedules import SCHEDULES, strength_at
 from .trainer import QATTrainer
 
-__all__ = ["SCHEDULES", "QATArguments", "QATTrainer", "distill_from_hidden", "distill_from_logits", "strength_at"]
+__all__ = [
+    "CONVERSION_DEFAULTS",
+    "SCHEDULES",
+    "QATArguments",
+    "QATTrainer",
+    "convert",
+    "distill_from_hidden",
+    "distill_from_logits",
+    "strength_at",
+]
