@@ -324,6 +324,24 @@ def test_new_layers_of_a_head(tmp_path: Path) -> None:
         tf.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config(form="packed"))
 
 
+@pytest.mark.parametrize("form", ["train", "packed"])
+def test_language_model_of_a_composite_model(form: str, tmp_path: Path) -> None:
+    """Quantized by itself, inside a model whose other linear layers have names like its own."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision = tf.CLIPVisionConfig(image_size=16, patch_size=8, **sizes)
+    settings = tf.LlavaConfig(text_config=tf.LlamaConfig(vocab_size=99, **sizes), vision_config=vision, image_token_index=98)
+    model: Any = tf.LlavaForConditionalGeneration(settings).eval()
+    batch = {"input_ids": torch.tensor([[5, 98, 98, 98, 98, 7]]), "pixel_values": torch.randn(1, 3, 16, 16)}
+    quantize_model(model.model.language_model, config(form=form))
+    expected = logits(model, batch)
+    for index in range(2):
+        model = reloaded(model, tmp_path / str(index))
+        assert torch.equal(logits(model, batch), expected)
+        assert {name.split(".")[1] for name, _ in quantized_layers(model)} == {"language_model"}
+    (pack_model if form == "train" else unpack_model)(model)
+    assert torch.equal(logits(reloaded(model, tmp_path / "other"), batch), logits(model, batch))
+
+
 def test_in_place_model_has_no_stale_marks() -> None:
     model, _ = tiny("llama", num_hidden_layers=1)
     quantize_model(model, config(form="packed"))

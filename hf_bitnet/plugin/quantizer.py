@@ -38,9 +38,10 @@ class BitNetQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **unused: Any
     ) -> None:
         check_files(checkpoint_files, self.pre_quantized)
-        self._prepare(model)
+        part = _quantized_part(model) if self.pre_quantized else model
+        self._prepare(part)
         # it attached a copy with the list of layers
-        self.quantization_config = model.config.quantization_config
+        self.quantization_config = part.config.quantization_config
         layers = dict(surgery.quantized_layers(model))
         self.layers = set(layers)
         self.packed = {name for name, layer in layers.items() if isinstance(layer, PackedBitLinear)}
@@ -83,13 +84,15 @@ class BitNetQuantizer(HfQuantizer):
         model._weight_conversions = without_our_converters(model._weight_conversions)
         surgery.start_from_weights(model, self.new)
         surgery.reset_state(model)
-        if self.quantization_config.form != "packed":
-            surgery.detach(model)
-            model.config.quantization_config = self.quantization_config
-            return model
-        for _, layer in surgery.quantized_layers(model):
-            layer.get_parameter("weight_scale").requires_grad_(False)
+        self._attach(model)
+        for name in self.packed:
+            # loading makes every float parameter trainable
+            model.get_submodule(name).get_parameter("weight_scale").requires_grad_(False)
         return model
+
+    def _attach(self, model: Any) -> None:
+        """The config onto the whole model, and in train form nothing else."""
+        surgery.attach(model, self.quantization_config)
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:  # type: ignore[override]
         return surgery.dequantize_model(model, dtype=dtype)
@@ -112,6 +115,14 @@ class BitNetQuantizer(HfQuantizer):
         return True
 
 
+def _quantized_part(model: Any) -> Any:
+    """The model, or its language model where that alone was quantized: its config then has the quantization_config."""
+    config = model.config.get_text_config(decoder=True)
+    if config is model.config or getattr(config, "quantization_config", None) is None:
+        return model
+    return next((module for module in model.modules() if getattr(module, "config", None) is config), model)
+
+
 class NativeBitNetQuantizer(BitNetQuantizer):
     """Loads checkpoints of transformers' own method `bitnet` into layers of ours; used by `load_native` only."""
 
@@ -121,6 +132,9 @@ class NativeBitNetQuantizer(BitNetQuantizer):
         settings = self.quantization_config.native or {}
         skip = self.get_modules_to_not_convert(model, settings["modules_to_not_convert"], model._keep_in_fp32_modules)
         surgery.prepare_native(model, self.quantization_config, skip)
+
+    def _attach(self, model: Any) -> None:
+        surgery.attach_native(model, self.quantization_config)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         conversions = super().update_weight_conversions(weight_conversions, model)

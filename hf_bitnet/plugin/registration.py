@@ -13,6 +13,7 @@ from typing import Any
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AutoHfQuantizer,
+    AutoQuantizationConfig,
     register_quantization_config,
     register_quantizer,
 )
@@ -46,7 +47,7 @@ def _merge(saved: Any, given: Any) -> Any:
     if not isinstance(given, BitNetQuantizationConfig):
         return _original_merge(saved, given)  # type: ignore[arg-type]
     if isinstance(saved, dict):
-        saved = AUTO_QUANTIZATION_CONFIG_MAPPING[saved["quant_method"]].from_dict(saved)
+        saved = AutoQuantizationConfig.from_dict(saved)
     if not isinstance(saved, BitNetQuantizationConfig):
         method = getattr(saved.quant_method, "value", saved.quant_method)
         advice = "load it with hf_bitnet.load_native(path)" if method == NATIVE_METHOD else "quantize the original checkpoint"

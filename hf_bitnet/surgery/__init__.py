@@ -1,6 +1,6 @@
 """Floor 4: the only code that walks a model."""
 
-from .attached import attach, config_of, detach, kept_for_native
+from .attached import attach, attach_native, config_of, detach, kept_for_native
 from .coverage import Coverage, coverage
 from .full_precision import full_precision_copy, output_head
 from .prepare import prepare_model, prepare_native, start_from_weights, state_from_float
@@ -26,6 +26,7 @@ from .swap import (
 __all__ = [
     "Coverage",
     "attach",
+    "attach_native",
     "check_calibrated",
     "choose",
     "config_of",
