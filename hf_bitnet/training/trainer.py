@@ -28,11 +28,13 @@ from .checks import (
     loss_style,
     warn_half_precision,
 )
-from .distiller import TOTAL, Distiller
+from .distillation import TOTAL
+from .distiller import Distiller
 from .metrics import TrainMetrics
 from .monitor import QuantMonitor
 from .optimizers import refuse_rates, split_groups
 from .resume import check_teacher, last_complete_checkpoint, write_teacher
+from .sharding import keep_weights_float32
 from .teacher import Teacher, fingerprint, make_teacher, prepare_teacher
 
 _DEFAULT_ALPHA = 0.5
@@ -77,6 +79,7 @@ class QATTrainer(Trainer):
             check_model(self.model)
         warn_half_precision(self.model)
         check_parallelism(self.accelerator, teacher is not None)
+        self._autocast = keep_weights_float32(self.accelerator)
         self._loss_style = loss_style(self.model)
         # stock Trainer believes it of every model whose forward takes **kwargs
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and self._loss_style is LossStyle.SUM
@@ -147,6 +150,12 @@ class QATTrainer(Trainer):
 
     # ---- loss ----
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """Around each loss. Trainer leaves it to accelerate, which does not autocast under FSDP 2."""
+        if self._autocast is None:
+            return super().autocast_smart_context_manager(cache_enabled)
+        return torch.autocast(str(self.args.device).partition(":")[0], self._autocast, cache_enabled=cache_enabled)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -188,7 +197,7 @@ class QATTrainer(Trainer):
     ) -> tuple[Tensor, Any]:
         assert isinstance(self.model, nn.Module)
         micro_batches = getattr(self, "current_gradient_accumulation_steps", 1)
-        sums, count, outputs = distiller(model, self.model, inputs, self._loss_shifts_labels)
+        sums, count, outputs = distiller(model, self.model, inputs)
         means = sums / (max(count, 1) * micro_batches if items is None else items)
         loss = self._over_ranks(means) if items is not None else means
         self._metrics.add(loss.detach())
