@@ -138,8 +138,8 @@ def _settings(model: PreTrainedModel, layers: dict[str, QuantizedLayer]) -> dict
     clash = [name for name in layers if not should_convert_module(name, [*kept, *(model._keep_in_fp32_modules or ())])]
     if clash:
         raise ValueError(
-            f"{clash[0]} cannot be written in the native 'bitnet' format: by its name transformers would take it for one of the "
-            f"layers that are kept ({', '.join(kept[:6])}, ...); keep it too: keep=[r'{clash[0]}']"
+            f"{clash[0]} cannot be written in the native 'bitnet' format: by its name transformers would take it for one of "
+            f"the layers that are kept ({', '.join(kept[:6])}, ...); keep it too: keep=[r'{clash[0]}']"
         )
     return {
         "quant_method": NATIVE_METHOD,

@@ -38,7 +38,7 @@ class BitNetQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **unused: Any
     ) -> None:
         check_files(checkpoint_files, self.pre_quantized)
-        part = _quantized_part(model) if self.pre_quantized else model
+        part = self._part(model)
         self._prepare(part)
         # it attached a copy with the list of layers
         self.quantization_config = part.config.quantization_config
@@ -46,6 +46,14 @@ class BitNetQuantizer(HfQuantizer):
         self.layers = set(layers)
         self.packed = {name for name, layer in layers.items() if isinstance(layer, PackedBitLinear)}
         before_initialization(model, self._after_tensors)
+
+    def _part(self, model: Any) -> Any:
+        """What the config is about: the model, or its language model where that alone was quantized."""
+        config = model.config.get_text_config(decoder=True)
+        # from_pretrained puts the language model's on the whole config as well
+        if not self.pre_quantized or config is model.config or getattr(config, "quantization_config", None) is None:
+            return model
+        return next((module for module in model.modules() if getattr(module, "config", None) is config), model)
 
     def _prepare(self, model: Any) -> None:
         surgery.prepare_model(model, self.quantization_config, saved=self.pre_quantized)
@@ -115,18 +123,13 @@ class BitNetQuantizer(HfQuantizer):
         return True
 
 
-def _quantized_part(model: Any) -> Any:
-    """The model, or its language model where that alone was quantized: its config then has the quantization_config."""
-    config = model.config.get_text_config(decoder=True)
-    if config is model.config or getattr(config, "quantization_config", None) is None:
-        return model
-    return next((module for module in model.modules() if getattr(module, "config", None) is config), model)
-
-
 class NativeBitNetQuantizer(BitNetQuantizer):
     """Loads checkpoints of transformers' own method `bitnet` into layers of ours; used by `load_native` only."""
 
     quantization_config: NativeBitNetConfig  # type: ignore[assignment]
+
+    def _part(self, model: Any) -> Any:
+        return model  # transformers replaces layers everywhere
 
     def _prepare(self, model: Any) -> None:
         settings = self.quantization_config.native or {}
