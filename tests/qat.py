@@ -70,7 +70,9 @@ def arguments(folder: Path | str, **fields: Any) -> QATArguments:
     return QATArguments(**(base | fields))
 
 
-def make_trainer(folder: Path | str, model: nn.Module, name: str = "llama", teacher: Any = None, **fields: Any) -> QATTrainer:
+def make_trainer(
+    folder: Path | str, model: nn.Module | None, name: str = "llama", teacher: Any = None, **fields: Any
+) -> QATTrainer:
     """A trainer on `examples(name)`; what is not a field of QATArguments goes to the trainer."""
     legal = set(QATArguments.__dataclass_fields__)
     named = {key: fields.pop(key) for key in list(fields) if key not in legal}

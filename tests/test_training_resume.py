@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ class _StopAt(tf.TrainerCallback):
 
 def _model() -> tf.PreTrainedModel:
     return quantized(model=DROPOUT, weight="int2_seq", weight_scale="learned", ste="learnable", sub_norm=["o_proj"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The same sums in this process and in the one that is killed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +108,8 @@ def test_resume_after_sigkill(tmp_path: Path, uninterrupted: tuple) -> None:
             break
     process.stdout.close()
     assert process.wait() == -signal.SIGKILL, moment
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        trainer = make_trainer(tmp_path, _model(), **RUN)
-        trainer.train(resume_from_checkpoint=True)
-    finally:
-        torch.set_num_threads(threads)
+    trainer = make_trainer(tmp_path, _model(), **RUN)
+    trainer.train(resume_from_checkpoint=True)
     assert losses(trainer) == uninterrupted[0], moment
     assert_same(weights(trainer.model), uninterrupted[1])
 

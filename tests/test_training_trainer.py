@@ -11,10 +11,12 @@ import torch
 import transformers as tf
 from torch import nn
 
-from hf_bitnet import BitNetQuantizationConfig, QATArguments, quantize_model
+from hf_bitnet import BitNetQuantizationConfig, QATArguments, quantize_model, set_norm_blend, set_strength
 from hf_bitnet.surgery import full_precision_copy, quantized_layers, trained_layers
+from hf_bitnet.training.alignment import labels_are_next
+from hf_bitnet.training.checks import LossStyle, loss_style
 from tests.qat import arguments, assert_same, examples, losses, make_trainer, plain, quantized, weights
-from tests.tiny import tiny
+from tests.tiny import FAMILIES, tiny
 
 # ---- the loss ----
 
@@ -65,9 +67,37 @@ def test_distillation_equals_the_formula_in_the_trainer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen3", "t5", "bert", "gemma3"])
 def test_head_and_logits_give_the_same_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = _update(name, tmp_path, "self", 4, 1)
-    monkeypatch.setattr("hf_bitnet.training.distiller._is_plain", lambda *_: False)
+    monkeypatch.setattr("hf_bitnet.training.distiller.logits_are_plain", lambda *_: False)
     slow = _update(name, tmp_path, "self", 4, 1)
     assert (fast - slow).norm() < 1e-3 * slow.norm()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_distils(name: str, tmp_path: Path) -> None:
+    """At strength 0 the model is its own teacher: no divergence, and half of the model's own loss is left."""
+    model = quantized(name)
+    batch = tiny(name, labels=True)[1]
+    trainer = make_trainer(tmp_path, model, name, teacher="self", distill_alpha=0.5)
+    set_strength(model, 0.0)
+    own = model(**batch).loss
+    model.train()
+    loss = trainer.compute_loss(model, dict(batch))
+    loss.backward()
+    torch.testing.assert_close(loss, 0.5 * own, rtol=1e-5, atol=1e-6)
+    assert trainer._distiller is not None
+    assert trainer._distiller._by_hidden is (name not in ("bert", "vit", "whisper"))
+
+
+def test_alignment_is_read_off_the_loss(caplog: pytest.LogCaptureFixture) -> None:
+    for name, following in (("gpt2", True), ("mixtral", True), ("t5", False), ("bert", False)):
+        assert labels_are_next(*tiny(name, labels=True)) is following
+    assert not caplog.records
+    model, batch = tiny("llama", labels=True)
+    stock = model.loss_function
+    model.loss_function = lambda *args, **kwargs: 1.2 * stock(*args, **kwargs)
+    assert labels_are_next(model, batch)
+    (record,) = caplog.records
+    assert "leaves out what else the model adds to its loss" in record.getMessage()
 
 
 def test_soft_capped_logits_take_the_general_way(tmp_path: Path) -> None:
@@ -203,6 +233,17 @@ def test_self_is_the_model_at_strength_0() -> None:
         assert not any(True for _ in quantized_layers(twin))
         assert getattr(twin.config, "quantization_config", None) is None
         assert torch.equal(twin(**batch).logits, original(**batch).logits)
+
+
+def test_self_keeps_a_norm_that_works() -> None:
+    model, batch = quantized(sub_norm=["o_proj"]), tiny("llama")[1]
+    set_norm_blend(model, 1.0)
+    twin = full_precision_copy(model)
+    set_strength(model, 0.0)
+    assert torch.equal(twin(**batch).logits, model(**batch).logits)
+    assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in model.parameters()}
+    with pytest.raises(ValueError, match="no layer in train form"):
+        full_precision_copy(tiny("llama")[0])
 
 
 def test_self_stays_as_it_was(tmp_path: Path) -> None:
@@ -353,6 +394,49 @@ def test_loaded_model(tmp_path: Path) -> None:
     assert losses(trainer) == losses(other)
 
 
+def test_model_init(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, None, model_init=lambda: quantized(), teacher="self")
+    trainer.train()
+    other = make_trainer(tmp_path, quantized(), teacher="self")
+    other.train()
+    assert losses(trainer) == losses(other)
+
+
+class _Wrapped(tf.LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+class _Own(tf.LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return None
+
+
+def test_how_a_model_divides_its_loss() -> None:
+    style = {name: loss_style(tiny(name)[0]) for name in FAMILIES}
+    mean = {name for name, each in style.items() if each is LossStyle.MEAN}
+    assert mean == {"bert", "t5", "whisper"}
+    assert set(style.values()) == {LossStyle.SUM, LossStyle.MEAN}
+    config = tiny("llama")[0].config
+    assert loss_style(_Wrapped(config)) is LossStyle.SUM
+    assert loss_style(_Own(config)) is LossStyle.OTHER
+
+
+def test_regression_accumulates_too(tmp_path: Path) -> None:
+    """Float labels: transformers' own loss is a mean, whatever number of items it is told."""
+    data = [{**example, "labels": torch.randn(())} for example in examples("bert")]
+    found = {}
+    for batch, accumulate in ((8, 1), (2, 4)):
+        config = tf.LlamaConfig(**{**tiny("llama")[0].config.to_dict(), "num_labels": 1})
+        torch.manual_seed(0)
+        model = quantize_model(tf.LlamaForSequenceClassification(config), BitNetQuantizationConfig())
+        before = nn.utils.parameters_to_vector(model.parameters()).detach()
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate, "max_steps": 1}
+        make_trainer(tmp_path, model, optim="sgd", max_grad_norm=0.0, train_dataset=data, eval_dataset=None, **sizes).train()
+        found[batch] = nn.utils.parameters_to_vector(model.parameters()).detach() - before
+    assert (found[2] - found[8]).norm() < 1e-3 * found[8].norm()
+
+
 # ---- what is refused ----
 
 
@@ -406,7 +490,7 @@ def test_teachers_that_do_not_fit(tmp_path: Path) -> None:
 def test_float_labels_with_a_teacher_are_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, quantized("bert"), "bert", teacher="self")
     trainer.model.train()
-    with pytest.raises(ValueError, match=r"labels have dtype torch\.float32"):
+    with pytest.raises(ValueError, match=r"labels are torch\.float32"):
         trainer.compute_loss(trainer.model, {"input_ids": torch.randint(3, 96, (2, 6)), "labels": torch.rand(2, 3)})
 
 

@@ -101,13 +101,20 @@ def loss_style(model: nn.Module) -> LossStyle:
 
     (126 model files of transformers 5.23 make a CrossEntropyLoss of their own, yet take **kwargs.)
     """
-    try:
-        source = inspect.getsource(inspect.unwrap(type(unwrap_peft_model(model)).forward))
-    except (OSError, TypeError):  # defined at a prompt: nothing to read
-        return LossStyle.OTHER
-    if "self.loss_function(" in source:
-        return LossStyle.SUM
-    return LossStyle.MEAN if "CrossEntropyLoss(" in source else LossStyle.OTHER
+    for kind in type(unwrap_peft_model(model)).__mro__:
+        if "forward" not in vars(kind):
+            continue
+        try:
+            source = inspect.getsource(inspect.unwrap(vars(kind)["forward"]))
+        except (OSError, TypeError):  # defined at a prompt: nothing to read
+            return LossStyle.OTHER
+        if "self.loss_function(" in source:
+            return LossStyle.SUM
+        if "CrossEntropyLoss(" in source:
+            return LossStyle.MEAN
+        if "super().forward(" not in source:
+            break
+    return LossStyle.OTHER
 
 
 def auxiliary_weight(model: nn.Module) -> float:

@@ -1,9 +1,8 @@
 """One distillation step: run the teacher, run the student, loss over the tokens that count. Own.
 
-Where logits are a plain `hidden @ W.T + b` (checked on the first batch, so soft-capped or scaled logits are noticed), the
-teacher stops at its hidden states and the student's head is replaced, for the length of its forward, by the chunked loss.
-It so runs inside the model's own forward: with DDP's and FSDP's hooks, gathered weights, and autocast. Any other model
-goes the general way, over its full logits.
+Where logits are a plain `hidden @ W.T + b`, the teacher stops at its hidden states and the student's head is replaced, for
+the length of its forward, by the chunked loss. It so runs inside the model's own forward: with DDP's and FSDP's hooks,
+gathered weights, and autocast. Any other model goes the general way, over its full logits.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..surgery import output_head, probing
-from .distillation import CE, KL, TOTAL, distill_from_hidden, distill_from_logits
+from ..surgery import output_head
+from .alignment import IGNORED, labels_are_next, logits_are_plain, logits_of, one_sequence, without_labels
+from .distillation import distill_from_hidden, distill_from_logits
 from .teacher import whole_head
-
-_IGNORED = -100
 
 
 class Distiller:
@@ -41,66 +39,80 @@ class Distiller:
         self._alpha = alpha
         self._head_loss = _HeadLoss(compiled)
         self._arguments = inspect.signature(type(inner).forward).parameters
+        # found out on the first batch
         self._by_hidden: bool | None = None
+        self._shift: bool | None = None
 
     def reset(self) -> None:
-        """For a new student: looks again at how it makes its logits."""
-        self._by_hidden = None
+        """For a new student: looks again at how it makes its logits and aligns its labels."""
+        self._by_hidden = self._shift = None
 
-    def __call__(
-        self, model: nn.Module, student: nn.Module, inputs: dict[str, Any], shift_labels: bool
-    ) -> tuple[Tensor, int, Any]:
+    def __call__(self, model: nn.Module, student: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, int, Any]:
         """Runs both models on one batch.
 
         Args:
             model: the student as it is wrapped for training. student: the same, unwrapped.
             inputs: the batch, with `labels`; -100 masks a token. Without labels (alpha 1 only) the attention mask counts.
-            shift_labels: whether logits at a position predict the next label.
 
         Returns:
             float32 (3,) weighted loss, KL and CE, summed over tokens; the number of tokens; the student's output.
         """
-        inputs, labels = _without_labels(student, inputs, shift_labels)
+        inputs, labels = without_labels(student, inputs, self._labels_are_next(student, inputs))
         rows, picked = self._tokens(labels, inputs)
         if self._by_hidden is None:
-            self._by_hidden = self._logits_are_plain(student, inputs)
+            self._by_hidden = self._logits_are_plain(student, inputs, labels)
         teacher = self._teacher_rows(inputs, rows)
         targets = None if self._alpha == 1.0 else picked
-        count = rows.numel()
-        if self._by_hidden:
-            head = output_head(student)
-            assert head is not None
-            self._head_loss.set(head, rows, labels, teacher, targets, self.settings)
-            try:
-                with _forward_replaced(head, self._head_loss.forward):
-                    outputs = model(**inputs)
-            finally:
-                self._head_loss.clear()
-            return _logits(outputs), count, outputs
-        outputs = model(**inputs)
-        logits = _rows_of(_logits(outputs), rows, labels)
-        return distill_from_logits(logits, teacher, targets, *self.settings), count, outputs
+        head = output_head(student) if self._by_hidden else None
+        if head is None:
+            outputs = model(**inputs)
+            logits = _rows_of(logits_of(outputs), rows, labels)
+            return distill_from_logits(logits, teacher, targets, *self.settings), rows.numel(), outputs
+        self._head_loss.set(head, rows, labels, teacher, targets, self.settings)
+        try:
+            with _forward_replaced(head, self._head_loss.forward):
+                outputs = model(**inputs)
+        finally:
+            self._head_loss.set()
+        return logits_of(outputs), rows.numel(), outputs
+
+    def _labels_are_next(self, student: nn.Module, inputs: dict[str, Any]) -> bool:
+        labels = inputs.get("labels")
+        if self._shift is None and labels is not None and "shift_labels" not in inputs:
+            if not isinstance(labels, Tensor) or labels.is_floating_point():
+                raise ValueError(
+                    f"the labels are {labels.dtype if isinstance(labels, Tensor) else type(labels).__name__}; distillation is "
+                    "for classes (an int64 tensor), not for regression or several labels at once; leave `teacher` out"
+                )
+            if not labels.ne(IGNORED).any():
+                return False  # nothing to align in this batch
+            self._shift = labels_are_next(student, one_sequence(inputs, labels))
+        return bool(self._shift)
+
+    def _logits_are_plain(self, student: nn.Module, inputs: dict[str, Any], labels: Tensor | None) -> bool:
+        if "labels" in inputs:  # the model will compute its own loss from the logits, so it needs them
+            return False
+        one = one_sequence(inputs, labels)
+        if not logits_are_plain(student, one):
+            return False
+        return whole_head(self._inner) is None or logits_are_plain(self._inner, self._accepted(one))
 
     def _tokens(self, labels: Tensor | None, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Positions that count in the flattened batch (N,) and their labels (N,)."""
-        if labels is None:
-            if self._alpha < 1.0:
-                raise ValueError(
-                    f"the batch has no `labels` (only {', '.join(inputs)}), which the cross entropy needs; add labels in the "
-                    "data collator, or train on the teacher alone: distill_alpha=1.0"
-                )
-            mask = inputs.get("attention_mask")
-            if mask is None:
-                mask = torch.ones_like(next(value for value in inputs.values() if isinstance(value, Tensor)))
-            return mask.reshape(-1).nonzero().squeeze(1), None
-        if labels.is_floating_point():
+        if labels is not None:
+            flat = labels.reshape(-1)
+            # before the forwards are queued, because reading the count waits for the device
+            rows = flat.ne(IGNORED).nonzero().squeeze(1)
+            return rows, flat[rows]
+        if self._alpha < 1.0:
             raise ValueError(
-                f"the labels have dtype {labels.dtype}; distillation is for classes (int64 labels), not for regression or "
-                "multi-label targets; leave `teacher` out"
+                f"the batch has no `labels` (only {', '.join(inputs)}), which the cross entropy needs; add labels in the "
+                "data collator, or train on the teacher alone: distill_alpha=1.0"
             )
-        flat = labels.reshape(-1)
-        rows = flat.ne(_IGNORED).nonzero().squeeze(1)  # before the forwards are queued: reading the count waits for the device
-        return rows, flat[rows]
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones_like(next(value for value in inputs.values() if isinstance(value, Tensor)))
+        return mask.reshape(-1).nonzero().squeeze(1), None
 
     def _teacher_rows(self, inputs: dict[str, Any], rows: Tensor) -> Callable[[slice], Tensor]:
         """Runs the teacher; the result gives its logits for a slice of the tokens that count."""
@@ -108,7 +120,7 @@ class Distiller:
         replaced = contextlib.nullcontext() if head is None else _forward_replaced(head, _identity)
         with torch.no_grad(), replaced:
             outputs = self.teacher(**self._accepted(inputs))
-        values = _rows_of(_logits(outputs), rows, None)
+        values = _rows_of(logits_of(outputs), rows, None)
         return values.__getitem__ if head is None else _Head(head, values)
 
     def _accepted(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -117,13 +129,6 @@ class Distiller:
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         accepted = {key: value for key, value in inputs.items() if takes_all or key in parameters}
         return accepted | ({"use_cache": False} if "use_cache" in parameters else {})
-
-    def _logits_are_plain(self, student: nn.Module, inputs: dict[str, Any]) -> bool:
-        """Whether both models return exactly head(hidden), tried on the first sequence of the batch."""
-        if output_head(student) is None:
-            return False
-        one = _first_sequence(inputs)
-        return _is_plain(student, one) and (whole_head(self._inner) is None or _is_plain(self._inner, self._accepted(one)))
 
 
 class _HeadLoss:
@@ -137,9 +142,6 @@ class _HeadLoss:
 
     def set(self, *step: Any) -> None:
         self._step = step
-
-    def clear(self) -> None:
-        self._step = ()
 
     def _run(self, hidden: Tensor) -> Tensor:
         head, rows, labels, teacher, targets, settings = self._step
@@ -178,58 +180,6 @@ def _forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) ->
         del module.forward
 
 
-@torch.no_grad()
-def _is_plain(model: nn.Module, inputs: dict[str, Any]) -> bool:
-    head = output_head(model)
-    if head is None:
-        return False
-    seen: list[Any] = []
-    hook = head.register_forward_hook(lambda _, args, output: seen.append(output))
-    try:
-        with probing(model):
-            logits = _logits(model(**inputs))
-    finally:
-        hook.remove()
-    # exactly one use, and what comes out of the model is what came out of the head
-    return len(seen) == 1 and torch.equal(logits, seen[0].to(logits.dtype))
-
-
-def _without_labels(student: nn.Module, inputs: dict[str, Any], shift: bool) -> tuple[dict[str, Any], Tensor | None]:
-    """The batch without labels (so that no second loss is computed), and labels aligned with the logits."""
-    inputs = dict(inputs)
-    labels, aligned = inputs.pop("labels", None), inputs.pop("shift_labels", None)
-    if aligned is not None:
-        return inputs, aligned
-    if labels is not None and shift:
-        return inputs, nn.functional.pad(labels, (0, 1), value=_IGNORED)[..., 1:]
-    encoder_decoder = getattr(getattr(student, "config", None), "is_encoder_decoder", False)
-    if labels is not None and encoder_decoder and "decoder_input_ids" not in inputs:
-        make = getattr(student, "prepare_decoder_input_ids_from_labels", None)
-        if make is None:
-            inputs["labels"] = labels  # its forward makes the decoder's input of them
-        else:
-            inputs["decoder_input_ids"] = make(labels=labels)
-    return inputs, labels
-
-
-def _first_sequence(inputs: dict[str, Any]) -> dict[str, Any]:
-    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 0]
-    batch = tensors[0].shape[0]
-    return {
-        key: value[:1] if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch else value
-        for key, value in inputs.items()
-    }
-
-
-def _logits(outputs: Any) -> Tensor:
-    logits = outputs.get("logits") if isinstance(outputs, dict) else outputs[0]
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"distillation needs a model that returns `logits`, this one returns {', '.join(outputs)}; leave `teacher` out"
-        )
-    return logits
-
-
 def _rows_of(values: Tensor, rows: Tensor, labels: Tensor | None) -> Tensor:
     """(..., C) -> (N, C), the rows that count."""
     flat = values.reshape(-1, values.shape[-1])
@@ -239,6 +189,3 @@ def _rows_of(values: Tensor, rows: Tensor, labels: Tensor | None) -> Tensor:
             "label for each row of logits, classes last; leave `teacher` out for this model"
         )
     return flat if rows.numel() == flat.shape[0] else flat[rows]
-
-
-__all__ = ["CE", "KL", "TOTAL", "Distiller"]

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .distiller import KL
+from .distillation import KL
 from .monitor import QuantMonitor
 
 

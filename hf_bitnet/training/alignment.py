@@ -1,0 +1,103 @@
+"""How a model's logits come about and which label each of them is for: tried on one sequence, not guessed from names. Own.
+
+Leaves out: the loss, the teacher.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..surgery import output_head, probing
+from .checks import auxiliary_weight
+
+logger = logging.getLogger(__name__)
+IGNORED = -100
+# own loss and cross entropy agree to float rounding, unless the model adds something else
+_AGREES = 0.05
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits of a model's output. Raises ValueError when it has none."""
+    logits = outputs.get("logits") if isinstance(outputs, dict) else outputs[0]
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"distillation needs a model that returns `logits`, this one returns {', '.join(outputs)}; leave `teacher` out"
+        )
+    return logits
+
+
+def logits_are_plain(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Whether the model returns exactly what its output head returns: no soft-capping, no scaling afterwards."""
+    head = output_head(model)
+    if head is None:
+        return False
+    seen: list[Any] = []
+    hook = head.register_forward_hook(lambda _, args, output: seen.append(output))
+    try:
+        with probing(model):
+            logits = logits_of(model(**inputs))
+    finally:
+        hook.remove()
+    return len(seen) == 1 and torch.equal(logits, seen[0].to(logits.dtype))
+
+
+def labels_are_next(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Whether logits at a position are for the next label (causal) or for the one at that position.
+
+    The model's own loss decides: which of the two cross entropies is it?
+    """
+    labels = inputs["labels"]
+    with probing(model):
+        outputs = model(**inputs)
+        logits = logits_of(outputs).float()
+        loss = outputs.get("loss") if isinstance(outputs, dict) else None
+        if labels.dim() < 2 or logits.shape[:-1] != labels.shape or loss is None:
+            return False
+        if outputs.get("aux_loss") is not None:
+            loss = loss - auxiliary_weight(model) * outputs["aux_loss"]
+        here = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+        following = nn.functional.cross_entropy(logits[..., :-1, :].flatten(0, -2), labels[..., 1:].flatten())
+        own, here, following = torch.stack((loss.float(), here, following)).tolist()
+    if not min(abs(own - here), abs(own - following)) <= _AGREES * abs(own):
+        logger.warning(
+            "the model's own loss is %.4g; the cross entropy of its logits is %.4g, and %.4g against the next labels. "
+            "Distillation takes the nearer of the two and leaves out what else the model adds to its loss.",
+            *(own, here, following),
+        )
+    return abs(own - following) < abs(own - here)
+
+
+def one_sequence(inputs: dict[str, Any], labels: Tensor | None) -> dict[str, Any]:
+    """The sequence of the batch with the most labels, as a batch of one."""
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 0]
+    batch = tensors[0].shape[0]
+    which = 0
+    if labels is not None and labels.dim() > 0 and labels.shape[0] == batch:
+        which = int(labels.ne(IGNORED).reshape(batch, -1).sum(dim=1).argmax())
+    return {
+        key: value[which : which + 1] if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch else value
+        for key, value in inputs.items()
+    }
+
+
+def without_labels(student: nn.Module, inputs: dict[str, Any], shift: bool) -> tuple[dict[str, Any], Tensor | None]:
+    """The batch without labels (so that no second loss is computed), and labels aligned with the logits.
+
+    An encoder-decoder gets the decoder's input that its forward would have made of the labels. Where only its forward can
+    make it, the labels stay in the batch.
+    """
+    inputs = dict(inputs)
+    labels, aligned = inputs.pop("labels", None), inputs.pop("shift_labels", None)
+    if aligned is not None:
+        return inputs, aligned
+    if labels is not None and shift:
+        return inputs, nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+    encoder_decoder = getattr(getattr(student, "config", None), "is_encoder_decoder", False)
+    if labels is not None and encoder_decoder and "decoder_input_ids" not in inputs:
+        make = getattr(student, "prepare_decoder_input_ids_from_labels", None)
+        inputs |= {"labels": labels} if make is None else {"decoder_input_ids": make(labels=labels)}
+    return inputs, labels
