@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
@@ -309,19 +310,27 @@ def set_norm_blend(model: nn.Module, blend: float) -> None:
 def kept_codes(model: nn.Module) -> Iterator[None]:
     """Inside, each layer makes its codes once and keeps them (one byte a weight) while its weight's version lasts.
 
-    For several forwards with unchanged weights: gradient accumulation, activation checkpointing, evaluation. Weights
-    must not be changed inside in ways that autograd does not count (`parameter.data.copy_`).
+    For several forwards with unchanged weights: gradient accumulation, activation checkpointing, evaluation. The codes are
+    dropped at every step of any torch optimizer (the fused ones change weights without raising their version). Weights
+    must not be changed inside in other ways that autograd does not count (`parameter.data.copy_`).
     """
     # layers of an outer kept_codes are left to it
     layers = [layer for _, layer in trained_layers(model) if not layer.keep_codes]
+
+    def drop(*_: Any) -> None:
+        for layer in layers:
+            layer.drop_codes()
+
     for layer in layers:
         layer.keep_codes = True
+    hook = register_optimizer_step_post_hook(drop)
     try:
         yield
     finally:
+        hook.remove()
         for layer in layers:
             layer.keep_codes = False
-            layer.drop_codes()
+        drop()
 
 
 def reset_state(model: nn.Module) -> None:
