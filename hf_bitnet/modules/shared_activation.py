@@ -2,6 +2,7 @@
 
 A one-slot memory per thread: the last tensor quantized, by identity and version, and its codes. The tensor is held
 weakly, so the slot never keeps an activation alive and a new tensor at the same address is not mistaken for the old one.
+Memory that is written behind torch's back between two calls (`x.data`, a numpy array under the tensor) is not noticed.
 """
 
 from __future__ import annotations
