@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import cycle
 
 import pytest
 import torch
@@ -20,14 +22,16 @@ def _assert_close(found: Tensor, expected: Tensor, what: str, factor: float = 1.
     assert (found.double() - expected).abs().max().item() <= limit, what
 
 
-def _check(layer: TrainedLayer, x: Tensor) -> None:
-    """Output and every gradient of a layer, against `Reference`."""
+def _check(
+    layer: TrainedLayer, x: Tensor, reference: Reference | None = None, compute: Callable[[Tensor], Tensor] | None = None
+) -> None:
+    """Output and every gradient of a layer, against `Reference` (or against what `compute` makes of its tensors)."""
     x = x.detach().clone().requires_grad_()
     weights = torch.randn(*x.shape[:-1], layer.out_features)
     y = layer(x)
     (y * weights).sum().backward()
-    reference, x64 = Reference(layer), double(x)
-    expected = reference(x64)
+    reference, x64 = reference or Reference(layer), double(x)
+    expected = (compute or reference)(x64)
     (expected * weights.double()).sum().backward()
     _assert_close(y.detach(), expected.detach(), "output")
     grads = [("x", x.grad, x64.grad)]
@@ -94,6 +98,26 @@ def test_gradient_of_a_shared_input_adds_up() -> None:
     sum(Reference(layer)(x64).sum() for layer in layers).backward()  # type: ignore[union-attr]
     assert x.grad is not None and x64.grad is not None
     _assert_close(x.grad, x64.grad, "x")
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("ste", STES)
+def test_relaxed_step(ste: str, strength: float) -> None:
+    """Below full strength: weight and input are straight mixes of the float and the quantized value."""
+    for scheme, activation in zip(SCHEMES, cycle(name for name in ACTIVATIONS if name != "none"), strict=False):
+        for make in (make_layer, lambda *args, **fields: as_conv1d(make_layer(*args, **fields))):
+            layer = make(scheme, "learned", "channel", activation=activation, ste=ste)
+            layer.relaxed = True
+            layer.strength.fill_(strength)
+            reference = Reference(layer)
+            exact = float(layer.strength)  # 0.3 in float32
+
+            def mixed(x: Tensor, reference: Reference = reference, exact: float = exact) -> Tensor:
+                value = (1 - exact) * x + exact * reference.fake_input(x)
+                weight = (1 - exact) * reference.weight + exact * reference.fake_weight()
+                return value @ weight.t() + reference.bias
+
+            _check(layer, torch.randn(7, IN), reference, mixed)
 
 
 # ---- learned scales, against LSQ as its authors write it ----

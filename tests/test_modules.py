@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -159,6 +160,16 @@ def test_scales_stay_float32(form: str, cast: str) -> None:
     x = torch.randn(3, IN)
     if cast in ("deepcopy", "state_dict"):
         assert torch.equal(other(x), layer(x))
+
+
+@each_form
+def test_whole_layers_can_be_saved(form: str) -> None:
+    layer = FORMS[form](make_layer("int4", "learned", activation="int8_static", ste="learnable", sub_norm=True))
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    x = torch.randn(3, IN)
+    assert torch.equal(torch.load(file, weights_only=False)(x), layer(x))
 
 
 def test_casting_there_and_back_does_not_wear_scales_out() -> None:

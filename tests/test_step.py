@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_bitnet.modules import BitLinear, PackedBitLinear
 from hf_bitnet.quantizers import Quantized, WeightQuantizer
@@ -174,6 +176,20 @@ def test_backward_twice_and_accumulation() -> None:
     assert torch.equal(layer.weight.grad, 2 * first)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("keep", [True, False])
+def test_activation_checkpointing(reentrant: bool, keep: bool) -> None:
+    model = nn.Sequential(make_layer(ste="tanh"), nn.GELU(), make_layer("int4", "learned", size=(OUT, IN)))
+    x = torch.randn(4, IN, requires_grad=True)
+    model(x).square().sum().backward()
+    expected = [p.grad for p in (x, *model.parameters())]
+    x.grad = None
+    model.zero_grad()
+    with kept_codes(model) if keep else contextlib.nullcontext():
+        checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip((x, *model.parameters()), expected, strict=True))
+
+
 # ---- kept codes ----
 
 
@@ -216,6 +232,19 @@ def test_kept_codes_are_made_once_and_follow_the_weight(quantize_calls: list[Non
     assert torch.equal(fresh(x), found)
     for layer in model:
         assert isinstance(layer, BitLinear) and not layer.keep_codes and layer._kept is None
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
+def test_kept_codes_notice_every_kind_of_optimizer(options: dict[str, bool]) -> None:
+    model = nn.Sequential(make_layer())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, **options)
+    x = torch.randn(4, IN)
+    with kept_codes(model):
+        model(x).sum().backward()
+        optimizer.step()
+        assert torch.equal(model(x), copy.deepcopy(model[0]).forward(x.clone()))
+        held = model[0].quantized_weight()
+    assert torch.equal(held.codes, model[0].quantized_weight().codes)
 
 
 def test_kept_codes_end_with_an_error() -> None:
