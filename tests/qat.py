@@ -6,6 +6,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as tf
 from torch import Tensor, nn
@@ -95,3 +96,8 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 def losses(trainer: QATTrainer) -> list[dict[str, float]]:
     """The training logs, without times."""
     return [log for log in trainer.state.log_history if "loss" in log]
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What this package logged; transformers has warnings of its own."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("hf_bitnet")]

@@ -61,7 +61,7 @@ class Distiller:
         rows, picked = self._tokens(labels, inputs)
         if self._by_hidden is None:
             self._by_hidden = self._logits_are_plain(student, inputs, labels)
-        teacher = self._teacher_rows(inputs, rows)
+        teacher = self._teacher_rows(inputs, rows, labels)
         targets = None if self._alpha == 1.0 else picked
         head = output_head(student) if self._by_hidden else None
         if head is None:
@@ -114,13 +114,13 @@ class Distiller:
             mask = torch.ones_like(next(value for value in inputs.values() if isinstance(value, Tensor)))
         return mask.reshape(-1).nonzero().squeeze(1), None
 
-    def _teacher_rows(self, inputs: dict[str, Any], rows: Tensor) -> Callable[[slice], Tensor]:
+    def _teacher_rows(self, inputs: dict[str, Any], rows: Tensor, labels: Tensor | None) -> Callable[[slice], Tensor]:
         """Runs the teacher; the result gives its logits for a slice of the tokens that count."""
         head = whole_head(self._inner) if self._by_hidden else None
         replaced = contextlib.nullcontext() if head is None else _forward_replaced(head, _identity)
         with torch.no_grad(), replaced:
             outputs = self.teacher(**self._accepted(inputs))
-        values = _rows_of(logits_of(outputs), rows, None)
+        values = _rows_of(logits_of(outputs), rows, labels)
         return values.__getitem__ if head is None else _Head(head, values)
 
     def _accepted(self, inputs: dict[str, Any]) -> dict[str, Any]:
