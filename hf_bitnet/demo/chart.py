@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 880, 380
+WIDTH, HEIGHT = 880, 400
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 34, 52
 
 Curve = list[tuple[float, float]]
@@ -69,7 +69,7 @@ def line_chart(
     parts += _divider(place(divider[0], y_low)[0], floor, divider[1], divider[2])
     y = place(x_low, rule[0])[1]
     parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-    parts.append(_label(WIDTH - RIGHT - 4, y + 17, rule[1], "end", "note"))
+    parts.append(_label(LEFT + 8, y + 18, rule[1], "start", "note"))
     for line in series:
         parts += _polyline(line, [place(x, y) for x, y in line.points])
     return "\n".join([*parts, "</svg>"])

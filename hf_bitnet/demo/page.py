@@ -56,7 +56,7 @@ def table_rows(results: Results) -> list[tuple[str, str, str, str]]:
 
     speed = ternary["tokens_per_second"] / max(full["tokens_per_second"], 1e-9)
     return [
-        ("Perplexity when rounded", _number(before), _number(rounded), _percent(rounded / before)),
+        ("Perplexity right after rounding", _number(before), _number(rounded), _percent(rounded / before)),
         (
             "Perplexity when both have trained on",
             _number(full["perplexity"]),
@@ -111,10 +111,11 @@ def _header(results: Results) -> str:
         else ""
     )
     return (
-        '<header><p class="over">hf_bitnet demo</p><h1>A language model in 1.58 bits, trained on this computer</h1>'
+        '<header><p class="over">hf_bitnet demo</p><h1>A language model in 1.58&nbsp;bits, trained on this computer</h1>'
         f'<p class="lead">A small Llama of {results["model"]["parameters"] / 1e6:.1f} million parameters learned from the '
-        "documentation that ships with Python. Then every weight of its linear layers was restricted to &minus;1, 0 or +1, "
-        f"and the model was trained on with its full-precision self as the teacher.</p>{quick}</header>"
+        "documentation that ships with Python. Then every weight of its attention and feed-forward layers was restricted to "
+        "&minus;1, 0 or +1, and the model was trained on with its full-precision self as the teacher."
+        f"</p>{quick}</header>"
     )
 
 
@@ -134,10 +135,12 @@ def _cards(results: Results) -> str:
 def _chart(results: Results) -> str:
     curves, steps = results["curves"], results["training"]
     start = steps["full_precision_steps"]
+    first = start // 20  # the steep beginning would flatten everything after it
+    shown = {name: [point for point in curve if point[0] >= first] for name, curve in curves.items()}
     series = [
-        Series("full precision, training text", "train", curves["full_precision_training"]),
-        Series("full precision, validation text", "fp", curves["full_precision_validation"], marks=True),
-        Series("ternary, validation text", "qat", curves["ternary_validation"], marks=True),
+        Series("full precision, training text", "train", shown["full_precision_training"]),
+        Series("full precision, validation text", "fp", shown["full_precision_validation"], marks=True),
+        Series("ternary, validation text", "qat", shown["ternary_validation"], marks=True),
     ]
     chart = line_chart(
         series,
@@ -147,10 +150,13 @@ def _chart(results: Results) -> str:
         divider=(start, "one model", "two: full precision and 1.58 bits"),
     )
     return (
-        f"<figure>{legend(series)}{chart}<figcaption>Lower is better; perplexity is <i>e</i> to the power of the loss. At the "
+        f'<figure>{legend(series)}<div class="wide">{chart}</div><figcaption>'
+        "Lower is better; perplexity is <i>e</i> to the power of the loss. At the "
         "vertical line the model is copied and the copy&rsquo;s weights are rounded to three values, which raises its loss at "
         "once. Then both train on for as many steps (a learning rate that starts anew first raises the loss of both, then "
-        "lowers it). Hold the pointer over a dot for its figures.</figcaption></figure>"
+        "lowers it). "
+        f"The first {first:,} steps, which began at a loss of {curves['full_precision_validation'][0][1]:.1f}, are left out. "
+        "Hold the pointer over a dot for its figures.</figcaption></figure>"
     )
 
 
@@ -222,7 +228,7 @@ def _number(value: float) -> str:
 
 
 def _percent(ratio: float) -> str:
-    return f"{ratio - 1:+.1%}" if ratio < 3 else f"{ratio:,.0f} times as high"
+    return f"{ratio - 1:+.1%}" if ratio < 2 else f"{ratio:,.1f} times as high"
 
 
 def _size(count: int) -> str:
@@ -256,7 +262,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 940px; margin: 0 auto; padding: 40px 20px 64px; }
+main { max-width: 1040px; margin: 0 auto; padding: 40px 20px 64px; }
 h1 { font-size: 2.1rem; line-height: 1.15; letter-spacing: -0.02em; margin: 0 0 12px; text-wrap: balance; }
 h2 { font-size: 1.25rem; margin: 0 0 12px; letter-spacing: -0.01em; }
 h3 { font-size: 0.8rem; margin: 0 0 6px; font-weight: 600; }
@@ -275,9 +281,12 @@ section > p, figcaption { color: var(--soft); font-size: 0.94rem; }
 b.fp, h3.fp { color: var(--fp); } b.qat, h3.qat { color: var(--qat); } b.bad { color: var(--bad); }
 figure { margin: 0; padding: 16px 16px 14px; }
 figcaption { margin-top: 8px; }
-svg { display: block; width: 100%; height: auto; font: 12.5px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }
+.wide { overflow-x: auto; }
+svg { display: block; width: 100%; min-width: 640px; height: auto;
+  font: 13.5px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }
 .grid { stroke: var(--edge); stroke-width: 1; } .axis { stroke: var(--soft); stroke-width: 1; }
-.tick { fill: var(--soft); } .label { fill: var(--ink); } .note { fill: var(--soft); }
+.tick { fill: var(--soft); } .label { fill: var(--ink); }
+.note { fill: var(--soft); paint-order: stroke; stroke: var(--card); stroke-width: 5px; }
 .rule { stroke: var(--fp); stroke-width: 1.3; stroke-dasharray: 6 5; opacity: 0.75; }
 .divider { stroke: var(--soft); stroke-width: 1.3; stroke-dasharray: 2 3; }
 .line { fill: none; stroke-width: 2.4; stroke-linejoin: round; stroke-linecap: round; }
@@ -290,12 +299,12 @@ svg { display: block; width: 100%; height: auto; font: 12.5px system-ui, -apple-
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 10px 16px; text-align: right; border-bottom: 1px solid var(--edge); white-space: nowrap; }
 tbody tr:last-child > * { border-bottom: 0; }
-th[scope=row], th[scope=col] { font-weight: 500; } th[scope=row] { text-align: left; }
+th[scope=row], th[scope=col] { font-weight: 500; } th[scope=row] { text-align: left; white-space: normal; }
 thead th, td:last-child { color: var(--soft); font-size: 0.9rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 12px; margin-top: 14px; }
 .pair > div { min-width: 0; background: var(--card); border: 1px solid var(--edge); border-radius: 12px; padding: 12px 16px; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere;
-  font: 13.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+  font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 pre.code { background: var(--code); border-radius: 10px; padding: 14px 16px; margin-bottom: 16px; white-space: pre;
   overflow-x: auto; }
 code { background: var(--code); border-radius: 4px; padding: 1px 5px; font-size: 0.9em; }

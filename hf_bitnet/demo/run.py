@@ -47,7 +47,8 @@ from .training import arguments, bfloat16_is_native, later, train
 
 FULL_PRECISION, TERNARY = "full-precision", "ternary"
 """Folders of the two models in the output folder."""
-PROMPTS = ("def read(self, size=-1):\n    ", 'The "for" statement is used to', "class Queue(object):\n    ")
+# three blanks: the tokenizer gives the fourth to the word that follows
+PROMPTS = ("def read(self, size=-1):\n   ", 'The "for" statement is used to', "class Queue(object):\n   ")
 SEED = 0
 # Packed and trained forms have the same codes and scales; their float32 products are summed in another order.
 RELOAD_TOLERANCE = 1e-4
@@ -161,7 +162,7 @@ class _Demo:
             "perplexity_after_rounding": rounded,
             "perplexity_before_packing": unpacked,
             "curves": {
-                "full_precision_training": full_curves["loss"] + later(more_curves["loss"], settings.steps),
+                "full_precision_training": full_curves["loss"],
                 "full_precision_validation": full_curves["eval_loss"] + later(more_curves["eval_loss"], settings.steps),
                 "ternary_validation": later(ternary_curves["eval_loss"], settings.steps),
             },
