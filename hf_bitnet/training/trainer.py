@@ -128,7 +128,8 @@ class QATTrainer(Trainer):
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir), self.args.world_size) or True
         if self._distiller is not None:
             self._distiller.reset()
-            if isinstance(resume_from_checkpoint, str):
+            # other ranks may hold an empty copy until sharding hands the weights out
+            if isinstance(resume_from_checkpoint, str) and self.is_world_process_zero():
                 check_teacher(resume_from_checkpoint, self._fingerprint)
         try:
             return super().train(resume_from_checkpoint, *others, **named)
