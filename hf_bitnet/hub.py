@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from .surgery import config_of, coverage
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _CARD, _CONFIG = "README.md", "config.json"
 _SECONDS = 5.0
+_PACKAGES = ("hf_bitnet", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
 # fields of the config that say nothing about this model to a reader
 _BOOKKEEPING = {"version", "quant_method", "quantized_modules", "min_coverage", "sub_norm_eps"} | {
     *("ste_threshold", "ste_temperature", "relaxation")
@@ -172,6 +174,17 @@ def license_of(name: str) -> str | None:
         return None if card is None else card.get("license")
     except Exception:  # no network, no card, a broken card: the license is not known, which must not fail a finished run
         return None
+
+
+def library_versions() -> dict[str, str]:
+    """Of the packages that figures may depend on, as far as they are installed."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # run from a checkout
+            continue
+    return found
 
 
 @contextmanager

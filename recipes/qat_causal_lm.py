@@ -73,9 +73,12 @@ class DataArguments:
 @dataclass
 class QuantizationArguments:
     _argument_group_name: ClassVar[str] = "quantization: the preset, and what differs from it"
-    preset: str = field(
-        default="bitnet_b158",
-        metadata={"help": "Where to start from.", "choices": ["bitnet_b158", "w1a8", "w2a8", "w4a8", "w8a8"]},
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where to start from; without one: ternary weights, as bitnet_b158.",
+            "choices": ["bitnet_b158", "w1a8", "w2a8", "w4a8", "w8a8"],
+        },
     )
     weight: str | None = field(default=None, metadata={"help": "binary, ternary, int2, int2_seq, int4 or int8."})
     weight_scale: str | None = field(default=None, metadata={"help": "absmean, absmax, threshold, least_squares or learned."})
@@ -98,7 +101,7 @@ class QuantizationArguments:
         changed = {name: value for name, value in vars(self).items() if name != "preset" and value is not None}
         if "overrides" in changed:
             changed["overrides"] = json.loads(changed["overrides"])
-        return getattr(BitNetQuantizationConfig, self.preset)(**changed)
+        return getattr(BitNetQuantizationConfig, self.preset)(**changed) if self.preset else BitNetQuantizationConfig(**changed)
 
 
 def read(

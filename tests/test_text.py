@@ -156,7 +156,7 @@ def test_perplexity_refuses_what_it_cannot_measure(windows: torch.Tensor) -> Non
         hb.perplexity(model, windows[:0])
     with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1, got 0"):
         hb.perplexity(model, windows, 0)
-    with pytest.raises(ValueError, match="the windows hold token 200, the model has embeddings for 96 tokens"):
+    with pytest.raises(ValueError, match="windows hold token 200, the model has embeddings for 96 tokens"):
         hb.perplexity(model, windows * 0 + 200)
     with pytest.raises(ValueError, match=r"for causal language models .* logits of shape \(18, 3\)"):
         hb.perplexity(tiny("bert")[0], windows, 18)

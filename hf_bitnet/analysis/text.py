@@ -150,16 +150,9 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 16, progress
     Raises:
         TypeError, ValueError: not such windows; token ids that the model has no embedding for; no logits.
     """
-    if not isinstance(windows, Tensor) or windows.dim() != 2 or windows.dtype != torch.int64:
-        got = f"{windows.dtype} {tuple(windows.shape)}" if isinstance(windows, Tensor) else type(windows).__name__
-        raise TypeError(
-            f"perplexity takes token windows, int64 (count, length), got {got}; make them with text_windows(tokenizer, path)"
-        )
-    if windows.shape[0] == 0 or windows.shape[1] < 2:
-        raise ValueError(f"windows of shape {tuple(windows.shape)} hold no token to predict; give at least one of 2 tokens")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
-    _check_vocabulary(model, windows)
+    check_windows(model, windows, "windows")
     modes = [(module, module.training) for module in model.modules()]
     # a cache of keys and values would be filled for nothing
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
@@ -195,12 +188,28 @@ def _loss_sum(output: Any, batch: Tensor) -> Tensor:
     return torch.stack(losses).double().sum()
 
 
-def _check_vocabulary(model: nn.Module, windows: Tensor) -> None:
+def check_windows(model: nn.Module, windows: Tensor, name: str) -> None:
+    """Raises TypeError or ValueError when `windows` (called `name`) are not token windows that the model can read."""
+    if not isinstance(windows, Tensor) or windows.dim() != 2 or windows.dtype != torch.int64:
+        got = f"{windows.dtype} {tuple(windows.shape)}" if isinstance(windows, Tensor) else type(windows).__name__
+        raise TypeError(
+            f"{name} must be token windows, int64 (count, length), got {got}; make them with text_windows(tokenizer, path)"
+        )
+    if windows.shape[0] == 0 or windows.shape[1] < 2:
+        raise ValueError(f"{name} of shape {tuple(windows.shape)} hold no token to predict; give at least one of 2 tokens")
     find = getattr(model, "get_input_embeddings", None)
-    embedding = None if find is None else find()
-    known = getattr(embedding, "num_embeddings", None)
+    known = getattr(None if find is None else find(), "num_embeddings", None)
     if known is not None and int(windows.max()) >= known:
         raise ValueError(
-            f"the windows hold token {int(windows.max())}, the model has embeddings for {known} tokens (0 to {known - 1}); "
+            f"{name} hold token {int(windows.max())}, the model has embeddings for {known} tokens (0 to {known - 1}); "
             "tokenize with the model's own tokenizer"
+        )
+    config: Any = getattr(model, "config", None)
+    longest = getattr(
+        config.get_text_config() if hasattr(config, "get_text_config") else config, "max_position_embeddings", None
+    )
+    if longest is not None and windows.shape[1] > longest:
+        raise ValueError(
+            f"{name} have {windows.shape[1]} tokens, {type(model).__name__} has positions for {longest}; make shorter ones: "
+            f"text_windows(tokenizer, text, length={longest})"
         )

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from ..analysis.text import check_windows
 from ..calibration import calibrate
 from ..config import BitNetQuantizationConfig
-from ..hub import hub_id, without_bars
+from ..hub import hub_id, library_versions, without_bars
 from ..surgery import coverage, quantize_model, quantized_layers
 from .arguments import QATArguments
 from .measured_run import BEFORE, FULL, PACKED_FOLDER, RESULTS_FILE, TRAIN_FOLDER, MeasuredRun
@@ -54,7 +55,6 @@ CONVERSION_DEFAULTS: dict[str, Any] = {
     "ddp_find_unused_parameters": False,  # a causal language model uses them all
 }
 _CALIBRATION_WINDOWS = 64
-_PACKAGES = ("hf_bitnet", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
 # what a reader of a card or of results.json wants to see even where it is Trainer's default
 _ALWAYS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2"),
@@ -161,7 +161,7 @@ def convert(
         "training": {**amounts, "teacher": _called(teacher), **_settings(args), "distill_alpha": trainer._alpha},
         # the seconds of a resumed run are those of its last part
         **run.figures(amounts["tokens"] if _resume(args) is None else None),
-        "versions": versions(),
+        "versions": library_versions(),
         "history": trainer.state.log_history,
     }
     run.finish(packed, results, base_model)
@@ -178,20 +178,12 @@ def _check(model: nn.Module, config: BitNetQuantizationConfig, args: QATArgument
         raise TypeError(f"convert takes a BitNetQuantizationConfig, got {type(config).__name__}; see its presets")
     if config.form != "train":
         raise ValueError(f"config.form is {config.form!r}; convert trains first and packs at the end: form='train'")
-    for name, windows in (("train", train), ("valid", valid)):
-        if not isinstance(windows, Tensor) or windows.dim() != 2 or not len(windows):
-            raise TypeError(f"{name} must be token windows, int64 (count, length); {name}=text_windows(tokenizer, 'text.txt')")
-        text_config = getattr(model.config, "get_text_config", lambda: model.config)()  # type: ignore[union-attr, operator]
-        longest = getattr(text_config, "max_position_embeddings", None)
-        if longest is not None and windows.shape[1] > longest:
-            raise ValueError(
-                f"the windows of {name} have {windows.shape[1]} tokens, {type(model).__name__} has positions for {longest}; "
-                f"make shorter ones: text_windows(tokenizer, text, length={longest})"
-            )
+    check_windows(model, train, "train")
+    check_windows(model, valid, "valid")
 
 
 def _check_folder(run: MeasuredRun, overwrite: bool) -> None:
-    found = sorted(path.name for path in _leavings(run.folder))
+    found = earlier_run(run.folder)
     if found and not overwrite and _resume(run.args) is None:
         raise ValueError(
             f"{str(run.folder)!r} holds {', '.join(found)} of an earlier run; choose another output_dir, continue that run "
@@ -199,6 +191,11 @@ def _check_folder(run: MeasuredRun, overwrite: bool) -> None:
         )
     if overwrite and _resume(run.args) is not None:
         raise ValueError("overwrite=True would delete the checkpoint that resume_from_checkpoint asks for; give one of them")
+
+
+def earlier_run(folder: str | os.PathLike[str]) -> list[str]:
+    """Names of what a run left in a folder."""
+    return sorted(path.name for path in _leavings(Path(folder)))
 
 
 def _leavings(folder: Path) -> Iterator[Path]:
@@ -284,15 +281,4 @@ def _settings(args: QATArguments) -> dict[str, Any]:
         changed = value != defaults[name] and (bool(value) or defaults[name] is True)
         if name in _ALWAYS or (changed and name not in _NEVER and not name.startswith(_NEVER_PREFIXES)):
             found[name] = value
-    return found
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that figures may depend on."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # run from a checkout
-            continue
     return found

@@ -1,0 +1,69 @@
+"""Floor 7: the command `hf-bitnet`. Quantize, train, evaluate and look at models without writing Python.
+
+Results go to the standard output (with --json as one JSON object), progress and errors to the standard error. Exit codes:
+0 done, 1 it failed, 2 the command line is wrong. This file and `options.py` import nothing heavy: --help is there at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from .options import UsageError, build_parser
+
+__all__ = ["main"]
+
+_NAME = "hf-bitnet"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; `argv` is without the program's name. Returns the exit code."""
+    parser = build_parser(_NAME, __version__)
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as exit:  # argparse has said what is wrong, or shown the help
+        return exit.code if isinstance(exit.code, int) else 2
+    if arguments.command is None:
+        parser.print_help()
+        return 2
+    return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
+        # the commands import torch and transformers
+        commands = importlib.import_module(".commands", __name__)
+        commands.run(arguments)
+    except UsageError as error:
+        return _failed(arguments, error, 2)
+    except KeyboardInterrupt as error:
+        return _failed(arguments, error, 1)
+    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
+        return 1
+    except Exception as error:
+        return _failed(arguments, error, 1)
+    return 0
+
+
+def _failed(arguments: argparse.Namespace, error: BaseException, code: int) -> int:
+    if arguments.debug:
+        import traceback
+
+        traceback.print_exception(error)
+    else:
+        print(f"{_NAME} {arguments.command}: error: {_one_line(error)}", file=sys.stderr)
+    return code
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    text = " ".join(str(error).split())
+    # errors made for users explain themselves; of others the kind is half of the message
+    known = type(error) in (ValueError, TypeError, RuntimeError, UsageError) or isinstance(error, OSError)
+    if known and text:
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)"
