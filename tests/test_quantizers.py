@@ -368,3 +368,11 @@ def test_learned_latent_works_for_any_codes(name: str) -> None:
     codes = (torch.randint(0, grid.levels, (8, 40)) * grid.step + grid.lowest).to(torch.int8)
     quantized = Quantized(codes, torch.rand(8, 1) + 0.01, grid.zero_point)
     assert torch.equal(quantizer.quantize(quantizer.latent(quantized), quantized.scale).codes, codes)
+
+
+@pytest.mark.parametrize("name", WEIGHT_SCHEMES.names())
+def test_a_learned_scale_that_fell_below_zero_is_held_at_the_floor(name: str) -> None:
+    quantizer = make_weight_quantizer(name, "learned", "channel")
+    quantized = quantizer.quantize(_weight(3), torch.tensor([[0.0], [-1.0], [0.5]]))
+    torch.testing.assert_close(quantized.scale, torch.tensor([[SMALLEST_SCALE], [SMALLEST_SCALE], [0.5]]))
+    assert quantized.dequantize().isfinite().all()

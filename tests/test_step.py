@@ -234,6 +234,16 @@ def test_kept_codes_are_made_once_and_follow_the_weight(quantize_calls: list[Non
         assert isinstance(layer, BitLinear) and not layer.keep_codes and layer._kept is None
 
 
+def test_kept_codes_follow_a_learned_scale() -> None:
+    model, x = nn.Sequential(make_layer(rule="learned")), torch.randn(4, IN)
+    with kept_codes(model):
+        first = model(x)
+        with torch.no_grad():
+            model[0].weight_scale.mul_(2)
+        inside = model(x)
+    assert torch.equal(inside, model(x)) and not torch.equal(inside, first)
+
+
 @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
 def test_kept_codes_notice_every_kind_of_optimizer(options: dict[str, bool]) -> None:
     model = nn.Sequential(make_layer())

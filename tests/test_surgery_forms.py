@@ -219,11 +219,13 @@ def test_layers_alone_know_their_dtype() -> None:
 
 def test_unpacking_with_learned_scales_reaches_every_layer() -> None:
     model, batch = tiny("llama")
-    config = BitNetQuantizationConfig(weight_scale="absmax", overrides={"q_proj": {"weight": "int4"}, "k_proj": "keep"})
-    pack_model(quantize_model(model, config))
-    output = _logits(model, batch)
+    # an int8 scale by absmean is not where a learned scale would start
+    overrides = {"q_proj": {"weight": "int4"}, "k_proj": "keep", "up_proj": {"weight": "int8", "weight_scale": "absmean"}}
+    pack_model(quantize_model(model, BitNetQuantizationConfig(weight_scale="absmax", overrides=overrides)))
+    output, codes = _logits(model, batch), _codes(model)
     unpack_model(model, weight_scale="learned")
     assert all(layer.weight_scale is not None for _, layer in trained_layers(model))
+    _assert_same_codes(_codes(model), codes)
     assert torch.equal(_logits(model, batch), output)
 
 
