@@ -72,7 +72,7 @@ def dataset_texts(
         split, column: where the texts are.
         streaming: reads no more than is asked for, instead of downloading all of it first.
 
-    Raises ValueError when there is no such configuration, split or column; the error lists those that there are.
+    Raises ValueError when there is no such dataset, configuration, split or column.
     """
     import datasets
     from datasets.exceptions import DatasetNotFoundError
@@ -81,9 +81,10 @@ def dataset_texts(
         rows: Any = datasets.load_dataset(name, config, split=split, streaming=streaming)
     except DatasetNotFoundError:
         raise ValueError(f"the Hub has no dataset {name!r} (or it needs a login); for text files use their paths") from None
-    if column not in (rows.column_names or [column]):
-        raise ValueError(f"the dataset {name!r} has no column {column!r}; its columns: {', '.join(rows.column_names)}")
-    return (row[column] for row in rows)
+    for row in rows:
+        if column not in row:
+            raise ValueError(f"the dataset {name!r} has no column {column!r}; its columns: {', '.join(row)}")
+        yield row[column]
 
 
 def _handfuls(texts: Iterator[str]) -> Iterator[list[str]]:
