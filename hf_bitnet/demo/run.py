@@ -64,6 +64,7 @@ class Settings:
     vocabulary: int = 2048
     hidden_size: int = 256
     layers: int = 2
+    heads: int = 4
     intermediate_size: int = 768
     window: int = 128
     batch: int = 4
@@ -83,6 +84,7 @@ QUICK = Settings(
     vocabulary=512,
     hidden_size=64,
     layers=1,
+    heads=2,
     intermediate_size=128,
     window=64,
     steps=20,
@@ -136,7 +138,7 @@ class _Demo:
             start, rounded = perplexity(full, text.validation), perplexity(ternary, text.validation)
             print(f"      perplexity {start:,.1f} -> {rounded:,.1f} by rounding alone")
         with self.stage(4, f"training the ternary model, its full-precision self as the teacher{self.about(1)}"):
-            ternary_curves = self.train_ternary(ternary, full, text)
+            ternary_curves = self.train_ternary(ternary, text)
         with self.stage(5, f"training the full-precision model for as long, to compare{self.about(2)}"):
             more_curves = self.continue_full_precision(full, text)
         with self.stage(6, "packing and reloading the ternary model, writing text with both, measuring"):
@@ -195,7 +197,7 @@ class _Demo:
             hidden_size=settings.hidden_size,
             intermediate_size=settings.intermediate_size,
             num_hidden_layers=settings.layers,
-            num_attention_heads=settings.hidden_size // 32 if self.quick else settings.hidden_size // 64,
+            num_attention_heads=settings.heads,
             max_position_embeddings=512,
             initializer_range=0.05,  # a larger start than the usual 0.02, which pays in a run this short
             tie_word_embeddings=True,
@@ -208,18 +210,18 @@ class _Demo:
         return model, train(Trainer(model=model, args=args, **text.datasets()), "full precision")
 
     def continue_full_precision(self, model: LlamaForCausalLM, text: Text) -> dict[str, Curve]:
-        model.requires_grad_()  # a teacher is frozen
-        args = TrainingArguments(**self.shared(self.settings.further_steps, self.settings.further_learning_rate))
-        curves = train(Trainer(model=model, args=args, **text.datasets()), "full precision")
+        shared = self.shared(self.settings.further_steps, self.settings.further_learning_rate)
+        shared["eval_on_start"] = False  # where the first training ended
+        curves = train(Trainer(model=model, args=TrainingArguments(**shared), **text.datasets()), "full precision")
         self.save(model, text.tokenizer, FULL_PRECISION)
         return curves
 
-    def train_ternary(self, model: LlamaForCausalLM, teacher: LlamaForCausalLM, text: Text) -> dict[str, Curve]:
+    def train_ternary(self, model: LlamaForCausalLM, text: Text) -> dict[str, Curve]:
         settings = self.settings
         args = QATArguments(
             **self.shared(settings.further_steps, settings.ternary_learning_rate), distill_alpha=0.5, quant_logging=False
         )
-        return train(QATTrainer(model=model, args=args, teacher=teacher, **text.datasets()), "ternary")
+        return train(QATTrainer(model=model, args=args, teacher="self", **text.datasets()), "ternary")
 
     def shared(self, steps: int, learning_rate: float) -> dict[str, Any]:
         settings = self.settings
