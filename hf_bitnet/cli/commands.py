@@ -67,11 +67,21 @@ def _say(arguments: argparse.Namespace, *lines: object) -> None:
 # ---- models ----
 
 
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """transformers does not always say what it could not load."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot load {path!r}: {error}") from error
+
+
 def _kind(path: str) -> tuple[Any, Any]:
     """The class that the model's config names, and the config."""
     if not Path(path).exists() and path.startswith((".", "/", "~")):
         raise ValueError(f"there is no folder {path!r}")
-    config = transformers.AutoConfig.from_pretrained(path)
+    with _naming(path):
+        config = transformers.AutoConfig.from_pretrained(path)
     names = getattr(config, "architectures", None) or []
     kind = getattr(transformers, names[0], None) if names else None
     if kind is None:
@@ -159,7 +169,8 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
             f"{arguments.out!r} holds {', '.join(found)} of an earlier run; choose another folder, continue that run "
             "(--resume), or replace it (--force)"
         )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
+    with _naming(arguments.model):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
     most = None if arguments.max_train_tokens is None else -(-arguments.max_train_tokens // arguments.length)
     train, train_text = _windows(arguments, tokenizer, arguments.train_file, arguments.train_split, most)
     valid, valid_text = _windows(
@@ -238,7 +249,8 @@ def _windows(
 
 def _eval(arguments: argparse.Namespace) -> dict[str, Any]:
     files = [Path(file) for file in arguments.text]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
+    with _naming(arguments.model):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
     windows = text_windows(tokenizer, files, arguments.length, max_windows=arguments.max_windows)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = _load(arguments.model, dtype=_dtype(arguments.dtype)).to(device)

@@ -1,0 +1,43 @@
+"""Each benchmark runs, on sizes at which its figures mean nothing; and writes nothing then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import ptq_table, saved_memory, train_step
+from benchmarks.common import RESULTS
+
+Captured = pytest.CaptureFixture[str]
+# torchao, a peer that is measured where it is installed, warns about what it could do on other machines
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def _writes_nothing():
+    before = {path: path.stat().st_mtime_ns for path in RESULTS.glob("*")}
+    yield
+    assert {path: path.stat().st_mtime_ns for path in RESULTS.glob("*")} == before
+
+
+def test_train_step(capsys: Captured) -> None:
+    train_step.main(["--smoke", "--modes", "float32 eager"])
+    rows = capsys.readouterr().out.splitlines()[1:]
+    arms = {"full precision", "hf_bitnet"}
+    assert all(any(arm in row and "fails" not in row for row in rows) for arm in arms)
+
+
+def test_saved_memory(capsys: Captured) -> None:
+    saved_memory.main(["--smoke"])
+    out = capsys.readouterr().out
+    assert "hf_bitnet" in out and "bfloat16 autocast" in out
+
+
+def test_ptq_table(shared_dir: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    # all rows are a matter of minutes; one of each form is enough to see that it runs
+    configurations = ptq_table.configurations()
+    assert len(configurations) > 20
+    monkeypatch.setattr(ptq_table, "configurations", lambda: configurations[:2])
+    ptq_table.main(["--smoke"])
+    assert "novels-llama-small: full precision" in capsys.readouterr().out
