@@ -168,10 +168,10 @@ def _table(results: Results) -> str:
     return (
         '<div class="scroll"><table><thead><tr><td></td><th scope="col">full precision</th><th scope="col">ternary</th>'
         f'<th scope="col">compared</th></tr></thead><tbody>{body}</tbody></table></div>'
-        "<p>Perplexity is measured on documents that neither training saw; lower is better. Both models share the "
+        "<p>Perplexity is measured on documents that no training saw; lower is better. Both models share the "
         "first part of their training and have read equally much text. The file also holds the embeddings, which stay in full "
-        "precision; in a model of normal size they are a small part. At this size generation time is mostly the program around "
-        "the matrix products, so the speed here says little about large models.</p>"
+        "precision; in a model of normal size they are a small part. Speed depends on the kernels in use (<code>hf-bitnet "
+        "info --kernels</code> lists them) and at this size says little about large models.</p>"
     )
 
 

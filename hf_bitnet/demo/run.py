@@ -56,7 +56,7 @@ RELOAD_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes and lengths of a run. Learning rates suit these very sizes.
+    """Sizes and lengths of a run. The learning rates were chosen for these sizes, on the validation text.
 
     `seconds` are for the headings: full precision, ternary, full precision continued; on two cores, in float32.
     """
