@@ -284,6 +284,18 @@ def test_info_of_models(base: Path, tmp_path: Path, capsys: Captured) -> None:
     assert result["coverage"] == hb.coverage(model).to_dict()
 
 
+def test_native_checkpoints(base: Path, tmp_path: Path, capsys: Captured) -> None:
+    model = hb.quantize_model(tf.AutoModelForCausalLM.from_pretrained(base), hb.BitNetQuantizationConfig.bitnet_b158())
+    hb.export_native(model, tmp_path)
+    corpus.tokenizer().save_pretrained(tmp_path)
+    assert "hf_bitnet" not in json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    words = ["eval", tmp_path, "--text", base / "valid.txt", "--length", 16, "--json"]
+    result = json.loads(run(capsys, *words)[1])
+    assert result["perplexity"] == pytest.approx(hb.perplexity(model, windows(base)), rel=1e-4)
+    code, printed, err = run(capsys, "info", tmp_path)
+    assert (code, err) == (0, "") and "90.0% of the linear weights quantized" in printed
+
+
 def test_info_of_the_installation(capsys: Captured) -> None:
     code, printed, _ = run(capsys, "info")
     assert code == 0 and f"torch {torch.__version__.split('+')[0]}" in printed
