@@ -45,8 +45,8 @@ def transformers_arm(block: nn.Module) -> nn.Module:
 
 
 def torchao_arm(block: nn.Module) -> nn.Module:
-    from torchao.prototype.quantized_training import bitnet_training
-    from torchao.quantization import quantize_
+    from torchao.prototype.quantized_training import bitnet_training  # pyright: ignore[reportMissingImports]
+    from torchao.quantization import quantize_  # pyright: ignore[reportMissingImports]
 
     quantize_(block, bitnet_training())
     return block

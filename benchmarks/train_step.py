@@ -24,7 +24,7 @@ from benchmarks.common import SHARED, interleave, ratios, table, write_results
 
 def base_model(smoke: bool) -> LlamaForCausalLM:
     """novels-llama where it is, else a random model of its shape; float32."""
-    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8}
+    shape: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8}
     if smoke:
         shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     path = SHARED / "models" / "novels-llama"
@@ -50,8 +50,8 @@ def transformers_arm(model: LlamaForCausalLM) -> nn.Module:
 
 
 def torchao_arm(model: LlamaForCausalLM) -> nn.Module:
-    from torchao.prototype.quantized_training import bitnet_training
-    from torchao.quantization import quantize_
+    from torchao.prototype.quantized_training import bitnet_training  # pyright: ignore[reportMissingImports]
+    from torchao.quantization import quantize_  # pyright: ignore[reportMissingImports]
 
     quantize_(model.model, bitnet_training())
     return model
