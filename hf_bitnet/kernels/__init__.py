@@ -10,6 +10,7 @@ from .dispatch import (
     quantize_rows,
     quantize_sign,
     quantize_weight,
+    scale_all,
     scale_rows,
     unpack,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "quantize_rows",
     "quantize_sign",
     "quantize_weight",
+    "scale_all",
     "scale_rows",
     "unpack",
 ]

@@ -52,6 +52,10 @@ def _why_no_blocks(device: str) -> str | None:
     return None if device == "cpu" else f"blocks serve the CPU's caches; on {device} they would only be more launches"
 
 
+def _why_no_scalar(device: str) -> str | None:
+    return None if device == "cpu" else f"{device} may round a 0-dim float32 factor to the dtype of the other operand"
+
+
 _BODIES: dict[str, list[Body]] = {
     "int_matmul": [
         Body("onednn", eager.int_matmul_onednn, _why_no_onednn),
@@ -74,6 +78,10 @@ _BODIES: dict[str, list[Body]] = {
     "scale_rows": [
         Body("blocked", eager.scale_rows, _why_no_blocks),
         Body("reference", reference.scale_rows, _always),
+    ],
+    "scale_all": [
+        Body("scalar", eager.scale_all, _why_no_scalar),
+        Body("reference", reference.scale_all, _always),
     ],
     "quantize_sign": [Body("reference", reference.quantize_sign, _always)],
     "pack": [Body("reference", reference.pack, _always)],
@@ -164,6 +172,11 @@ def quantize_sign(rows: Tensor, threshold: Tensor, dtype: torch.dtype = torch.in
 def scale_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """int8 or float (M, K) times float32 (M, 1), rounded once to `dtype`."""
     return _body("scale_rows", x)(x, scale, dtype)
+
+
+def scale_all(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """float (M, K) times one float32 number, rounded once to `dtype`."""
+    return _body("scale_all", x)(x, scale, dtype)
 
 
 def pack(codes: Tensor, bits: int, lowest: int, step: int) -> Tensor:

@@ -143,3 +143,9 @@ def scale_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     for part in _row_blocks(*x.shape):
         out[part] = x[part] * scale[part]
     return out
+
+
+def scale_all(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`reference.scale_all` without a float32 copy: on the CPU a 0-dim float32 factor is multiplied in float32."""
+    factor = scale.reshape(())
+    return x * factor if x.dtype == dtype else x.to(dtype).mul_(factor)

@@ -139,3 +139,12 @@ def scale_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         (M, K) in `dtype`.
     """
     return (x * scale).to(dtype)
+
+
+def scale_all(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x * scale` with one float32 scale for everything, rounded once to `dtype`.
+
+    Args:
+        x: float (M, K). scale: float32, one element.
+    """
+    return (x.float() * scale.reshape(())).to(dtype)

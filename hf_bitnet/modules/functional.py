@@ -131,8 +131,7 @@ def _input_gradient(grad: Tensor, levels: Tensor, scale: Tensor, dtype: torch.dt
         values = levels.unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)
         return (grad @ values.flatten(-2).to(grad.dtype)).to(dtype)
     if scale.numel() == 1 and grad.dtype != torch.float16:  # sums of 8-bit levels overflow float16
-        # a 0-dim factor is a scalar to torch: no type promotion, one pass in place
-        return (grad @ levels).to(dtype).mul_(scale.reshape(()))
+        return kernels.scale_all(grad @ levels, scale, dtype)
     return ((grad * scale.t()).to(grad.dtype) @ levels).to(dtype)
 
 
