@@ -106,9 +106,7 @@ FAMILIES = tuple(_BUILDERS)
 CAUSAL = ("llama", "qwen3", "gemma3", "mistral", "mixtral", "bitnet", "gpt2")
 
 
-def tiny(
-    name: str, *, labels: bool = False, seed: int = 0, **overrides: Any
-) -> tuple[tf.PreTrainedModel, dict[str, Tensor]]:
+def tiny(name: str, *, labels: bool = False, seed: int = 0, **overrides: Any) -> tuple[tf.PreTrainedModel, dict[str, Tensor]]:
     """A float32 model of the family `name` in eval mode, and a batch of two for its forward.
 
     The same `seed` gives the same weights and the same batch; the global random state is left as it was.
