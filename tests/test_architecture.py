@@ -36,7 +36,6 @@ FLOORS = {
     "training": 6,
     "cli": TOP_FLOOR,
     "demo": TOP_FLOOR,
-    "demo_corpus": TOP_FLOOR,
     "__init__": TOP_FLOOR,
     "_register": TOP_FLOOR,  # the part of __init__ that waits for transformers, then imports the plug-in
 }
