@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
+
+from ..training.pipeline import Windows
 
 END = "<|end|>"
 # Folders under the standard library that hold tests, third-party packages, or tables instead of prose.
@@ -77,19 +78,6 @@ class Text:
     def datasets(self) -> dict[str, Any]:
         """Both sides under the names of Trainer's arguments."""
         return {"train_dataset": Windows(self.train), "eval_dataset": Windows(self.validation)}
-
-
-class Windows(Dataset[dict[str, Tensor]]):
-    """Windows as Trainer wants them. Each is its own label; the model shifts."""
-
-    def __init__(self, windows: Tensor) -> None:
-        self.windows = windows
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.windows[index], "labels": self.windows[index]}
 
 
 def collect_corpus(*, max_modules: int | None = None, validation_share: int = 16) -> Corpus:
