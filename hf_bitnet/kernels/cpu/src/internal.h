@@ -1,0 +1,116 @@
+// What the source files share: dtype conversion, threads, scratch memory, and the table of bodies of each level. Own.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "hf_bitnet_cpu.h"
+
+namespace hb {
+
+// ---- conversion, also where there is no hardware for it ----
+inline float bits_to_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+inline uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+inline float from_bf16(uint16_t x) { return bits_to_float(uint32_t(x) << 16); }
+// round to nearest even; a NaN stays one
+inline uint16_t to_bf16(float value) {
+    uint32_t bits = float_to_bits(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40);
+    return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+inline float from_f16(uint16_t x) {
+    uint32_t sign = uint32_t(x & 0x8000) << 16, exponent = (x >> 10) & 31, mantissa = x & 1023;
+    if (exponent == 31) return bits_to_float(sign | 0x7f800000u | (mantissa << 13));
+    if (exponent) return bits_to_float(sign | ((exponent + 112) << 23) | (mantissa << 13));
+    float value = float(mantissa) * bits_to_float(0x33800000u);  // 2^-24
+    return sign ? -value : value;
+}
+inline uint16_t to_f16(float value) {
+    uint32_t bits = float_to_bits(value), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00);
+    if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00);  // rounds to 65536 or beyond
+    if (magnitude < 0x38800000u) {                                // subnormal: let the float adder round to 2^-24
+        float rounded = bits_to_float(magnitude) + bits_to_float(0x3f000000u);
+        return uint16_t(sign | (float_to_bits(rounded) - 0x3f000000u));
+    }
+    uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
+    return uint16_t(sign | ((rounded - 0x38000000u) >> 13));
+}
+inline size_t size_of(int dtype) { return dtype == HB_F32 ? 4 : dtype == HB_I8 ? 1 : 2; }
+inline float load_float(const void* data, int dtype, int64_t i) {
+    switch (dtype) {
+        case HB_F32: return static_cast<const float*>(data)[i];
+        case HB_BF16: return from_bf16(static_cast<const uint16_t*>(data)[i]);
+        case HB_F16: return from_f16(static_cast<const uint16_t*>(data)[i]);
+        default: return float(static_cast<const int8_t*>(data)[i]);
+    }
+}
+inline void store_float(void* data, int dtype, int64_t i, float value) {
+    switch (dtype) {
+        case HB_F32: static_cast<float*>(data)[i] = value; break;
+        case HB_BF16: static_cast<uint16_t*>(data)[i] = to_bf16(value); break;
+        default: static_cast<uint16_t*>(data)[i] = to_f16(value); break;
+    }
+}
+
+// ---- threads ----
+int threads();  // as many as torch would use here
+// body(begin, end) on parts of [0, size) of at least `grain`
+void parallel(int64_t size, int64_t grain, hb_range_body body, void* context);
+template <class Body>
+void for_range(int64_t size, int64_t grain, const Body& body) {
+    parallel(
+        size, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
+        const_cast<Body*>(&body));
+}
+
+// ---- scratch: one growing buffer per thread and slot, 64-byte aligned, so that decoding allocates nothing. NULL: no memory.
+enum Slot { SLOT_CODES = 0, SLOT_PANEL = 1, SLOT_SUMS = 2, SLOT_ROW = 3, SLOTS = 4 };
+void* scratch(Slot slot, size_t bytes);
+
+// ---- one table per level; `rows` and `product` may each be the table of a lower level ----
+
+// Elementwise work on one row or run, serial: rows.inc, compiled once per instruction set.
+struct RowBodies {
+    // see hb_quantize_rows; one row of k elements; returns the scale, and the sum of the codes in *sum
+    float (*quantize)(const void* x, int dtype, int64_t k, float qmin, float qmax, float eps, int8_t* codes, int32_t* sum);
+    // see hb_norm_quantize_rows; `row` is scratch for k floats
+    float (*norm_quantize)(const void* x, int dtype, int64_t k, const void* norm_weight, int norm_dtype, float norm_eps, float qmin,
+                           float qmax, float eps, float* row, int8_t* codes, int32_t* sum);
+    void (*scale)(const void* x, int dtype, int64_t n, float scale, void* out, int out_dtype);
+    double (*abs_sum)(const void* w, int dtype, int64_t n);
+    float (*abs_max)(const void* w, int dtype, int64_t n);
+    void (*quantize_weight)(const void* w, int dtype, int64_t n, float scale, float zero_point, float qmin, float qmax, void* out,
+                            int out_dtype);
+    void (*quantize_sign)(const void* w, int dtype, int64_t n, float threshold, void* out, int out_dtype);
+    void (*pack)(const int8_t* codes, int64_t k, int bits, int lowest, int step, uint8_t* packed);
+    void (*unpack)(const uint8_t* packed, int64_t k, int bits, int lowest, int step, int8_t* codes);
+    void (*pack_trits)(const int8_t* codes, int64_t k, uint8_t* packed);
+    void (*unpack_trits)(const uint8_t* packed, int64_t k, int8_t* codes);
+};
+
+struct ProductBodies;  // product.h
+
+const RowBodies* rows_portable();
+const RowBodies* rows_avx2();    // NULL where not compiled in
+const RowBodies* rows_avx512();
+const ProductBodies* product_portable();
+const ProductBodies* product_avx2();
+const ProductBodies* product_avxvnni();
+const ProductBodies* product_avx512vnni();
+const ProductBodies* product_amx();
+const ProductBodies* product_neon();
+
+const RowBodies& rows();        // of the level in use
+const ProductBodies& product();
+
+}  // namespace hb

@@ -1,0 +1,70 @@
+// The bodies of the products: what one instruction set must bring. Own.
+//
+// Weights lie as in the checkpoint: row n holds its codes along K, 8 / bits neighbours in a byte, low bits first. Two forms:
+//
+// Row form (few rows of x): each weight row is a dot product. A vector of V weight bytes holds V codes in each of its
+//   8 / bits bit planes, so x is permuted once into planes of V bytes instead of moving weights about.
+// Matrix form: 16 weight rows become a panel [K / 4][16][4], one level a byte, which is what VNNI, AMX tiles and sdot
+//   want; blocks of `mr` rows of x meet panels of `nr` outputs in a micro-kernel.
+//
+// Sums are of x * u, u the stored level; the way back to codes and values is in the epilogue:
+//   sum x (code - zero) = step * sum x u + (lowest - zero) * sum x.
+#pragma once
+
+#include "internal.h"
+
+namespace hb {
+
+// Where the bytes of a weight matrix start and how they are read.
+struct Packed {
+    const uint8_t* data;
+    int64_t stride;  // bytes between rows
+    int64_t k;       // codes in a row
+    int bits;
+    uint8_t flip;    // xor for 8 bits: 0x80 turns signed codes into levels and back
+};
+
+struct ProductBodies {
+    bool is_signed;  // 8-bit levels are wanted as int8, not as uint8
+    int mr, nr;      // block of the matrix form
+    int kc;          // codes of a panel that are worked on at a time; a multiple of 64
+    int k_unit;      // a part of K must be a multiple of this
+    int vector;      // V, bytes of the row form
+
+    void (*begin)();  // once per thread and region, around `kernel`
+    void (*end)();
+    // rows <= mr of int8 x (k used of kpad) -> the body's own layout of mr * kpad bytes, padded with zeros
+    void (*pack_rows)(const int8_t* x, int64_t stride, int rows, int64_t k, int64_t kpad, int8_t* out);
+    // codes [k0, k0 + size) of `rows` <= 16 weight rows -> [size / 4][16][4]; what lies outside the matrix becomes 0
+    void (*panel)(const Packed& w, int64_t row, int rows, int64_t k0, int64_t size, uint8_t* out);
+    // c (mr, nr) (+)= x block, codes [k0, k0 + size), times nr / 16 panels that are `size * 16` bytes each
+    void (*kernel)(const int8_t* block, int64_t kpad, int64_t k0, int64_t size, int rows, const uint8_t* panels, int bits,
+                   int32_t* c, bool accumulate);
+    // int8 x (k) -> planes for `bits`, chunks * (8 / bits) * V bytes, padded with zeros
+    void (*permute)(const int8_t* x, int64_t k, int bits, int64_t chunks, int8_t* out);
+    // c[m * c_stride + i] = sum over K of x_m * u, for weight rows row .. row + count, m rows of planes
+    void (*dot)(const Packed& w, int64_t row, int64_t count, const int8_t* planes, int64_t planes_stride, int m, int32_t* c,
+                int64_t c_stride);
+    // the same with group scales, in float32: sum_g scale[g] * (step * sum_g x u + offset * sum_g x). `lane_sums` (m, chunks *
+    // V / 4) holds the sums of x under each 32-bit lane, `lane_group` the group of each lane. NULL: use the matrix form.
+    void (*dot_grouped)(const Packed& w, int64_t row, int64_t count, const int8_t* planes, int64_t planes_stride, int m,
+                        const float* lane_sums, const int32_t* lane_group, const float* scale, int64_t groups, float step, float* c,
+                        int64_t c_stride);
+    // `count` sums of one row of x -> results, see Epilogue
+    void (*finish)(const struct Epilogue& e, int64_t m, int64_t n, int64_t count, int32_t* c, const float* grouped);
+};
+
+// All that turns integer sums into results.
+struct Epilogue {
+    const hb_weight* weight;
+    const float* x_scale;   // (m)
+    const float* x_zero;    // (m) or NULL
+    const int32_t* x_sum;   // (m)
+    const int32_t* ones;    // with x_zero: sums of u itself for the outputs at hand, aligned with `c`
+    int64_t k;
+    int32_t lowest, step;
+    float zero_point;
+    int out_dtype;
+};
+
+}  // namespace hb

@@ -1,0 +1,379 @@
+// hb_linear and hb_int_matmul: cut a product into pieces, spread them over the threads, call the bodies. Own.
+//
+// Up to kRowForm rows of x take the row form: x is quantized on the calling thread and one parallel region runs over the
+// outputs of all weights. More rows take the matrix form in slabs of x: one region quantizes and lays out x, a second one
+// runs over (part of the slab) x (panels), each thread unpacking its own panels.
+#include <atomic>
+
+#include "product.h"
+
+namespace hb {
+namespace {
+
+constexpr int64_t kRowForm = 8;
+constexpr int64_t kTile = 64;                    // outputs of the row form that are worked on and finished together
+constexpr int64_t kThreadBytes = 64 << 10;       // weight bytes below which a second thread does not pay
+constexpr int64_t kSlabBytes = 4 << 20;          // int8 bytes of x laid out at a time
+constexpr int64_t kPartBytes = 1 << 20;          // int8 bytes of x that meet one panel: half of a second-level cache
+
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// One call, with all that both forms need.
+struct Call {
+    const ProductBodies& body;
+    const hb_input& x;
+    int64_t m, k;
+    hb_grid grid;  // with `lowest` for the levels that the bodies see
+    uint8_t flip;
+    const hb_weight* weights;
+    int64_t count;
+    int out_dtype;
+
+    Packed packed(const hb_weight& w) const {
+        return {static_cast<const uint8_t*>(w.weight), w.weight_stride, k, grid.bits, flip};
+    }
+};
+
+// Row m of x as int8 codes (in `buffer`, or where they lie), its scale and the sum of its codes.
+const int8_t* codes_of_row(const Call& call, int64_t m, int8_t* buffer, float* row_scratch, float* scale, int32_t* sum) {
+    const hb_input& x = call.x;
+    if (x.x_dtype == HB_I8) {
+        const int8_t* row = static_cast<const int8_t*>(x.x) + m * x.x_stride;
+        int32_t total = 0;
+        for (int64_t i = 0; i < call.k; ++i) total += row[i];
+        *sum = total;
+        *scale = x.scale ? x.scale[m] : 1.0f;
+        return row;
+    }
+    const void* row = static_cast<const char*>(x.x) + m * x.x_stride * int64_t(size_of(x.x_dtype));
+    if (x.norm_weight)
+        *scale = rows().norm_quantize(row, x.x_dtype, call.k, x.norm_weight, x.norm_dtype, x.norm_eps, x.qmin, x.qmax, x.eps,
+                                      row_scratch, buffer, sum);
+    else
+        *scale = rows().quantize(row, x.x_dtype, call.k, x.qmin, x.qmax, x.eps, buffer, sum);
+    return buffer;
+}
+
+Epilogue epilogue(const Call& call, const hb_weight* weight, const float* scales, const int32_t* sums) {
+    return {weight, scales, call.x.zero, sums, nullptr, call.k, call.grid.lowest, call.grid.step, call.grid.zero_point, call.out_dtype};
+}
+
+// ---- row form ----------------------------------------------------------------------------------------------------
+
+// x in planes, and what scales need. Belongs to the calling thread; workers only read it.
+struct RowInput {
+    int8_t* planes;
+    int64_t planes_stride, chunks;
+    float scales[kRowForm];
+    int32_t sums[kRowForm];
+    float* lane_sums;     // (m, lanes), for group scales
+    int32_t* lane_group;  // (lanes)
+    int rows;             // of planes: m, and one of ones when the input has zero points
+};
+
+bool prepare_rows(const Call& call, bool grouped, RowInput* input) {
+    const ProductBodies& body = call.body;
+    const int planes = 8 / call.grid.bits;
+    input->chunks = ceil_div(call.k, int64_t(planes) * body.vector);
+    input->planes_stride = input->chunks * planes * body.vector;
+    input->rows = int(call.m) + (call.x.zero ? 1 : 0);
+    const int64_t lanes = input->chunks * body.vector / 4, codes = round_up(call.k, 64) + 64;
+    auto* codes_buffer = static_cast<int8_t*>(scratch(SLOT_CODES, size_t(codes)));
+    input->planes = static_cast<int8_t*>(scratch(SLOT_PANEL, size_t(input->planes_stride * input->rows)));
+    auto* row = static_cast<float*>(scratch(SLOT_ROW, size_t(call.x.norm_weight ? call.k + 16 : 16) * 4));
+    auto* sums = static_cast<float*>(scratch(SLOT_SUMS, size_t(grouped ? lanes * (call.m + 1) : 16) * 4));
+    if (!codes_buffer || !input->planes || !row || !sums) return false;
+    input->lane_sums = sums;
+    input->lane_group = reinterpret_cast<int32_t*>(sums + lanes * call.m);
+    for (int64_t m = 0; m < call.m; ++m) {
+        const int8_t* x = codes_of_row(call, m, codes_buffer, row, &input->scales[m], &input->sums[m]);
+        body.permute(x, call.k, call.grid.bits, input->chunks, input->planes + m * input->planes_stride);
+        if (!grouped) continue;
+        const int64_t width = 4 * planes;  // codes under a lane
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+            int32_t sum = 0;
+            for (int64_t i = lane * width; i < smaller((lane + 1) * width, call.k); ++i) sum += x[i];
+            input->lane_sums[m * lanes + lane] = float(sum);
+        }
+    }
+    if (call.x.zero) {
+        memset(codes_buffer, 1, size_t(call.k));
+        body.permute(codes_buffer, call.k, call.grid.bits, input->chunks, input->planes + call.m * input->planes_stride);
+    }
+    if (grouped) {
+        const int64_t groups = call.weights[0].groups, size = call.k / groups;
+        for (int64_t lane = 0; lane < lanes; ++lane)
+            input->lane_group[lane] = int32_t(smaller(lane * 4 * planes / size, groups - 1));
+    }
+    return true;
+}
+
+void rows_of_outputs(const Call& call, const RowInput& input, const hb_weight& weight, int64_t begin, int64_t count) {
+    int32_t sums[(kRowForm + 1) * kTile];
+    float grouped[kRowForm * kTile];
+    const Packed packed = call.packed(weight);
+    Epilogue e = epilogue(call, &weight, input.scales, input.sums);
+    if (weight.groups > 1) {
+        const float* scale = weight.scale + (weight.scale_rows == 1 ? 0 : begin * weight.groups);
+        call.body.dot_grouped(packed, begin, count, input.planes, input.planes_stride, int(call.m), input.lane_sums, input.lane_group,
+                              scale, weight.scale_rows == 1 ? 0 : weight.groups, float(call.grid.step),
+                              grouped, kTile);
+    } else {
+        call.body.dot(packed, begin, count, input.planes, input.planes_stride, input.rows, sums, kTile);
+    }
+    e.ones = sums + call.m * kTile;
+    for (int64_t m = 0; m < call.m; ++m)
+        call.body.finish(e, m, begin, count, sums + m * kTile, weight.groups > 1 ? grouped + m * kTile : nullptr);
+}
+
+int linear_rows(const Call& call) {
+    const bool grouped = call.weights[0].groups > 1;
+    RowInput input;
+    if (!prepare_rows(call, grouped, &input)) return HB_ERROR_MEMORY;
+    if (grouped) {  // (lowest - zero) * sum of x, per lane, is what `dot_grouped` adds
+        const int64_t lanes = input.chunks * call.body.vector / 4;
+        const float offset = float(call.grid.lowest) - call.grid.zero_point;
+        for (int64_t i = 0; i < lanes * call.m; ++i) input.lane_sums[i] *= offset;
+    }
+    int64_t tiles = 0;
+    for (int64_t i = 0; i < call.count; ++i) tiles += ceil_div(call.weights[i].n, kTile);
+    const int64_t tile_bytes = kTile * ceil_div(call.k * call.grid.bits, 8) * (1 + call.m / 4);
+    for_range(tiles, ceil_div(kThreadBytes, tile_bytes), [&](int64_t begin, int64_t end) {
+        int64_t first = 0;
+        for (int64_t i = 0; i < call.count; ++i) {
+            const hb_weight& weight = call.weights[i];
+            const int64_t size = ceil_div(weight.n, kTile);
+            const int64_t from = begin > first ? begin - first : 0, to = smaller(end - first, size);
+            for (int64_t t = from; t < to; ++t)
+                rows_of_outputs(call, input, weight, t * kTile, smaller(kTile, weight.n - t * kTile));
+            first += size;
+        }
+    });
+    return HB_OK;
+}
+
+// ---- matrix form -------------------------------------------------------------------------------------------------
+
+// A slab of x in blocks of `mr` rows, and what scales need.
+struct Slab {
+    int64_t m0, rows, kpad;
+    int8_t* blocks;
+    float* scales;  // (rows); of this slab
+    int32_t* sums;
+};
+
+void lay_out(const Call& call, const Slab& slab) {
+    const int mr = call.body.mr;
+    for_range(ceil_div(slab.rows, mr), ceil_div(16384, mr * slab.kpad), [&](int64_t begin, int64_t end) {
+        // one strip of codes per block; without memory the region leaves zeros, which `linear_blocks` reports before
+        auto* strip = static_cast<int8_t*>(scratch(SLOT_PANEL, size_t(mr * slab.kpad)));
+        auto* row = static_cast<float*>(scratch(SLOT_ROW, size_t(call.k + 16) * 4));
+        for (int64_t b = begin; b < end; ++b) {
+            const int rows = int(smaller(mr, slab.rows - b * mr));
+            for (int r = 0; r < rows; ++r) {
+                const int64_t m = b * mr + r;
+                const int8_t* x = codes_of_row(call, slab.m0 + m, strip + r * slab.kpad, row, &slab.scales[m], &slab.sums[m]);
+                if (x != strip + r * slab.kpad) memcpy(strip + r * slab.kpad, x, size_t(call.k));
+            }
+            call.body.pack_rows(strip, slab.kpad, rows, call.k, slab.kpad, slab.blocks + b * mr * slab.kpad);
+        }
+    });
+}
+
+// c_float[i] += scale of (output, group) * (step * c[i] + offset * sum of x over the group)
+void add_group(const Call& call, const hb_weight& weight, int64_t n0, int64_t columns, int64_t group, const int32_t* c, float* total,
+               int64_t rows, const float* group_sums) {
+    const int nr = call.body.nr;
+    const float step = float(call.grid.step), offset = float(call.grid.lowest) - call.grid.zero_point;
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t j = 0; j < columns; ++j) {
+            const float scale = weight.scale[(weight.scale_rows == 1 ? 0 : (n0 + j) * weight.groups) + group];
+            total[r * nr + j] += scale * (step * float(c[r * nr + j]) + offset * group_sums[r]);
+        }
+    }
+}
+
+// The sums of each group of codes of a block row, read back from the body's layout through the kernel itself: a panel of
+// ones has the sum of x in every column.
+void sums_of_group(const Call& call, const int8_t* block, const Slab& slab, int64_t k0, int64_t size, int rows, uint8_t* ones,
+                   int32_t* c, float* sums) {
+    memset(ones, 1, size_t(size) * size_t(call.body.nr));
+    call.body.kernel(block, slab.kpad, k0, size, rows, ones, 1, c, false);
+    for (int r = 0; r < rows; ++r) sums[r] = float(c[r * call.body.nr]);
+}
+
+// Rows [from, to) of the slab times outputs [n0, n0 + nr) of one weight.
+bool part_of_outputs(const Call& call, const Slab& slab, const hb_weight& weight, int64_t from, int64_t to, int64_t n0) {
+    const ProductBodies& body = call.body;
+    const int nr = body.nr, mr = body.mr;
+    const bool grouped = weight.groups > 1;
+    const int64_t kc = grouped ? call.k / weight.groups : body.kc, columns = smaller(nr, weight.n - n0);
+    const int64_t span = round_up(to - from, mr);
+    auto* panels = static_cast<uint8_t*>(scratch(SLOT_PANEL, size_t(round_up(kc, 64) * nr * 2)));
+    auto* c = static_cast<int32_t*>(scratch(SLOT_SUMS, size_t(span * nr + (grouped ? span * nr + 2 * mr * nr : nr)) * 4));
+    if (!panels || !c) return false;
+    auto* total = reinterpret_cast<float*>(c + span * nr);
+    if (grouped) memset(total, 0, size_t(span * nr) * 4);
+    auto* ones = c + span * nr;  // sums of u alone, for zero points of x
+    if (call.x.zero) memset(ones, 0, size_t(nr) * 4);
+    const Packed packed = call.packed(weight);
+    for (int64_t k0 = 0, group = 0; k0 < call.k; k0 += kc, ++group) {
+        const int64_t size = smaller(kc, slab.kpad - k0);
+        for (int p = 0; p < nr / 16; ++p)
+            body.panel(packed, n0 + 16 * p, int(columns > 16 * p ? smaller(16, columns - 16 * p) : 0), k0, size,
+                       panels + p * size * 16);
+        if (call.x.zero)
+            for (int64_t p = 0; p < nr / 16; ++p)
+                for (int64_t i = 0; i < smaller(size, call.k - k0); ++i)
+                    for (int64_t j = 0; j < 16; ++j) {
+                        const uint8_t u = panels[p * size * 16 + (i / 4) * 64 + j * 4 + i % 4];
+                        ones[p * 16 + j] += body.is_signed ? int8_t(u) : u;
+                    }
+        for (int64_t r = from; r < to; r += mr) {
+            const int rows = int(smaller(mr, slab.rows - r));
+            const int8_t* block = slab.blocks + r * slab.kpad;
+            int32_t* sums = c + (r - from) * nr;
+            if (!grouped) {
+                body.kernel(block, slab.kpad, k0, size, rows, panels, call.grid.bits, sums, k0 > 0);
+                continue;
+            }
+            float group_sums[64];
+            body.kernel(block, slab.kpad, k0, size, rows, panels, call.grid.bits, sums, false);
+            sums_of_group(call, block, slab, k0, size, rows, panels + round_up(kc, 64) * nr, c + 2 * span * nr, group_sums);
+            add_group(call, weight, n0, columns, group, sums, total + (r - from) * nr, rows, group_sums);
+        }
+    }
+    Epilogue e = epilogue(call, &weight, slab.scales - slab.m0, slab.sums - slab.m0);
+    e.ones = ones;
+    for (int64_t r = from; r < smaller(to, slab.rows); ++r)
+        for (int64_t j = 0; j < columns; j += kTile) {
+            e.ones = ones + j;
+            body.finish(e, slab.m0 + r, n0 + j, smaller(kTile, columns - j), c + (r - from) * nr + j,
+                        grouped ? total + (r - from) * nr + j : nullptr);
+        }
+    return true;
+}
+
+int linear_blocks(const Call& call) {
+    const ProductBodies& body = call.body;
+    Slab slab;
+    slab.kpad = round_up(call.k, 64);
+    const int64_t most = round_up(smaller(call.m, kSlabBytes / slab.kpad + 1), body.mr);
+    slab.blocks = static_cast<int8_t*>(scratch(SLOT_CODES, size_t(most * slab.kpad + most * 8)));
+    if (!slab.blocks) return HB_ERROR_MEMORY;
+    slab.scales = reinterpret_cast<float*>(slab.blocks + most * slab.kpad);
+    slab.sums = reinterpret_cast<int32_t*>(slab.scales + most);
+    const int64_t part = round_up(smaller(most, kPartBytes / slab.kpad + 1), body.mr);
+    int64_t panels = 0;
+    for (int64_t i = 0; i < call.count; ++i) panels += ceil_div(call.weights[i].n, body.nr);
+    std::atomic<bool> complete{true};
+    for (slab.m0 = 0; slab.m0 < call.m; slab.m0 += most) {
+        slab.rows = smaller(most, call.m - slab.m0);
+        lay_out(call, slab);
+        const int64_t parts = ceil_div(slab.rows, part);
+        for_range(parts * panels, 1, [&](int64_t begin, int64_t end) {
+            body.begin();
+            for (int64_t task = begin; task < end; ++task) {
+                const int64_t from = task / panels * part;
+                int64_t panel = task % panels, i = 0;
+                while (panel >= ceil_div(call.weights[i].n, body.nr)) panel -= ceil_div(call.weights[i++].n, body.nr);
+                if (!part_of_outputs(call, slab, call.weights[i], from, smaller(from + part, slab.rows), panel * body.nr))
+                    complete = false;
+            }
+            body.end();
+        });
+    }
+    return complete ? HB_OK : HB_ERROR_MEMORY;
+}
+
+// ---- anything: zero points of x together with group scales, groups of odd size. Slow, and in double. ---------------
+
+int level(const Packed& w, int64_t row, int64_t k) {
+    const uint8_t byte = w.data[row * w.stride + k * w.bits / 8];
+    return w.bits == 8 ? byte ^ w.flip : (byte >> (k * w.bits % 8)) & ((1 << w.bits) - 1);
+}
+
+int linear_plain(const Call& call) {
+    for (int64_t i = 0; i < call.count; ++i) {
+        const hb_weight& w = call.weights[i];
+        const Packed packed = call.packed(w);
+        for_range(call.m, 1, [&](int64_t begin, int64_t end) {
+            auto* codes = static_cast<int8_t*>(scratch(SLOT_PANEL, size_t(call.k + 64)));
+            auto* row = static_cast<float*>(scratch(SLOT_ROW, size_t(call.k + 16) * 4));
+            for (int64_t m = begin; m < end; ++m) {
+                float x_scale;
+                int32_t sum;
+                const int8_t* x = codes_of_row(call, m, codes, row, &x_scale, &sum);
+                const double zero = call.x.zero ? call.x.zero[m] : 0.0, size = double(call.k) / double(w.groups);
+                for (int64_t n = 0; n < w.n; ++n) {
+                    const float* scale = w.scale + (w.scale_rows == 1 ? 0 : n * w.groups);
+                    double y = 0;
+                    for (int64_t k = 0; k < call.k; ++k) {
+                        const uint8_t u = uint8_t(level(packed, n, k));
+                        const double stored = call.body.is_signed && packed.bits == 8 ? double(int8_t(u)) : double(u);
+                        const double code = stored * call.grid.step + call.grid.lowest;
+                        y += (x[k] - zero) * (code - call.grid.zero_point) * scale[int64_t(double(k) / size)];
+                    }
+                    y = y * x_scale + (w.bias ? load_float(w.bias, int(w.bias_dtype), n) : 0.0f);
+                    store_float(w.out, call.out_dtype, m * w.out_stride + n, float(y));
+                }
+            }
+        });
+    }
+    return HB_OK;
+}
+
+bool sound(const hb_input& x, int64_t m, int64_t k, const hb_grid& grid, const hb_weight* weights, int64_t count) {
+    if (m < 0 || k < 1 || count < 1 || (grid.bits != 1 && grid.bits != 2 && grid.bits != 4 && grid.bits != 8)) return false;
+    if (!grid.packed && grid.bits != 8) return false;
+    if (x.x_dtype != HB_I8 && (x.scale || x.zero)) return false;
+    for (int64_t i = 0; i < count; ++i) {
+        const hb_weight& w = weights[i];
+        if (w.n < 0 || w.groups < 1 || k % w.groups || (w.scale_rows != 1 && w.scale_rows != w.n)) return false;
+        if (w.groups != weights[0].groups) return false;
+    }
+    return true;
+}
+
+}  // namespace
+}  // namespace hb
+
+extern "C" {
+
+int hb_linear(const hb_input* input, int64_t m, int64_t k, const hb_grid* grid, const hb_weight* weights, int64_t count,
+              int out_dtype) {
+    using namespace hb;
+    if (!sound(*input, m, k, *grid, weights, count)) return HB_ERROR_ARGUMENT;
+    if (m == 0) return HB_OK;
+    const ProductBodies& body = product();
+    hb_grid seen = *grid;
+    // 8-bit levels are flipped to the signedness that the body multiplies; `lowest` follows
+    uint8_t flip = 0;
+    if (!grid->packed) {
+        seen.lowest = body.is_signed ? 0 : -128;
+        seen.step = 1;
+        flip = body.is_signed ? 0 : 0x80;
+    } else if (grid->bits == 8 && body.is_signed) {
+        seen.lowest = grid->lowest + 128 * grid->step;
+        flip = 0x80;
+    }
+    const Call call{body, *input, m, k, seen, flip, weights, count, out_dtype};
+    const int64_t groups = weights[0].groups, group = k / groups;
+    if (groups > 1) {
+        const bool rows_fit = body.dot_grouped && group % (32 / grid->bits) == 0;
+        if (input->zero || (m <= kRowForm ? !rows_fit : group % body.k_unit != 0)) return linear_plain(call);
+    }
+    return m <= kRowForm ? linear_rows(call) : linear_blocks(call);
+}
+
+int hb_int_matmul(const int8_t* a, int64_t a_stride, const int8_t* b, int64_t b_stride, int64_t m, int64_t n, int64_t k,
+                  int32_t* out) {
+    const hb_input input = {a, a_stride, nullptr, nullptr, nullptr, HB_I8, 0, 0.0f, 0.0f, 0.0f, 0.0f};
+    const hb_grid grid = {8, 0, 0, 1, 0.0f};
+    const hb_weight weight = {b, n, b_stride, nullptr, 1, 1, nullptr, 0, out, n};
+    return hb_linear(&input, m, k, &grid, &weight, 1, HB_F32);
+}
+
+}  // extern "C"

@@ -1,0 +1,233 @@
+// Products with AVX-512 VNNI: 64 multiply-adds of unsigned levels and signed x an instruction. Own.
+#include "product.inc"
+
+#ifdef HB_WITH_AVX512VNNI
+#include <immintrin.h>
+
+#include "panel_avx512.inc"
+
+namespace hb {
+namespace {
+
+constexpr int kVector = 64;
+constexpr int kBlockRows = 12, kBlockColumns = 32;
+constexpr int64_t kAhead = 2048;  // bytes of weights between use and prefetch
+
+// ---- row form ----------------------------------------------------------------------------------------------------
+
+template <int kBits>
+constexpr int kPlanes = 8 / kBits;
+template <int kBits>
+constexpr char kMask = char((1 << kBits) - 1);
+
+inline __m512i load_bytes(const uint8_t* at, int64_t left) {
+    return left >= kVector ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8((1ull << left) - 1, at);
+}
+
+// The sums over the lanes of four accumulators.
+inline __m128i sum_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
+    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+// Adds bytes times one row of x. The levels stay in their place in the byte: plane j is too large by 2^(bits j), and so is
+// its accumulator, an exact multiple. That spares the shifts, which share a port with the dot product.
+template <int kBits>
+inline void add_in_place(__m512i bytes, const int8_t* x, __m512i* acc) {
+    if constexpr (kBits == 1) {  // eight planes in four accumulators: the upper half of the byte is moved down
+        const __m512i high = _mm512_srli_epi16(bytes, 4);
+        for (int j = 0; j < 4; ++j) {
+            const __m512i mask = _mm512_set1_epi8(char(1 << j));
+            acc[j] = _mm512_dpbusd_epi32(acc[j], _mm512_and_si512(bytes, mask), _mm512_loadu_si512(x + kVector * j));
+            acc[j] = _mm512_dpbusd_epi32(acc[j], _mm512_and_si512(high, mask), _mm512_loadu_si512(x + kVector * (j + 4)));
+        }
+    } else if constexpr (kBits == 8) {
+        acc[0] = _mm512_dpbusd_epi32(acc[0], bytes, _mm512_loadu_si512(x));
+    } else {
+        for (int j = 0; j < kPlanes<kBits>; ++j) {
+            const __m512i mask = _mm512_set1_epi8(char(kMask<kBits> << (kBits * j)));
+            acc[j] = _mm512_dpbusd_epi32(acc[j], _mm512_and_si512(bytes, mask), _mm512_loadu_si512(x + kVector * j));
+        }
+    }
+}
+
+template <int kBits>
+constexpr int kInPlace = kBits == 1 ? 4 : kPlanes<kBits>;
+
+template <int kBits>
+inline __m512i join(const __m512i* acc) {
+    __m512i sum = acc[0];
+    for (int j = 1; j < kInPlace<kBits>; ++j) sum = _mm512_add_epi32(sum, _mm512_srai_epi32(acc[j], kBits * j));
+    return sum;
+}
+
+// Four weight rows (the same one again where `stride` is 0) times one row of x.
+template <int kBits>
+__m128i dot_one(const uint8_t* data, int64_t stride, int64_t bytes, __m512i flip, const int8_t* x) {
+    __m512i acc[4][kInPlace<kBits>];
+    for (auto& of_row : acc)
+        for (auto& sum : of_row) sum = _mm512_setzero_si512();
+    for (int64_t at = 0; at < bytes; at += kVector, x += kVector * kPlanes<kBits>) {
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+            const uint8_t* from = data + r * stride + at;
+            _mm_prefetch(reinterpret_cast<const char*>(from) + kAhead, _MM_HINT_T0);
+            __m512i loaded = load_bytes(from, bytes - at);
+            if constexpr (kBits == 8) loaded = _mm512_xor_si512(loaded, flip);
+            add_in_place<kBits>(loaded, x, acc[r]);
+        }
+    }
+    return sum_lanes(join<kBits>(acc[0]), join<kBits>(acc[1]), join<kBits>(acc[2]), join<kBits>(acc[3]));
+}
+
+// Four weight rows times kM rows of x; levels are moved down once and used kM times.
+template <int kBits, int kM>
+void dot_some(const uint8_t* data, int64_t stride, int64_t bytes, __m512i flip, const int8_t* x, int64_t x_stride, __m128i* sums) {
+    __m512i acc[kM][4];
+    for (auto& of_x : acc)
+        for (auto& sum : of_x) sum = _mm512_setzero_si512();
+    const __m512i mask = _mm512_set1_epi8(kMask<kBits>);
+    for (int64_t at = 0; at < bytes; at += kVector, x += kVector * kPlanes<kBits>) {
+        __m512i loaded[4];
+        for (int r = 0; r < 4; ++r) {
+            const uint8_t* from = data + r * stride + at;
+            _mm_prefetch(reinterpret_cast<const char*>(from) + kAhead, _MM_HINT_T0);
+            loaded[r] = load_bytes(from, bytes - at);
+            if constexpr (kBits == 8) loaded[r] = _mm512_xor_si512(loaded[r], flip);
+        }
+#pragma GCC unroll 8
+        for (int j = 0; j < kPlanes<kBits>; ++j) {
+            __m512i level[4];
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) {
+                level[r] = kBits == 8 ? loaded[r] : _mm512_and_si512(_mm512_srli_epi16(loaded[r], unsigned(kBits * j)), mask);
+            }
+#pragma GCC unroll 4
+            for (int m = 0; m < kM; ++m) {
+                const __m512i of_x = _mm512_loadu_si512(x + m * x_stride + kVector * j);
+#pragma GCC unroll 4
+                for (int r = 0; r < 4; ++r) acc[m][r] = _mm512_dpbusd_epi32(acc[m][r], level[r], of_x);
+            }
+        }
+    }
+    for (int m = 0; m < kM; ++m) sums[m] = sum_lanes(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+}
+
+template <int kBits>
+void dot_bits(const Packed& w, int64_t row, int64_t count, const int8_t* planes, int64_t planes_stride, int rows, int32_t* c,
+              int64_t c_stride) {
+    const int64_t bytes = (w.k * kBits + 7) / 8;
+    const __m512i flip = _mm512_set1_epi8(char(w.flip));
+    for (int64_t i = 0; i < count;) {
+        // the last rows one by one: the other three places repeat them
+        const bool four = count - i >= 4;
+        const uint8_t* data = w.data + (row + i) * w.stride;
+        const int64_t stride = four ? w.stride : 0;
+        const __mmask8 kept = four ? 15 : 1;
+        for (int m = 0; m < rows; m += 4) {
+            const int8_t* x = planes + m * planes_stride;
+            __m128i sums[4];
+            const int now = rows - m < 4 ? rows - m : 4;
+            switch (now) {
+                case 1: sums[0] = dot_one<kBits>(data, stride, bytes, flip, x); break;
+                case 2: dot_some<kBits, 2>(data, stride, bytes, flip, x, planes_stride, sums); break;
+                case 3: dot_some<kBits, 3>(data, stride, bytes, flip, x, planes_stride, sums); break;
+                default: dot_some<kBits, 4>(data, stride, bytes, flip, x, planes_stride, sums); break;
+            }
+            for (int j = 0; j < now; ++j) _mm_mask_storeu_epi32(c + (m + j) * c_stride + i, kept, sums[j]);
+        }
+        i += four ? 4 : 1;
+    }
+}
+
+void dot(const Packed& w, int64_t row, int64_t count, const int8_t* planes, int64_t planes_stride, int rows, int32_t* c,
+         int64_t c_stride) {
+    switch (w.bits) {
+        case 1: return dot_bits<1>(w, row, count, planes, planes_stride, rows, c, c_stride);
+        case 2: return dot_bits<2>(w, row, count, planes, planes_stride, rows, c, c_stride);
+        case 4: return dot_bits<4>(w, row, count, planes, planes_stride, rows, c, c_stride);
+        default: return dot_bits<8>(w, row, count, planes, planes_stride, rows, c, c_stride);
+    }
+}
+
+// One weight row times one row of x; every 32-bit lane lies within one group, so lanes are scaled one by one.
+template <int kBits>
+float dot_groups(const uint8_t* data, int64_t bytes, __m512i flip, const int8_t* x, const float* lane_sums, const int32_t* lane_group,
+                 const float* scale, float step) {
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t at = 0, lane = 0; at < bytes; at += kVector, x += kVector * kPlanes<kBits>, lane += 16) {
+        __m512i loaded = load_bytes(data + at, bytes - at);
+        if constexpr (kBits == 8) loaded = _mm512_xor_si512(loaded, flip);
+        __m512i acc[kInPlace<kBits>];
+        for (auto& sum : acc) sum = _mm512_setzero_si512();
+        add_in_place<kBits>(loaded, x, acc);
+        const __m512 of_lane = _mm512_i32gather_ps(_mm512_loadu_si512(lane_group + lane), scale, 4);
+        const __m512 sums = _mm512_cvtepi32_ps(join<kBits>(acc));
+        total = _mm512_fmadd_ps(_mm512_fmadd_ps(sums, _mm512_set1_ps(step), _mm512_loadu_ps(lane_sums + lane)), of_lane, total);
+    }
+    return _mm512_reduce_add_ps(total);
+}
+
+void dot_grouped(const Packed& w, int64_t row, int64_t count, const int8_t* planes, int64_t planes_stride, int rows,
+                 const float* lane_sums, const int32_t* lane_group, const float* scale, int64_t scale_stride, float step, float* c,
+                 int64_t c_stride) {
+    const int64_t bytes = (w.k * w.bits + 7) / 8, lanes = (bytes + kVector - 1) / kVector * 16;
+    const __m512i flip = _mm512_set1_epi8(char(w.flip));
+    auto* one = w.bits == 1 ? dot_groups<1> : w.bits == 2 ? dot_groups<2> : w.bits == 4 ? dot_groups<4> : dot_groups<8>;
+    for (int64_t i = 0; i < count; ++i)
+        for (int m = 0; m < rows; ++m)
+            c[m * c_stride + i] = one(w.data + (row + i) * w.stride, bytes, flip, planes + m * planes_stride, lane_sums + m * lanes,
+                                      lane_group, scale + i * scale_stride, step);
+}
+
+// ---- matrix form -------------------------------------------------------------------------------------------------
+
+template <int kRows>
+void block(const int8_t* x, int64_t steps, const uint8_t* left, const uint8_t* right, int32_t* c, bool accumulate) {
+    __m512i acc[kRows][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+        acc[r][0] = accumulate ? _mm512_loadu_si512(c + r * kBlockColumns) : _mm512_setzero_si512();
+        acc[r][1] = accumulate ? _mm512_loadu_si512(c + r * kBlockColumns + 16) : _mm512_setzero_si512();
+    }
+    for (int64_t s = 0; s < steps; ++s, x += 4 * kRows) {
+        const __m512i u = _mm512_loadu_si512(left + 64 * s), v = _mm512_loadu_si512(right + 64 * s);
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r) {
+            int32_t four;
+            memcpy(&four, x + 4 * r, 4);
+            const __m512i of_x = _mm512_set1_epi32(four);
+            acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], u, of_x);
+            acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], v, of_x);
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+        _mm512_storeu_si512(c + r * kBlockColumns, acc[r][0]);
+        _mm512_storeu_si512(c + r * kBlockColumns + 16, acc[r][1]);
+    }
+}
+
+void kernel(const int8_t* x, int64_t, int64_t k0, int64_t size, int rows, const uint8_t* panels, int, int32_t* c, bool accumulate) {
+    using Block = void (*)(const int8_t*, int64_t, const uint8_t*, const uint8_t*, int32_t*, bool);
+    static constexpr Block blocks[kBlockRows] = {block<1>, block<2>, block<3>, block<4>,  block<5>,  block<6>,
+                                                 block<7>, block<8>, block<9>, block<10>, block<11>, block<12>};
+    blocks[rows - 1](x + k0 * rows, size / 4, panels, panels + size * 16, c, accumulate);
+}
+
+constexpr ProductBodies kBodies = {
+    false,   kBlockRows, kBlockColumns, 1024, 4, kVector, nothing, nothing, pack_rows_plain, panel_avx512, kernel, permute_avx512,
+    dot, dot_grouped, finish,
+};
+
+}  // namespace
+
+const ProductBodies* product_avx512vnni() { return &kBodies; }
+
+}  // namespace hb
+#else
+const hb::ProductBodies* hb::product_avx512vnni() { return nullptr; }
+#endif
