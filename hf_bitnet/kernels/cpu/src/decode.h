@@ -1,0 +1,23 @@
+// What a decoder layer does between its products: RMS norm and rotary embedding. Own.
+//
+// Results have the roundings of transformers' eager code, where every intermediate tensor is rounded to the dtype of the
+// model; only the order of the sum of squares is ours.
+#pragma once
+
+#include "internal.h"
+
+namespace hb {
+
+// Serial work on one row or one head: decode.inc, compiled once per instruction set.
+struct DecodeBodies {
+    // out = round(x * rsqrt(mean(x^2) + eps)) * weight, both of `dtype`; `row` is scratch for k + 16 floats
+    void (*rms_norm)(const void* x, int dtype, int64_t k, const void* weight, float eps, float* row, void* out);
+    // out = round(x * cos) + round((-upper half of x, lower half of x) * sin) for one head of d
+    void (*rotate)(const void* x, int dtype, int64_t d, const void* cos, const void* sin, void* out);
+};
+
+const DecodeBodies* decode_portable();
+const DecodeBodies* decode_avx2();    // NULL where not compiled in
+const DecodeBodies* decode_avx512();
+
+}  // namespace hb
