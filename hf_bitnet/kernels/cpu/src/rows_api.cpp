@@ -33,14 +33,15 @@ bool is_float(int dtype) { return dtype == HB_F32 || dtype == HB_BF16 || dtype =
 bool is_dtype(int dtype) { return is_float(dtype) || dtype == HB_I8; }
 bool is_layout(int bits, int step) { return (bits == 1 || bits == 2 || bits == 4 || bits == 8) && (step == 1 || step == 2); }
 
-const void* at(const void* data, int dtype, int64_t i) { return static_cast<const char*>(data) + i * int64_t(hb::size_of(dtype)); }
-void* at(void* data, int dtype, int64_t i) { return static_cast<char*>(data) + i * int64_t(hb::size_of(dtype)); }
+int64_t bytes(int dtype, int64_t count) { return count * int64_t(hb::size_of(dtype)); }
+const void* at(const void* data, int dtype, int64_t i) { return static_cast<const char*>(data) + bytes(dtype, i); }
+void* at(void* data, int dtype, int64_t i) { return static_cast<char*>(data) + bytes(dtype, i); }
 
-// Codes of `weight` (n, k) made block by block by quantize(values, size, scale index, codes) and packed at once. The scales
-// lie (scale_rows, groups), k / groups neighbours sharing one.
+// Codes of `weight` (n, k), made block by block with quantize(values, size, index of their scale, codes), are packed while
+// they are in the cache. The scales lie (scale_rows, groups); k / groups neighbours share one.
 template <class Quantize>
-void quantize_pack(const void* weight, int dtype, int64_t n, int64_t k, int64_t scale_rows, int64_t groups, int bits, int lowest,
-                   int step, uint8_t* packed, const Quantize& quantize) {
+void quantize_pack(const void* weight, int dtype, int64_t n, int64_t k, int64_t scale_rows, int64_t groups, int bits,
+                   int lowest, int step, uint8_t* packed, const Quantize& quantize) {
     constexpr int64_t BLOCK = 4096;  // codes; a multiple of 8
     const hb::RowBodies& body = hb::rows();
     const int64_t group = k / groups, stride = (k * bits + 7) / 8;
@@ -145,7 +146,8 @@ int hb_quantize_weight(const void* w, int dtype, int64_t rows, int64_t n, const 
     const hb::RowBodies& body = hb::rows();
     for_pieces(rows, n, [&](int64_t row, int64_t begin, int64_t size) {
         const int64_t i = row * n + begin;
-        body.quantize_weight(at(w, dtype, i), dtype, size, scale[row], zero_point, qmin, qmax, at(out, out_dtype, i), out_dtype);
+        void* codes = at(out, out_dtype, i);
+        body.quantize_weight(at(w, dtype, i), dtype, size, scale[row], zero_point, qmin, qmax, codes, out_dtype);
     });
     return HB_OK;
 }
