@@ -51,7 +51,7 @@ struct ProductBodies {
                         const float* lane_sums, const int32_t* lane_group, const float* scale, int64_t groups, float step, float* c,
                         int64_t c_stride);
     // `count` sums of one row of x -> results, see Epilogue
-    void (*finish)(const struct Epilogue& e, int64_t m, int64_t n, int64_t count, int32_t* c, const float* grouped);
+    void (*finish)(const struct Epilogue& e, int64_t m, int64_t n, int64_t count, const int32_t* c, const float* grouped);
 };
 
 // All that turns integer sums into results.

@@ -36,21 +36,21 @@ inline __m128i sum_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
 // Adds bytes times one row of x. The levels stay in their place in the byte: plane j is too large by 2^(bits j), and so is
 // its accumulator, an exact multiple. That spares the shifts, which share a port with the dot product.
 template <int kBits>
-inline void add_in_place(__m512i bytes, const int8_t* x, __m512i* acc) {
+HB_INLINE void add_in_place(__m512i bytes, const int8_t* x, __m512i* acc) {
     if constexpr (kBits == 1) {  // eight planes in four accumulators: the upper half of the byte is moved down
         const __m512i high = _mm512_srli_epi16(bytes, 4);
-        for (int j = 0; j < 4; ++j) {
+        unroll<4>([&](auto j) HB_LAMBDA {
             const __m512i mask = _mm512_set1_epi8(char(1 << j));
             acc[j] = _mm512_dpbusd_epi32(acc[j], _mm512_and_si512(bytes, mask), _mm512_loadu_si512(x + kVector * j));
             acc[j] = _mm512_dpbusd_epi32(acc[j], _mm512_and_si512(high, mask), _mm512_loadu_si512(x + kVector * (j + 4)));
-        }
+        });
     } else if constexpr (kBits == 8) {
         acc[0] = _mm512_dpbusd_epi32(acc[0], bytes, _mm512_loadu_si512(x));
     } else {
-        for (int j = 0; j < kPlanes<kBits>; ++j) {
+        unroll<kPlanes<kBits>>([&](auto j) HB_LAMBDA {
             const __m512i mask = _mm512_set1_epi8(char(kMask<kBits> << (kBits * j)));
             acc[j] = _mm512_dpbusd_epi32(acc[j], _mm512_and_si512(bytes, mask), _mm512_loadu_si512(x + kVector * j));
-        }
+        });
     }
 }
 
@@ -58,28 +58,26 @@ template <int kBits>
 constexpr int kInPlace = kBits == 1 ? 4 : kPlanes<kBits>;
 
 template <int kBits>
-inline __m512i join(const __m512i* acc) {
+HB_INLINE __m512i join(const __m512i* acc) {
     __m512i sum = acc[0];
-    for (int j = 1; j < kInPlace<kBits>; ++j) sum = _mm512_add_epi32(sum, _mm512_srai_epi32(acc[j], kBits * j));
+    unroll<kInPlace<kBits> - 1>([&](auto j) HB_LAMBDA { sum = _mm512_add_epi32(sum, _mm512_srai_epi32(acc[j + 1], kBits * (j + 1))); });
     return sum;
+}
+
+template <int kBits>
+HB_INLINE __m512i load_row(const uint8_t* from, int64_t left, __m512i flip) {
+    _mm_prefetch(reinterpret_cast<const char*>(from) + kAhead, _MM_HINT_T0);
+    const __m512i bytes = load_bytes(from, left);
+    return kBits == 8 ? _mm512_xor_si512(bytes, flip) : bytes;
 }
 
 // Four weight rows (the same one again where `stride` is 0) times one row of x.
 template <int kBits>
 __m128i dot_one(const uint8_t* data, int64_t stride, int64_t bytes, __m512i flip, const int8_t* x) {
     __m512i acc[4][kInPlace<kBits>];
-    for (auto& of_row : acc)
-        for (auto& sum : of_row) sum = _mm512_setzero_si512();
-    for (int64_t at = 0; at < bytes; at += kVector, x += kVector * kPlanes<kBits>) {
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
-            const uint8_t* from = data + r * stride + at;
-            _mm_prefetch(reinterpret_cast<const char*>(from) + kAhead, _MM_HINT_T0);
-            __m512i loaded = load_bytes(from, bytes - at);
-            if constexpr (kBits == 8) loaded = _mm512_xor_si512(loaded, flip);
-            add_in_place<kBits>(loaded, x, acc[r]);
-        }
-    }
+    unroll<4>([&](auto r) HB_LAMBDA { unroll<kInPlace<kBits>>([&](auto j) HB_LAMBDA { acc[r][j] = _mm512_setzero_si512(); }); });
+    for (int64_t at = 0; at < bytes; at += kVector, x += kVector * kPlanes<kBits>)
+        unroll<4>([&](auto r) HB_LAMBDA { add_in_place<kBits>(load_row<kBits>(data + r * stride + at, bytes - at, flip), x, acc[r]); });
     return sum_lanes(join<kBits>(acc[0]), join<kBits>(acc[1]), join<kBits>(acc[2]), join<kBits>(acc[3]));
 }
 
@@ -87,33 +85,23 @@ __m128i dot_one(const uint8_t* data, int64_t stride, int64_t bytes, __m512i flip
 template <int kBits, int kM>
 void dot_some(const uint8_t* data, int64_t stride, int64_t bytes, __m512i flip, const int8_t* x, int64_t x_stride, __m128i* sums) {
     __m512i acc[kM][4];
-    for (auto& of_x : acc)
-        for (auto& sum : of_x) sum = _mm512_setzero_si512();
+    unroll<kM>([&](auto m) HB_LAMBDA { unroll<4>([&](auto r) HB_LAMBDA { acc[m][r] = _mm512_setzero_si512(); }); });
     const __m512i mask = _mm512_set1_epi8(kMask<kBits>);
     for (int64_t at = 0; at < bytes; at += kVector, x += kVector * kPlanes<kBits>) {
         __m512i loaded[4];
-        for (int r = 0; r < 4; ++r) {
-            const uint8_t* from = data + r * stride + at;
-            _mm_prefetch(reinterpret_cast<const char*>(from) + kAhead, _MM_HINT_T0);
-            loaded[r] = load_bytes(from, bytes - at);
-            if constexpr (kBits == 8) loaded[r] = _mm512_xor_si512(loaded[r], flip);
-        }
-#pragma GCC unroll 8
-        for (int j = 0; j < kPlanes<kBits>; ++j) {
+        unroll<4>([&](auto r) HB_LAMBDA { loaded[r] = load_row<kBits>(data + r * stride + at, bytes - at, flip); });
+        unroll<kPlanes<kBits>>([&](auto j) HB_LAMBDA {
             __m512i level[4];
-#pragma GCC unroll 4
-            for (int r = 0; r < 4; ++r) {
+            unroll<4>([&](auto r) HB_LAMBDA {
                 level[r] = kBits == 8 ? loaded[r] : _mm512_and_si512(_mm512_srli_epi16(loaded[r], unsigned(kBits * j)), mask);
-            }
-#pragma GCC unroll 4
-            for (int m = 0; m < kM; ++m) {
+            });
+            unroll<kM>([&](auto m) HB_LAMBDA {
                 const __m512i of_x = _mm512_loadu_si512(x + m * x_stride + kVector * j);
-#pragma GCC unroll 4
-                for (int r = 0; r < 4; ++r) acc[m][r] = _mm512_dpbusd_epi32(acc[m][r], level[r], of_x);
-            }
-        }
+                unroll<4>([&](auto r) HB_LAMBDA { acc[m][r] = _mm512_dpbusd_epi32(acc[m][r], level[r], of_x); });
+            });
+        });
     }
-    for (int m = 0; m < kM; ++m) sums[m] = sum_lanes(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+    unroll<kM>([&](auto m) HB_LAMBDA { sums[m] = sum_lanes(acc[m][0], acc[m][1], acc[m][2], acc[m][3]); });
 }
 
 template <int kBits>
@@ -159,11 +147,9 @@ float dot_groups(const uint8_t* data, int64_t bytes, __m512i flip, const int8_t*
                  const float* scale, float step) {
     __m512 total = _mm512_setzero_ps();
     for (int64_t at = 0, lane = 0; at < bytes; at += kVector, x += kVector * kPlanes<kBits>, lane += 16) {
-        __m512i loaded = load_bytes(data + at, bytes - at);
-        if constexpr (kBits == 8) loaded = _mm512_xor_si512(loaded, flip);
         __m512i acc[kInPlace<kBits>];
-        for (auto& sum : acc) sum = _mm512_setzero_si512();
-        add_in_place<kBits>(loaded, x, acc);
+        unroll<kInPlace<kBits>>([&](auto j) HB_LAMBDA { acc[j] = _mm512_setzero_si512(); });
+        add_in_place<kBits>(load_row<kBits>(data + at, bytes - at, flip), x, acc);
         const __m512 of_lane = _mm512_i32gather_ps(_mm512_loadu_si512(lane_group + lane), scale, 4);
         const __m512 sums = _mm512_cvtepi32_ps(join<kBits>(acc));
         total = _mm512_fmadd_ps(_mm512_fmadd_ps(sums, _mm512_set1_ps(step), _mm512_loadu_ps(lane_sums + lane)), of_lane, total);
@@ -186,29 +172,26 @@ void dot_grouped(const Packed& w, int64_t row, int64_t count, const int8_t* plan
 // ---- matrix form -------------------------------------------------------------------------------------------------
 
 template <int kRows>
-void block(const int8_t* x, int64_t steps, const uint8_t* left, const uint8_t* right, int32_t* c, bool accumulate) {
+HB_NOINLINE void block(const int8_t* x, int64_t steps, const uint8_t* left, const uint8_t* right, int32_t* c, bool accumulate) {
     __m512i acc[kRows][2];
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
+    unroll<kRows>([&](auto r) HB_LAMBDA {
         acc[r][0] = accumulate ? _mm512_loadu_si512(c + r * kBlockColumns) : _mm512_setzero_si512();
         acc[r][1] = accumulate ? _mm512_loadu_si512(c + r * kBlockColumns + 16) : _mm512_setzero_si512();
-    }
+    });
     for (int64_t s = 0; s < steps; ++s, x += 4 * kRows) {
         const __m512i u = _mm512_loadu_si512(left + 64 * s), v = _mm512_loadu_si512(right + 64 * s);
-#pragma GCC unroll 12
-        for (int r = 0; r < kRows; ++r) {
+        unroll<kRows>([&](auto r) HB_LAMBDA {
             int32_t four;
             memcpy(&four, x + 4 * r, 4);
             const __m512i of_x = _mm512_set1_epi32(four);
             acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], u, of_x);
             acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], v, of_x);
-        }
+        });
     }
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
+    unroll<kRows>([&](auto r) HB_LAMBDA {
         _mm512_storeu_si512(c + r * kBlockColumns, acc[r][0]);
         _mm512_storeu_si512(c + r * kBlockColumns + 16, acc[r][1]);
-    }
+    });
 }
 
 void kernel(const int8_t* x, int64_t, int64_t k0, int64_t size, int rows, const uint8_t* panels, int, int32_t* c, bool accumulate) {
@@ -219,7 +202,7 @@ void kernel(const int8_t* x, int64_t, int64_t k0, int64_t size, int rows, const 
 }
 
 constexpr ProductBodies kBodies = {
-    false,   kBlockRows, kBlockColumns, 1024, 4, kVector, nothing, nothing, pack_rows_plain, panel_avx512, kernel, permute_avx512,
+    false,   kBlockRows, kBlockColumns, 512, 4, kVector, nothing, nothing, pack_rows_plain, panel_avx512, kernel, permute_avx512,
     dot, dot_grouped, finish,
 };
 
