@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_bitnet import kernels
 from hf_bitnet.kernels import cases, dispatch, eager, reference
+from hf_bitnet.kernels.cpu import library
 from hf_bitnet.quantizers import WEIGHT_SCHEMES
 
 OPERATIONS = tuple(dispatch._BODIES)
@@ -21,16 +22,22 @@ each_body = pytest.mark.parametrize(("operation", "body"), BODIES, ids=[f"{o}-{b
 # of the root mean square: float32 sums against float64 ones, and one rounding to bfloat16
 _RATIO = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}
 
+# operations that round what was summed: in another order a code at a tie is another code
+_TIES = ("norm_quantize_rows",)
 
-def _assert_equal(found: Any, expected: Any, case: str) -> None:
-    """Integers equal; floats by the ratio of root mean squares."""
-    if isinstance(expected, tuple):
+
+def _assert_equal(found: Any, expected: Any, case: str, ties: bool = False) -> None:
+    """Integers equal (with `ties` a few may be one off); floats by the ratio of root mean squares."""
+    if isinstance(expected, tuple | list):
         assert len(found) == len(expected)
         for a, b in zip(found, expected, strict=True):
-            _assert_equal(a, b, case)
+            _assert_equal(a, b, case, ties)
         return
     assert found.dtype == expected.dtype and found.shape == expected.shape, case
-    if not expected.is_floating_point():
+    if not expected.is_floating_point() and ties:
+        off = (found.int() - expected.int()).abs()
+        assert off.sum() <= max(1, 1e-3 * off.numel()), case
+    elif not expected.is_floating_point():
         assert torch.equal(found, expected), case
     elif expected.numel():
         error = (found.double() - expected.double()).square().mean().sqrt()
@@ -44,8 +51,14 @@ def _serve(body: dispatch.Body) -> Callable[..., Any]:
     return body.function
 
 
-def _copies(args: tuple[Any, ...]) -> list[Any]:
-    return [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+def _copies(args: Any) -> list[Any]:
+    return [_copies(arg) if type(arg) is list else arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(_same(*pair) for pair in zip(a, b, strict=True))
+    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -59,8 +72,8 @@ def test_body_equals_reference(operation: str, body: dispatch.Body) -> None:
     function, definition = _serve(body), getattr(reference, operation)
     for case, args in cases.CASES[operation]():
         before = _copies(args)
-        _assert_equal(function(*args), definition(*args), case)
-        assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(before, args, strict=True)), case
+        _assert_equal(function(*args), definition(*args), case, operation in _TIES)
+        assert all(_same(a, b) for a, b in zip(before, args, strict=True)), case
 
 
 @each_body
@@ -70,7 +83,8 @@ def test_blocks_of_any_size(operation: str, body: dispatch.Body, monkeypatch: py
     for block in (1, 100):
         monkeypatch.setattr(eager, "_BLOCK", block)
         for case, args in cases.CASES[operation](seed=1):
-            _assert_equal(function(*args), definition(*args), f"{case}, blocks of {block}")
+            name = f"{case}, blocks of {block}"
+            _assert_equal(function(*args), definition(*args), name, operation in _TIES)
 
 
 @each_body
@@ -80,8 +94,7 @@ def test_autocast_changes_nothing(operation: str, body: dispatch.Body) -> None:
         expected = function(*args)
         with torch.autocast("cpu", torch.bfloat16):
             found = function(*args)
-        pairs = zip(found, expected, strict=True) if isinstance(expected, tuple) else [(found, expected)]
-        assert all(torch.equal(a, b) for a, b in pairs), case
+        assert _same(found, expected), case
 
 
 @each_body
@@ -91,7 +104,7 @@ def test_fresh_memory_is_never_read(operation: str, body: dispatch.Body) -> None
     torch.use_deterministic_algorithms(True, warn_only=True)  # this is what makes torch fill new memory
     try:
         for case, args in cases.CASES[operation](seed=2):
-            _assert_equal(function(*args), definition(*args), case)
+            _assert_equal(function(*args), definition(*args), case, operation in _TIES)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -149,7 +162,8 @@ def test_pack_and_unpack_round_trip(scheme: str, columns: int) -> None:
 
 def test_explain_names_every_operation_and_reason() -> None:
     lines = kernels.explain("cpu").splitlines()
-    assert [line.split()[0] for line in lines] == ["operation", *OPERATIONS]
+    assert [line.split()[0] for line in lines] == ["operation", *OPERATIONS, "CPU"]
+    assert lines[-1] == f"CPU kernels: {library.describe()}"
     assert "onednn: torch._int_mm has shape limits on cuda" in kernels.explain("cuda")
 
 

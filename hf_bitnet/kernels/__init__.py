@@ -1,4 +1,4 @@
-"""Floor 1: operations on plain tensors. `reference` defines them, `dispatch` picks a body."""
+"""Floor 1: operations on plain tensors. `reference` defines them, `dispatch` picks a body, `cpu/` has the C++ ones."""
 
 from .dispatch import (
     autocast_dtype,
@@ -6,26 +6,46 @@ from .dispatch import (
     explain,
     int_linear,
     int_matmul,
+    norm_quantize_rows,
     pack,
+    pack_trits,
+    packed_int_linear,
+    packed_linear,
+    packed_linears,
+    quantize_pack,
     quantize_rows,
     quantize_sign,
     quantize_weight,
     scale_all,
     scale_rows,
+    sign_pack,
     unpack,
+    unpack_trits,
 )
+from .reference import Layout, PackedWeight, RowQuantization
 
 __all__ = [
+    "Layout",
+    "PackedWeight",
+    "RowQuantization",
     "autocast_dtype",
     "bodies",
     "explain",
     "int_linear",
     "int_matmul",
+    "norm_quantize_rows",
     "pack",
+    "pack_trits",
+    "packed_int_linear",
+    "packed_linear",
+    "packed_linears",
+    "quantize_pack",
     "quantize_rows",
     "quantize_sign",
     "quantize_weight",
     "scale_all",
     "scale_rows",
+    "sign_pack",
     "unpack",
+    "unpack_trits",
 ]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .reference import Layout, RowQuantization
+
 # (M, K, N)
 SHAPES = (
     *((1, 1, 1), (3, 1, 5), (5, 7, 1), (1, 64, 16), (3, 5, 7), (8, 130, 33)),
@@ -19,6 +21,10 @@ SHAPES = (
 )
 # (bits, lowest code, highest code, step) of every packed layout
 LAYOUTS = ((1, -1, 1, 2), (2, -1, 1, 1), (2, -2, 1, 1), (4, -7, 7, 1), (4, -8, 7, 1), (8, -127, 127, 1), (8, -128, 127, 1))
+# zero points that schemes use; of 1.58-bit weights none
+ZERO_POINTS = (0.0, -0.5)
+# rows of the input of a packed product: none, row-vector forms, matrix forms, with remainders
+PACKED_ROWS = (0, 1, 2, 5, 8, 9, 17, 64)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # name, arguments of the operation
@@ -140,6 +146,131 @@ def unpack_cases(seed: int = 0) -> Iterator[Case]:
             yield name, (packed, bits, lowest, step, codes.shape[1])
 
 
+def _stored(bits: int, rows: int, columns: int, generator: torch.Generator, level: int | None = None) -> Tensor:
+    """Bytes of a packed weight; every level is `level` when it is given."""
+    size = (rows, -(-columns * bits // 8))
+    if level is None:
+        return torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+    return torch.full(size, sum(level << shift for shift in range(0, 8, bits)), dtype=torch.uint8)
+
+
+def _packed_weights(seed: int) -> Iterator[tuple[str, int, Layout, Tensor, Tensor, Tensor | None]]:
+    """(name, M, layout, packed, scale, bias) of products with packed weights; K is a multiple of the groups."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((1, 1, 1), (7, 5, 1), (64, 16, 4), (130, 33, 5), (515, 21, 1), (768, 70, 6), (1031, 9, 1), (96, 130, 1))
+    for i, (bits, lowest, highest, step) in enumerate(LAYOUTS):
+        top = min(2**bits - 1, 127 - lowest)
+        for j, (k, n, groups) in enumerate(sizes):
+            layout = Layout(bits, lowest, step, ZERO_POINTS[(i + j) % 2])
+            level = (None, None, 0, top)[(i + j) % 4]
+            packed = _stored(bits, n, k, generator, level)
+            if bits == 8 and lowest != -128:
+                packed = packed.clamp(max=highest - lowest)
+            bias = None if j % 3 else torch.randn(n, generator=generator)
+            for shape in dict.fromkeys(((1, 1), (n, 1), (n, groups))):
+                scale = (torch.rand(shape, generator=generator) + 0.1) * 1e-3  # float16 has to hold the sums
+                m = PACKED_ROWS[(i + 3 * j + len(shape) + shape[-1]) % len(PACKED_ROWS)]
+                for rows in {m, 1}:
+                    name = f"{layout}, {rows}x{k}x{n}, scale {shape}, level {level}"
+                    yield name, rows, layout, packed, scale, bias
+
+
+def packed_linear_cases(seed: int = 0) -> Iterator[Case]:
+    """x, packed, scale, bias, layout, rows, dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    schemes = (RowQuantization(-128, 127, 1e-5), RowQuantization(-8, 7, 1e-5))
+    for i, (name, m, layout, packed, scale, bias) in enumerate(_packed_weights(seed)):
+        k = _inputs(packed, layout, name)
+        dtype, out = DTYPES[i % 3], DTYPES[i // 3 % 3]
+        x = torch.randn(m, k, generator=generator) if i % 4 else torch.full((m, k), -3.0)
+        yield f"{name}, {dtype} to {out}", (x.to(dtype), packed, scale, bias, layout, schemes[i % 2], out)
+    wide = torch.randn(9, 80, generator=generator)
+    packed, scale = _stored(2, 6, 32, generator), torch.rand(1, 1, generator=generator)
+    for name, x in (("strided", wide[::2, 8:40]), ("every other", wide[:, ::2][:, :32]), ("float64", wide[:3, :32].double())):
+        yield name, (x, packed, scale, None, Layout(2, -1), schemes[0], torch.float32)
+    strided = _stored(2, 12, 64, generator)[::2, 4:12]
+    yield "weight rows apart", (wide[:1, :32], strided, scale, None, Layout(2, -1), schemes[0], torch.float32)
+    yield "no outputs", (wide[:1, :32], packed[:0], scale, None, Layout(2, -1), schemes[0], torch.float32)
+
+
+def _inputs(packed: Tensor, layout: Layout, name: str) -> int:
+    """K, which a case's name has: bytes alone do not tell it."""
+    k = int(name.split("x")[1])
+    assert packed.shape[1] == -(-k * layout.bits // 8)
+    return k
+
+
+def packed_linears_cases(seed: int = 0) -> Iterator[Case]:
+    """x, weights, layout, rows, dtype."""
+    for name, (x, packed, scale, bias, layout, rows, dtype) in packed_linear_cases(seed):
+        half = packed.shape[0] // 2
+        first = (packed[:half], scale[:half] if scale.shape[0] > 1 else scale, None)
+        weights = [first, (packed, scale, bias)] if half else [(packed, scale, bias)]
+        yield name, (x, weights, layout, rows, dtype)
+
+
+def packed_int_linear_cases(seed: int = 0) -> Iterator[Case]:
+    """x_codes, x_scale, x_zero, packed, scale, bias, layout, dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    for i, (name, m, layout, packed, scale, bias) in enumerate(_packed_weights(seed)):
+        k = _inputs(packed, layout, name)
+        x = torch.full((m, k), -128, dtype=torch.int8) if i % 3 == 0 else _codes(generator, m, k)
+        x_scale = (torch.rand(m, 1, generator=generator) + 0.1) * 0.1
+        x_zero = torch.randint(-128, 128, (m, 1), generator=generator).float() if i % 2 else None
+        yield f"{name}, zero points {i % 2}", (x, x_scale, x_zero, packed, scale, bias, layout, DTYPES[i % 3])
+
+
+def _grouped_weights(seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, weight (N, K), scale (1, 1), (N, 1) or (N, G))."""
+    generator = torch.Generator().manual_seed(seed)
+    for i, (n, k, groups) in enumerate(((1, 1, 1), (3, 7, 7), (5, 130, 10), (64, 96, 3), (33, 1031, 1), (2, 8, 2))):
+        weight = torch.randn(n, k, generator=generator).to(DTYPES[i % 3])
+        for shape in dict.fromkeys(((1, 1), (n, 1), (n, groups))):
+            yield f"{n}x{k}, scale {shape}", weight, torch.rand(shape, generator=generator) + 0.05
+
+
+def quantize_pack_cases(seed: int = 0) -> Iterator[Case]:
+    """weight, scale, qmin, qmax, layout."""
+    for name, weight, scale in _grouped_weights(seed):
+        for i, (bits, lowest, highest, step) in enumerate(LAYOUTS):
+            if step == 1:
+                layout = Layout(bits, lowest, step, ZERO_POINTS[i % 2])
+                yield f"{name}, {layout}", (weight, scale, lowest, highest, layout)
+    yield "transposed", (weight.t(), torch.ones(1, 1), -1, 1, Layout(2, -1))
+
+
+def sign_pack_cases(seed: int = 0) -> Iterator[Case]:
+    """weight, threshold."""
+    for name, weight, scale in _grouped_weights(seed):
+        yield name, (weight, scale - 0.5)
+        yield f"{name}, ties", (torch.zeros_like(weight), torch.zeros_like(scale))
+
+
+def norm_quantize_rows_cases(seed: int = 0) -> Iterator[Case]:
+    """x, norm_weight, norm_eps, qmin, qmax, eps. A mean that is summed in another order may move a code at a tie by 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, x in row_cases(seed):
+        gain = torch.rand(x.shape[-1], generator=generator) + 0.5
+        yield name, (x, gain.to(x.dtype), 1e-6, -128, 127, 1e-5)
+        yield f"{name}, gain float32", (x, gain, 1e-5, -8, 7, 1e-5)
+
+
+def pack_trits_cases(seed: int = 0) -> Iterator[Case]:
+    """codes."""
+    generator = torch.Generator().manual_seed(seed)
+    for n, k in ((1, 1), (3, 4), (2, 5), (4, 11), (7, 130), (64, 1031)):
+        yield f"{n}x{k}", ((torch.randint(0, 3, (n, k), generator=generator) - 1).to(torch.int8),)
+        yield f"all 1, {n}x{k}", (torch.ones(n, k, dtype=torch.int8),)
+
+
+def unpack_trits_cases(seed: int = 0) -> Iterator[Case]:
+    """packed, in_features."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, (codes,) in pack_trits_cases(seed):
+        size = (codes.shape[0], -(-codes.shape[1] // 5))
+        yield name, (torch.randint(0, 243, size, generator=generator, dtype=torch.uint8), codes.shape[1])
+
+
 CASES: dict[str, Callable[..., Iterator[Case]]] = {
     "int_matmul": int_matmul_cases,
     "int_linear": int_linear_cases,
@@ -150,4 +281,12 @@ CASES: dict[str, Callable[..., Iterator[Case]]] = {
     "scale_all": scale_all_cases,
     "pack": pack_cases,
     "unpack": unpack_cases,
+    "packed_linear": packed_linear_cases,
+    "packed_linears": packed_linears_cases,
+    "packed_int_linear": packed_int_linear_cases,
+    "quantize_pack": quantize_pack_cases,
+    "sign_pack": sign_pack_cases,
+    "norm_quantize_rows": norm_quantize_rows_cases,
+    "pack_trits": pack_trits_cases,
+    "unpack_trits": unpack_trits_cases,
 }

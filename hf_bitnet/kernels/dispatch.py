@@ -1,14 +1,15 @@
 """Which body serves which operation here, and why the others do not. Own.
 
 Each operation has bodies in order of preference; the first whose `why_unavailable(device)` is None serves. Nothing falls
-back in silence: `explain()` prints the table (`hf-bitnet info --kernels`). The environment variable
-`HF_BITNET_KERNELS=reference` (or another body's name) forces one body, for tests and for bug reports.
+back in silence: `explain()` prints the table (`hf-bitnet info --kernels`). Two environment variables, for tests and for bug
+reports: `HF_BITNET_KERNELS=reference` (or another body's name) forces one body, `HF_BITNET_CPU_LEVEL=avx2` (or another
+level's name) the instruction set of the C++ kernels.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from . import eager, reference
+from .cpu import library, operators
+from .reference import Layout, PackedWeight, RowQuantization
 
 
 @dataclass(frozen=True)
@@ -56,36 +59,52 @@ def _why_no_scalar(device: str) -> str | None:
     return None if device == "cpu" else f"{device} may round a 0-dim float32 factor to the dtype of the other operand"
 
 
+def _products(operation: str, make: Callable[[Callable[..., Tensor]], Callable[..., Any]]) -> list[Body]:
+    """The bodies of an operation that is made from an `int_linear`."""
+    onednn, float32 = (eager.make_int_linear(product) for product in (eager.int_matmul_onednn, eager.int_matmul_float32))
+    return [
+        Body("cpu", getattr(operators, operation), library.why_unavailable),
+        Body("onednn", make(onednn), _why_no_onednn),
+        Body("float32", make(float32), _always),
+        Body("reference", getattr(reference, operation), _always),
+    ]
+
+
+def _elementwise(operation: str, *between: Body) -> list[Body]:
+    """The C++ body, what stock torch has to offer, and the definition."""
+    return [
+        Body("cpu", getattr(operators, operation), library.why_unavailable),
+        *between,
+        Body("reference", getattr(reference, operation), _always),
+    ]
+
+
+def _blocked(operation: str) -> list[Body]:
+    return _elementwise(operation, Body("blocked", getattr(eager, operation), _why_no_blocks))
+
+
 _BODIES: dict[str, list[Body]] = {
-    "int_matmul": [
+    "int_matmul": _elementwise(
+        "int_matmul",
         Body("onednn", eager.int_matmul_onednn, _why_no_onednn),
         Body("float32", eager.int_matmul_float32, _always),
-        Body("reference", reference.int_matmul, _always),
-    ],
-    "int_linear": [
-        Body("onednn", eager.make_int_linear(eager.int_matmul_onednn), _why_no_onednn),
-        Body("float32", eager.make_int_linear(eager.int_matmul_float32), _always),
-        Body("reference", reference.int_linear, _always),
-    ],
-    "quantize_rows": [
-        Body("blocked", eager.quantize_rows, _why_no_blocks),
-        Body("reference", reference.quantize_rows, _always),
-    ],
-    "quantize_weight": [
-        Body("blocked", eager.quantize_weight, _why_no_blocks),
-        Body("reference", reference.quantize_weight, _always),
-    ],
-    "scale_rows": [
-        Body("blocked", eager.scale_rows, _why_no_blocks),
-        Body("reference", reference.scale_rows, _always),
-    ],
-    "scale_all": [
-        Body("scalar", eager.scale_all, _why_no_scalar),
-        Body("reference", reference.scale_all, _always),
-    ],
-    "quantize_sign": [Body("reference", reference.quantize_sign, _always)],
-    "pack": [Body("reference", reference.pack, _always)],
-    "unpack": [Body("reference", reference.unpack, _always)],
+    ),
+    "int_linear": _products("int_linear", lambda int_linear: int_linear),
+    "packed_linear": _products("packed_linear", eager.make_packed_linear),
+    "packed_linears": _products("packed_linears", eager.make_packed_linears),
+    "packed_int_linear": _products("packed_int_linear", eager.make_packed_int_linear),
+    "quantize_rows": _blocked("quantize_rows"),
+    "norm_quantize_rows": _blocked("norm_quantize_rows"),
+    "quantize_weight": _blocked("quantize_weight"),
+    "quantize_sign": _elementwise("quantize_sign"),
+    "quantize_pack": _blocked("quantize_pack"),
+    "sign_pack": _blocked("sign_pack"),
+    "scale_rows": _blocked("scale_rows"),
+    "scale_all": _elementwise("scale_all", Body("scalar", eager.scale_all, _why_no_scalar)),
+    "pack": _elementwise("pack"),
+    "unpack": _elementwise("unpack"),
+    "pack_trits": _elementwise("pack_trits"),
+    "unpack_trits": _elementwise("unpack_trits"),
 }
 
 
@@ -94,6 +113,9 @@ _FORCED = os.environ.get("HF_BITNET_KERNELS")
 _NAMES = sorted({body.name for candidates in _BODIES.values() for body in candidates})
 if _FORCED and _FORCED not in _NAMES:
     raise ValueError(f"HF_BITNET_KERNELS={_FORCED!r} names no kernel body; legal: {', '.join(_NAMES)}, or leave it unset")
+_LEVEL = os.environ.get("HF_BITNET_CPU_LEVEL")
+if _LEVEL and library.why_unavailable() is None:
+    library.choose_level(_LEVEL)
 
 
 def bodies(operation: str) -> tuple[Body, ...]:
@@ -144,6 +166,40 @@ def int_linear(
     return _body("int_linear", x_codes)(x_codes, x_scale, x_zero, w_codes, w_scale, w_zero, bias, dtype)
 
 
+def packed_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    rows: RowQuantization,
+    dtype: torch.dtype,
+) -> Tensor:
+    """float (M, K), quantized per row, x packed uint8 (N, B) -> (M, N) in `dtype`; see `reference.packed_linear`."""
+    return _body("packed_linear", x)(x, packed, scale, bias, layout, rows, dtype)
+
+
+def packed_linears(
+    x: Tensor, weights: Sequence[PackedWeight], layout: Layout, rows: RowQuantization, dtype: torch.dtype
+) -> list[Tensor]:
+    """`packed_linear` of several weights (packed, scale, bias) that read the same x -> list of (M, N_i) in `dtype`."""
+    return _body("packed_linears", x)(x, weights, layout, rows, dtype)
+
+
+def packed_int_linear(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    dtype: torch.dtype,
+) -> Tensor:
+    """int8 (M, K) x packed uint8 (N, B) -> (M, N) in `dtype`; see `reference.packed_int_linear`."""
+    return _body("packed_int_linear", x_codes)(x_codes, x_scale, x_zero, packed, scale, bias, layout, dtype)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype a linear layer's output has for input `x`: the autocast dtype where autocast is on, else x's own."""
     device = x.device.type
@@ -157,6 +213,13 @@ def quantize_rows(x: Tensor, qmin: int, qmax: int, eps: float) -> tuple[Tensor, 
     return _body("quantize_rows", x)(x, qmin, qmax, eps)
 
 
+def norm_quantize_rows(
+    x: Tensor, norm_weight: Tensor, norm_eps: float, qmin: int, qmax: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """float (..., K), RMS-normed with gain (K,) -> int8 codes (..., K), float32 scale (..., 1)."""
+    return _body("norm_quantize_rows", x)(x, norm_weight, norm_eps, qmin, qmax, eps)
+
+
 def quantize_weight(
     rows: Tensor, scale: Tensor, zero_point: float, qmin: int, qmax: int, dtype: torch.dtype = torch.int8
 ) -> Tensor:
@@ -167,6 +230,16 @@ def quantize_weight(
 def quantize_sign(rows: Tensor, threshold: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
     """float (R, n), float32 threshold that broadcasts -> codes -1, +1 (R, n) in `dtype`."""
     return _body("quantize_sign", rows)(rows, threshold, dtype)
+
+
+def quantize_pack(weight: Tensor, scale: Tensor, qmin: int, qmax: int, layout: Layout) -> Tensor:
+    """float (N, K), float32 scale (1, 1), (N, 1) or (N, G) -> packed uint8 (N, ceil(K * bits / 8))."""
+    return _body("quantize_pack", weight)(weight, scale, qmin, qmax, layout)
+
+
+def sign_pack(weight: Tensor, threshold: Tensor) -> Tensor:
+    """float (N, K), float32 threshold (1, 1), (N, 1) or (N, G) -> packed uint8 (N, ceil(K / 8)), bit 1 for +1."""
+    return _body("sign_pack", weight)(weight, threshold)
 
 
 def scale_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -189,12 +262,23 @@ def unpack(packed: Tensor, bits: int, lowest: int, step: int, in_features: int) 
     return _body("unpack", packed)(packed, bits, lowest, step, in_features)
 
 
+def pack_trits(codes: Tensor) -> Tensor:
+    """Ternary int8 codes (N, K) -> uint8 (N, ceil(K / 5))."""
+    return _body("pack_trits", codes)(codes)
+
+
+def unpack_trits(packed: Tensor, in_features: int) -> Tensor:
+    """uint8 (N, ceil(K / 5)) -> ternary int8 codes (N, in_features)."""
+    return _body("unpack_trits", packed)(packed, in_features)
+
+
 def explain(device: str = "cpu") -> str:
-    """A table: operation, the body that serves on `device`, and why each earlier body does not."""
-    lines = [f"{'operation':<16} {'body':<10} others"]
+    """A table: operation, the body that serves on `device`, and why each earlier body does not; then the C++ kernels."""
+    lines = [f"{'operation':<18} {'body':<10} others"]
     for operation, candidates in _BODIES.items():
-        reasons = [(body, body.why_unavailable(device)) for body in candidates]
-        serving = next(body.name for body, reason in reasons if reason is None)
-        others = "; ".join(f"{body.name}: {reason or 'slower'}" for body, reason in reasons if body.name != serving)
-        lines.append(f"{operation:<16} {serving:<10} {others or '-'}")
-    return "\n".join(lines)
+        forced = _select(operation, device)
+        serving = next(body.name for body in candidates if body.function is forced)
+        reasons = [(body.name, body.why_unavailable(device) or "slower") for body in candidates if body.name != serving]
+        others = "; ".join(f"{name}: {reason}" for name, reason in reasons)
+        lines.append(f"{operation:<18} {serving:<10} {others or '-'}")
+    return "\n".join([*lines, f"CPU kernels: {library.describe()}"])

@@ -7,12 +7,13 @@ once a step. Under torch.compile the blocks would only unroll; there the compile
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .reference import Layout, PackedWeight, RowQuantization
 
 # float32 holds integers up to 2**24 exactly; an int8 x int8 product is at most 2**14
 _EXACT_FLOAT32_TERMS = 2**24 // 2**14
@@ -149,3 +150,85 @@ def scale_all(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`reference.scale_all` without a float32 copy: on the CPU a 0-dim float32 factor is multiplied in float32."""
     factor = scale.reshape(())
     return x * factor if x.dtype == dtype else x.to(dtype).mul_(factor)
+
+
+def make_packed_int_linear(int_linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`reference.packed_int_linear` over an `int_linear`: the weight is unpacked for each call."""
+
+    def packed_int_linear(
+        x_codes: Tensor,
+        x_scale: Tensor,
+        x_zero: Tensor | None,
+        packed: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        layout: Layout,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        codes = reference.unpack(packed, layout.bits, layout.lowest, layout.step, x_codes.shape[-1])
+        return int_linear(x_codes, x_scale, x_zero, codes, scale, layout.zero_point, bias, dtype)
+
+    return packed_int_linear
+
+
+def make_packed_linear(int_linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`reference.packed_linear` over an `int_linear`."""
+    product = make_packed_int_linear(int_linear)
+
+    def packed_linear(
+        x: Tensor,
+        packed: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        layout: Layout,
+        rows: RowQuantization,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        codes, x_scale = quantize_rows(x, *rows)
+        return product(codes, x_scale, None, packed, scale, bias, layout, dtype)
+
+    return packed_linear
+
+
+def make_packed_linears(int_linear: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+    """`reference.packed_linears` over an `int_linear`: x is quantized once."""
+    product = make_packed_int_linear(int_linear)
+
+    def packed_linears(
+        x: Tensor, weights: Sequence[PackedWeight], layout: Layout, rows: RowQuantization, dtype: torch.dtype
+    ) -> list[Tensor]:
+        codes, x_scale = quantize_rows(x, *rows)
+        return [product(codes, x_scale, None, packed, scale, bias, layout, dtype) for packed, scale, bias in weights]
+
+    return packed_linears
+
+
+def quantize_pack(weight: Tensor, scale: Tensor, qmin: int, qmax: int, layout: Layout) -> Tensor:
+    """Blocked `reference.quantize_pack`."""
+    if _small(weight):
+        return reference.quantize_pack(weight, scale, qmin, qmax, layout)
+    scale = scale.expand(weight.shape[0], -1)
+    parts = _row_blocks(*weight.shape)
+    return torch.cat([reference.quantize_pack(weight[part], scale[part], qmin, qmax, layout) for part in parts])
+
+
+def sign_pack(weight: Tensor, threshold: Tensor) -> Tensor:
+    """Blocked `reference.sign_pack`."""
+    if _small(weight):
+        return reference.sign_pack(weight, threshold)
+    threshold = threshold.expand(weight.shape[0], -1)
+    return torch.cat([reference.sign_pack(weight[part], threshold[part]) for part in _row_blocks(*weight.shape)])
+
+
+def norm_quantize_rows(
+    x: Tensor, norm_weight: Tensor, norm_eps: float, qmin: int, qmax: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Blocked `reference.norm_quantize_rows`."""
+    if _small(x):
+        return reference.norm_quantize_rows(x, norm_weight, norm_eps, qmin, qmax, eps)
+    flat = x.reshape(-1, x.shape[-1])
+    codes = torch.empty(flat.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(flat.shape[0], 1, dtype=torch.float32, device=x.device)
+    for part in _row_blocks(*flat.shape):
+        codes[part], scale[part] = reference.norm_quantize_rows(flat[part], norm_weight, norm_eps, qmin, qmax, eps)
+    return codes.view(x.shape), scale.view(*x.shape[:-1], 1)

@@ -8,10 +8,39 @@ Leaves out: gradients (the straight-through estimators live above), threads, dev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 CODES_PER_BYTE = {1: 8, 2: 4, 4: 2, 8: 1}
+TRITS_PER_BYTE = 5  # 3**5 = 243 of 256
+
+
+class Layout(NamedTuple):
+    """How a packed weight is stored: the level u stands for `(u * step + lowest - zero_point) * scale`.
+
+    Attributes:
+        bits: of a level: 1, 2, 4 or 8. lowest: the code of level 0. step: between codes, 2 for binary weights.
+    """
+
+    bits: int
+    lowest: int
+    step: int = 1
+    zero_point: float = 0.0
+
+
+class RowQuantization(NamedTuple):
+    """How the rows of an input become int8 codes; see `quantize_rows`."""
+
+    qmin: int
+    qmax: int
+    eps: float
+
+
+# packed uint8 (N, B), scale float32 (1, 1), (N, 1) or (N, G), bias float (N,) or None
+PackedWeight = tuple[Tensor, Tensor, Tensor | None]
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -148,3 +177,110 @@ def scale_all(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         x: float (M, K). scale: float32, one element.
     """
     return (x.float() * scale.reshape(())).to(dtype)
+
+
+def packed_int_linear(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`int_linear` of a packed weight.
+
+    Args:
+        x_codes: int8 (M, K). x_scale, x_zero: float32 (M, 1).
+        packed: uint8 (N, ceil(K * bits / 8)). scale: float32 (1, 1), (N, 1) or (N, G). bias: float (N,) or None.
+
+    Returns:
+        (M, N) in `dtype`.
+    """
+    codes = unpack(packed, layout.bits, layout.lowest, layout.step, x_codes.shape[-1])
+    return int_linear(x_codes, x_scale, x_zero, codes, scale, layout.zero_point, bias, dtype)
+
+
+def packed_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    rows: RowQuantization,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`packed_int_linear` of `quantize_rows(x)`: float (M, K) -> (M, N) in `dtype`."""
+    codes, x_scale = quantize_rows(x, *rows)
+    return packed_int_linear(codes, x_scale, None, packed, scale, bias, layout, dtype)
+
+
+def packed_linears(
+    x: Tensor, weights: Sequence[PackedWeight], layout: Layout, rows: RowQuantization, dtype: torch.dtype
+) -> list[Tensor]:
+    """`packed_linear` of several weights that read the same x (query, key and value): list of (M, N_i) in `dtype`."""
+    return [packed_linear(x, packed, scale, bias, layout, rows, dtype) for packed, scale, bias in weights]
+
+
+def quantize_pack(weight: Tensor, scale: Tensor, qmin: int, qmax: int, layout: Layout) -> Tensor:
+    """`quantize_weight` and `pack`.
+
+    Args:
+        weight: float (N, K). scale: float32 (1, 1), (N, 1) or (N, G), each of G equal runs of K having its own.
+
+    Returns:
+        uint8 (N, ceil(K * bits / 8)).
+    """
+    rows = weight.unflatten(-1, (scale.shape[-1], -1))
+    codes = quantize_weight(rows, scale.unsqueeze(-1), layout.zero_point, qmin, qmax).flatten(-2)
+    return pack(codes, layout.bits, layout.lowest, layout.step)
+
+
+def sign_pack(weight: Tensor, threshold: Tensor) -> Tensor:
+    """`quantize_sign` and `pack` to 1 bit: bit 1 where `weight >= threshold`.
+
+    Args:
+        weight: float (N, K). threshold: float32 (1, 1), (N, 1) or (N, G), each of G equal runs of K having its own.
+
+    Returns:
+        uint8 (N, ceil(K / 8)).
+    """
+    rows = weight.unflatten(-1, (threshold.shape[-1], -1))
+    return pack(quantize_sign(rows, threshold.unsqueeze(-1)).flatten(-2), 1, -1, 2)
+
+
+def norm_quantize_rows(
+    x: Tensor, norm_weight: Tensor, norm_eps: float, qmin: int, qmax: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of an RMS norm as Llama's: normalized in float32, rounded to x's dtype, then times the gain.
+
+    Args:
+        x: float (..., K). norm_weight: float (K,).
+
+    Returns:
+        codes int8 (..., K), scale float32 (..., 1).
+    """
+    normalized = x.float()
+    normalized = normalized * torch.rsqrt(normalized.pow(2).mean(-1, keepdim=True) + norm_eps)
+    return quantize_rows(norm_weight * normalized.to(x.dtype), qmin, qmax, eps)
+
+
+def pack_trits(codes: Tensor) -> Tensor:
+    """Five ternary codes a byte (1.6 bits each): `sum of (code_i + 1) * 3**i`, rows padded with level 0.
+
+    Args:
+        codes: int8 (N, K) of -1, 0, 1.
+
+    Returns:
+        uint8 (N, ceil(K / 5)).
+    """
+    levels = torch.nn.functional.pad(codes.to(torch.int16) + 1, (0, -codes.shape[-1] % TRITS_PER_BYTE))
+    powers = torch.tensor([3**i for i in range(TRITS_PER_BYTE)], dtype=torch.int16, device=codes.device)
+    return (levels.unflatten(-1, (-1, TRITS_PER_BYTE)) * powers).sum(-1).to(torch.uint8)
+
+
+def unpack_trits(packed: Tensor, in_features: int) -> Tensor:
+    """The inverse of `pack_trits`: uint8 (N, ceil(K / 5)) -> int8 codes (N, K)."""
+    levels = torch.stack([packed.to(torch.int16) // 3**i % 3 for i in range(TRITS_PER_BYTE)], dim=-1)
+    return (levels.flatten(-2)[..., :in_features] - 1).to(torch.int8)
