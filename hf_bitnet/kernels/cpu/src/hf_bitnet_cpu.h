@@ -72,6 +72,9 @@ HB_API int hb_quantize_sign(const void* w, int dtype, int64_t rows, int64_t n, c
 // hb_quantize_weight and hb_pack in one pass: w (n, k), scale (scale_rows 1 or n, groups) -> (n, ceil(k * bits / 8)).
 HB_API int hb_quantize_pack(const void* w, int dtype, int64_t n, int64_t k, const float* scale, int64_t scale_rows, int64_t groups,
                             float zero_point, float qmin, float qmax, int bits, int lowest, int step, uint8_t* packed);
+// hb_quantize_sign and hb_pack in one pass, 1 bit, lowest -1, step 2: w (n, k), threshold (threshold_rows 1 or n, groups).
+HB_API int hb_sign_pack(const void* w, int dtype, int64_t n, int64_t k, const float* threshold, int64_t threshold_rows,
+                        int64_t groups, uint8_t* packed);
 // Codes int8 (n, k) <-> bytes (n, ceil(k * bits / 8)): level = (code - lowest) / step, the first neighbour in the lowest bits.
 HB_API int hb_pack(const int8_t* codes, int64_t n, int64_t k, int bits, int lowest, int step, uint8_t* packed);
 HB_API int hb_unpack(const uint8_t* packed, int64_t n, int64_t k, int bits, int lowest, int step, int8_t* codes);

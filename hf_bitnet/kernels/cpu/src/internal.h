@@ -9,32 +9,33 @@
 
 namespace hb {
 
-// ---- conversion, also where there is no hardware for it ----
-inline float bits_to_float(uint32_t bits) {
+// ---- conversion, also where there is no hardware for it. `static`: each file compiles its own copy with its own instruction
+// set; one copy shared by the linker could run AVX-512 code on a processor that lacks it ----
+static inline float bits_to_float(uint32_t bits) {
     float value;
     memcpy(&value, &bits, 4);
     return value;
 }
-inline uint32_t float_to_bits(float value) {
+static inline uint32_t float_to_bits(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
     return bits;
 }
-inline float from_bf16(uint16_t x) { return bits_to_float(uint32_t(x) << 16); }
+static inline float from_bf16(uint16_t x) { return bits_to_float(uint32_t(x) << 16); }
 // round to nearest even; a NaN stays one
-inline uint16_t to_bf16(float value) {
+static inline uint16_t to_bf16(float value) {
     uint32_t bits = float_to_bits(value);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40);
     return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
-inline float from_f16(uint16_t x) {
+static inline float from_f16(uint16_t x) {
     uint32_t sign = uint32_t(x & 0x8000) << 16, exponent = (x >> 10) & 31, mantissa = x & 1023;
     if (exponent == 31) return bits_to_float(sign | 0x7f800000u | (mantissa << 13));
     if (exponent) return bits_to_float(sign | ((exponent + 112) << 23) | (mantissa << 13));
     float value = float(mantissa) * bits_to_float(0x33800000u);  // 2^-24
     return sign ? -value : value;
 }
-inline uint16_t to_f16(float value) {
+static inline uint16_t to_f16(float value) {
     uint32_t bits = float_to_bits(value), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffffu;
     if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00);
     if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00);  // rounds to 65536 or beyond
@@ -45,8 +46,8 @@ inline uint16_t to_f16(float value) {
     uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
     return uint16_t(sign | ((rounded - 0x38000000u) >> 13));
 }
-inline size_t size_of(int dtype) { return dtype == HB_F32 ? 4 : dtype == HB_I8 ? 1 : 2; }
-inline float load_float(const void* data, int dtype, int64_t i) {
+static inline size_t size_of(int dtype) { return dtype == HB_F32 ? 4 : dtype == HB_I8 ? 1 : 2; }
+static inline float load_float(const void* data, int dtype, int64_t i) {
     switch (dtype) {
         case HB_F32: return static_cast<const float*>(data)[i];
         case HB_BF16: return from_bf16(static_cast<const uint16_t*>(data)[i]);
@@ -54,7 +55,7 @@ inline float load_float(const void* data, int dtype, int64_t i) {
         default: return float(static_cast<const int8_t*>(data)[i]);
     }
 }
-inline void store_float(void* data, int dtype, int64_t i, float value) {
+static inline void store_float(void* data, int dtype, int64_t i, float value) {
     switch (dtype) {
         case HB_F32: static_cast<float*>(data)[i] = value; break;
         case HB_BF16: static_cast<uint16_t*>(data)[i] = to_bf16(value); break;
@@ -67,7 +68,7 @@ int threads();  // as many as torch would use here
 // body(begin, end) on parts of [0, size) of at least `grain`
 void parallel(int64_t size, int64_t grain, hb_range_body body, void* context);
 template <class Body>
-void for_range(int64_t size, int64_t grain, const Body& body) {
+static void for_range(int64_t size, int64_t grain, const Body& body) {
     parallel(
         size, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
         const_cast<Body*>(&body));

@@ -11,7 +11,8 @@ namespace hb {
 namespace {
 
 constexpr int64_t kRowForm = 8;
-constexpr int64_t kTile = 64;                    // outputs of the row form that are worked on and finished together
+constexpr int64_t kTile = 256;                   // outputs of the row form that are worked on together, at most
+constexpr int64_t kFinish = 64;                  // outputs that are finished together
 constexpr int64_t kThreadBytes = 64 << 10;       // weight bytes below which a second thread does not pay
 constexpr int64_t kSlabBytes = 4 << 20;          // int8 bytes of x laid out at a time
 constexpr int64_t kPartBytes = 1 << 20;          // int8 bytes of x that meet one panel: half of a second-level cache
@@ -123,9 +124,12 @@ void rows_of_outputs(const Call& call, const RowInput& input, const hb_weight& w
     } else {
         call.body.dot(packed, begin, count, input.planes, input.planes_stride, input.rows, sums, kTile);
     }
-    e.ones = sums + call.m * kTile;
     for (int64_t m = 0; m < call.m; ++m)
-        call.body.finish(e, m, begin, count, sums + m * kTile, weight.groups > 1 ? grouped + m * kTile : nullptr);
+        for (int64_t i = 0; i < count; i += kFinish) {
+            e.ones = sums + call.m * kTile + i;
+            call.body.finish(e, m, begin + i, smaller(kFinish, count - i), sums + m * kTile + i,
+                             weight.groups > 1 ? grouped + m * kTile + i : nullptr);
+        }
 }
 
 int linear_rows(const Call& call) {
@@ -137,17 +141,20 @@ int linear_rows(const Call& call) {
         const float offset = float(call.grid.lowest) - call.grid.zero_point;
         for (int64_t i = 0; i < lanes * call.m; ++i) input.lane_sums[i] *= offset;
     }
-    int64_t tiles = 0;
-    for (int64_t i = 0; i < call.count; ++i) tiles += ceil_div(call.weights[i].n, kTile);
-    const int64_t tile_bytes = kTile * ceil_div(call.k * call.grid.bits, 8) * (1 + call.m / 4);
+    int64_t outputs = 0, tiles = 0;
+    for (int64_t i = 0; i < call.count; ++i) outputs += call.weights[i].n;
+    // long tiles are long streams from memory; each thread should have two at least
+    const int64_t share = round_up(ceil_div(outputs, 2 * threads()), 16), tile = share > kTile ? kTile : share < 64 ? 64 : share;
+    for (int64_t i = 0; i < call.count; ++i) tiles += ceil_div(call.weights[i].n, tile);
+    const int64_t tile_bytes = tile * ceil_div(call.k * call.grid.bits, 8) * (1 + call.m / 4);
     for_range(tiles, ceil_div(kThreadBytes, tile_bytes), [&](int64_t begin, int64_t end) {
         int64_t first = 0;
         for (int64_t i = 0; i < call.count; ++i) {
             const hb_weight& weight = call.weights[i];
-            const int64_t size = ceil_div(weight.n, kTile);
+            const int64_t size = ceil_div(weight.n, tile);
             const int64_t from = begin > first ? begin - first : 0, to = smaller(end - first, size);
             for (int64_t t = from; t < to; ++t)
-                rows_of_outputs(call, input, weight, t * kTile, smaller(kTile, weight.n - t * kTile));
+                rows_of_outputs(call, input, weight, t * tile, smaller(tile, weight.n - t * tile));
             first += size;
         }
     });
@@ -248,9 +255,9 @@ bool part_of_outputs(const Call& call, const Slab& slab, const hb_weight& weight
     Epilogue e = epilogue(call, &weight, slab.scales - slab.m0, slab.sums - slab.m0);
     e.ones = ones;
     for (int64_t r = from; r < smaller(to, slab.rows); ++r)
-        for (int64_t j = 0; j < columns; j += kTile) {
+        for (int64_t j = 0; j < columns; j += kFinish) {
             e.ones = ones + j;
-            body.finish(e, slab.m0 + r, n0 + j, smaller(kTile, columns - j), c + (r - from) * nr + j,
+            body.finish(e, slab.m0 + r, n0 + j, smaller(kFinish, columns - j), c + (r - from) * nr + j,
                         grouped ? total + (r - from) * nr + j : nullptr);
         }
     return true;

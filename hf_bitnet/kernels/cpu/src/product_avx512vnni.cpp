@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kVector = 64;
 constexpr int kBlockRows = 12, kBlockColumns = 32;
-constexpr int64_t kAhead = 2048;  // bytes of weights between use and prefetch
+constexpr int64_t kAhead = 1024;  // bytes of weights between use and prefetch
 
 // ---- row form ----------------------------------------------------------------------------------------------------
 
@@ -109,12 +109,9 @@ void dot_bits(const Packed& w, int64_t row, int64_t count, const int8_t* planes,
               int64_t c_stride) {
     const int64_t bytes = (w.k * kBits + 7) / 8;
     const __m512i flip = _mm512_set1_epi8(char(w.flip));
-    for (int64_t i = 0; i < count;) {
-        // the last rows one by one: the other three places repeat them
-        const bool four = count - i >= 4;
+    const auto put = [&](int64_t i, int64_t apart, bool four) {
         const uint8_t* data = w.data + (row + i) * w.stride;
-        const int64_t stride = four ? w.stride : 0;
-        const __mmask8 kept = four ? 15 : 1;
+        const int64_t stride = four ? apart * w.stride : 0;
         for (int m = 0; m < rows; m += 4) {
             const int8_t* x = planes + m * planes_stride;
             __m128i sums[4];
@@ -125,10 +122,13 @@ void dot_bits(const Packed& w, int64_t row, int64_t count, const int8_t* planes,
                 case 3: dot_some<kBits, 3>(data, stride, bytes, flip, x, planes_stride, sums); break;
                 default: dot_some<kBits, 4>(data, stride, bytes, flip, x, planes_stride, sums); break;
             }
-            for (int j = 0; j < now; ++j) _mm_mask_storeu_epi32(c + (m + j) * c_stride + i, kept, sums[j]);
+            for (int j = 0; j < now; ++j) store_sums(sums[j], c + (m + j) * c_stride + i, four ? apart : 0);
         }
-        i += four ? 4 : 1;
-    }
+    };
+    // four rows far apart: memory then delivers four streams, and each is read from end to end
+    const int64_t quarter = count / 4;
+    for (int64_t i = 0; i < quarter; ++i) put(i, quarter, true);
+    for (int64_t i = 4 * quarter; i < count; ++i) put(i, 0, false);
 }
 
 void dot(const Packed& w, int64_t row, int64_t count, const int8_t* planes, int64_t planes_stride, int rows, int32_t* c,
