@@ -141,7 +141,7 @@ _CHOSEN = {(operation, "cpu"): _select(operation, "cpu") for operation in _BODIE
 
 
 def _body(operation: str, tensor: Tensor) -> Callable[..., Any]:
-    key = (operation, tensor.device.type)
+    key = (operation, "cpu" if tensor.is_cpu else tensor.device.type)  # asking for the device costs as much as a small copy
     if key not in _CHOSEN:
         _CHOSEN[key] = _select(*key)
     return _CHOSEN[key]
