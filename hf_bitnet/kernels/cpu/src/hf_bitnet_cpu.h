@@ -128,6 +128,14 @@ typedef struct {
 HB_API int hb_linear(const hb_input* input, int64_t m, int64_t k, const hb_grid* grid, const hb_weight* weights, int64_t count,
                      int out_dtype);
 
+// out (m, n) = (a (m, k) * a_scale (k) or 1) (b (k, n) - zero_point) * scale, a float, b int8 codes: for gradients.
+// Each row of a is rounded to 15-bit fixed point, q = rint(a * 32512 / max|a|) = 256 high + low, and both bytes are multiplied
+// exactly: the error of an element of a is at most max|row| / 65024, uniformly (bfloat16's is up to |a| / 512, but of each
+// element). A row with an inf or NaN gives NaN. Element (i, j) of a lies at i * a_stride + j * a_step.
+HB_API int hb_fixed_matmul(const void* a, int a_dtype, int64_t a_stride, int64_t a_step, const float* a_scale, int64_t m, int64_t k,
+                           const int8_t* b, int64_t b_stride, int64_t n, float zero_point, float scale, void* out, int out_dtype,
+                           int64_t out_stride);
+
 #ifdef __cplusplus
 }
 #endif

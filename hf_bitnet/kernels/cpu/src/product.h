@@ -50,9 +50,31 @@ struct ProductBodies {
     void (*dot_grouped)(const Packed& w, int64_t row, int64_t count, const int8_t* planes, int64_t planes_stride, int m,
                         const float* lane_sums, const int32_t* lane_group, const float* scale, int64_t groups, float step, float* c,
                         int64_t c_stride);
+    // ---- for hb_fixed_matmul, see fixed.inc ----
+    // rows [row, row + count) of the float operand -> two strips of int8 for each, `kpad` apart, with their sums and scale
+    void (*fixed_rows)(const struct FixedOperand& a, int64_t row, int count, int64_t kpad, float* values, int8_t* strips, float* scales,
+                       int32_t* sums);
+    // b (k, n) int8, codes [k0, k0 + size) of outputs n0 .. n0 + columns (<= 16) -> [size / 4][16][4], xor flip
+    void (*panel_columns)(const int8_t* b, int64_t stride, int64_t k, uint8_t flip, int64_t k0, int64_t size, int64_t n0, int columns,
+                          uint8_t* out);
+    // the sums of a high and a low strip -> `count` results
+    void (*fixed_finish)(const int32_t* high, const int32_t* low, int64_t count, const int32_t* sums, int32_t lowest, float zero_point,
+                         float row_scale, float scale, void* out, int out_dtype);
     // `count` sums of one row of x -> results, see Epilogue
     void (*finish)(const struct Epilogue& e, int64_t m, int64_t n, int64_t count, const int32_t* c, const float* grouped);
 };
+
+// The float operand of hb_fixed_matmul: element (row, i) at row * stride + i * step, times scale[i] where there is one.
+struct FixedOperand {
+    const void* data;
+    int dtype;
+    int64_t stride, step, k;
+    const float* scale;
+};
+
+static inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // All that turns integer sums into results.
 struct Epilogue {

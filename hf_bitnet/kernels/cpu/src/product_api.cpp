@@ -17,9 +17,6 @@ constexpr int64_t kThreadBytes = 64 << 10;       // weight bytes below which a s
 constexpr int64_t kSlabBytes = 4 << 20;          // int8 bytes of x laid out at a time
 constexpr int64_t kPartBytes = 1 << 20;          // int8 bytes of x that meet one panel: half of a second-level cache
 
-int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // One call, with all that both forms need.
 struct Call {

@@ -1,9 +1,10 @@
 // Products with AVX-512 VNNI: 64 multiply-adds of unsigned levels and signed x an instruction. Own.
-#include "product.inc"
+#include "product.h"
 
 #ifdef HB_WITH_AVX512VNNI
 #include <immintrin.h>
 
+#include "fixed.inc"
 #include "panel_avx512.inc"
 
 namespace hb {
@@ -203,7 +204,7 @@ void kernel(const int8_t* x, int64_t, int64_t k0, int64_t size, int rows, const 
 
 constexpr ProductBodies kBodies = {
     false,   kBlockRows, kBlockColumns, 512, 4, kVector, nothing, nothing, pack_rows_plain, panel_avx512, kernel, permute_avx512,
-    dot, dot_grouped, finish,
+    dot, dot_grouped, fixed_rows, panel_columns, fixed_finish, finish,
 };
 
 }  // namespace

@@ -1,10 +1,12 @@
 // Products with the dot product of ARMv8.2 (`sdot`): levels up to 15 are as good as signed, 8-bit ones are flipped. Own.
 //
 // Compiled and run only under emulation so far; speed on a real processor has not been measured.
-#include "product.inc"
+#include "product.h"
 
 #ifdef HB_WITH_NEON
 #include <arm_neon.h>
+
+#include "fixed.inc"
 
 namespace hb {
 namespace {
@@ -87,7 +89,8 @@ void kernel(const int8_t* x, int64_t, int64_t k0, int64_t size, int rows, const 
 }
 
 constexpr ProductBodies kBodies = {
-    true, kBlockRows, kBlockColumns, 512, 4, kVector, nothing, nothing, pack_rows_plain, panel_plain, kernel, permute, dot, nullptr, finish,
+    true, kBlockRows, kBlockColumns, 512, 4, kVector, nothing, nothing, pack_rows_plain, panel_plain, kernel, permute, dot, nullptr,
+    fixed_rows, panel_columns, fixed_finish, finish,
 };
 
 }  // namespace

@@ -1,4 +1,5 @@
 // Products in plain C++: for processors without a body of their own, and the simplest form of the others. Own.
+#include "fixed.inc"
 #include "product.inc"
 
 namespace hb {
@@ -49,7 +50,7 @@ void kernel(const int8_t* x, int64_t, int64_t k0, int64_t size, int rows, const 
 
 constexpr ProductBodies kBodies = {
     true, kBlockRows, kBlockColumns, 512, 4, kVector, nothing, nothing, pack_rows_plain, panel_plain, kernel, permute,
-    dot,  nullptr,    finish,
+    dot,  nullptr, fixed_rows, panel_columns, fixed_finish, finish,
 };
 
 }  // namespace

@@ -1,0 +1,123 @@
+// hb_fixed_matmul: a float matrix times int8 codes in two exact integer products. Own.
+//
+// The matrix form of product_api.cpp, with two rows of bytes for every row of the float operand, and panels made from a matrix
+// whose rows (not columns) are summed over: gradients by the input sum over outputs, gradients by the weight over tokens.
+#include <atomic>
+
+#include "product.h"
+
+namespace hb {
+namespace {
+
+constexpr int64_t kSlabBytes = 8 << 20;  // int8 bytes of the float operand laid out at a time
+constexpr int64_t kPartBytes = 1 << 20;  // those that meet one panel: half of a second-level cache
+
+struct FixedCall {
+    const ProductBodies& body;
+    FixedOperand a;
+    const int8_t* b;
+    int64_t b_stride, n;
+    uint8_t flip;
+    int32_t lowest;
+    float zero_point, scale;
+    void* out;
+    int out_dtype;
+    int64_t out_stride;
+};
+
+// Rows of the operand [m0, m0 + rows): two rows of bytes for each, in blocks of `mr`.
+struct FixedSlab {
+    int64_t m0, rows, kpad;
+    int8_t* blocks;
+    float* scales;
+    int32_t* sums;
+};
+
+bool lay_out(const FixedCall& call, const FixedSlab& slab) {
+    const int mr = call.body.mr, pairs = mr / 2;
+    std::atomic<bool> complete{true};
+    for_range(ceil_div(slab.rows, pairs), ceil_div(16384, mr * slab.kpad), [&](int64_t begin, int64_t end) {
+        auto* strips = static_cast<int8_t*>(scratch(SLOT_PANEL, size_t(mr * slab.kpad)));
+        auto* values = static_cast<float*>(scratch(SLOT_ROW, size_t(pairs * call.a.k + 16) * 4));
+        if (!strips || !values) {
+            complete = false;
+            return;
+        }
+        for (int64_t b = begin; b < end; ++b) {
+            const int64_t row = b * pairs;
+            const int count = int(smaller(pairs, slab.rows - row));
+            call.body.fixed_rows(call.a, slab.m0 + row, count, slab.kpad, values, strips, slab.scales + row, slab.sums + 2 * row);
+            call.body.pack_rows(strips, slab.kpad, 2 * count, slab.kpad, slab.kpad, slab.blocks + b * mr * slab.kpad);
+        }
+    });
+    return complete;
+}
+
+// Operand rows [from, to) of the slab times outputs [n0, n0 + nr).
+bool part_of_outputs(const FixedCall& call, const FixedSlab& slab, int64_t from, int64_t to, int64_t n0) {
+    const ProductBodies& body = call.body;
+    const int nr = body.nr, mr = body.mr, pairs = mr / 2;
+    const int64_t columns = smaller(nr, call.n - n0), span = round_up(to - from, pairs);
+    auto* panels = static_cast<uint8_t*>(scratch(SLOT_PANEL, size_t(body.kc * nr)));
+    auto* c = static_cast<int32_t*>(scratch(SLOT_SUMS, size_t(2 * span * nr) * 4));
+    if (!panels || !c) return false;
+    for (int64_t k0 = 0; k0 < slab.kpad; k0 += body.kc) {
+        const int64_t size = smaller(body.kc, slab.kpad - k0);
+        for (int p = 0; p < nr / 16; ++p)
+            body.panel_columns(call.b, call.b_stride, call.a.k, call.flip, k0, size, n0 + 16 * p,
+                               int(columns > 16 * p ? smaller(16, columns - 16 * p) : 0), panels + p * size * 16);
+        for (int64_t r = from; r < to; r += pairs) {
+            const int rows = 2 * int(smaller(pairs, slab.rows - r));
+            body.kernel(slab.blocks + r / pairs * mr * slab.kpad, slab.kpad, k0, size, rows, panels, 8, c + 2 * (r - from) * nr, k0 > 0);
+        }
+    }
+    for (int64_t r = from; r < smaller(to, slab.rows); ++r) {
+        const int32_t* high = c + 2 * (r - from) * nr;
+        const int64_t at = (slab.m0 + r) * call.out_stride + n0;
+        body.fixed_finish(high, high + nr, columns, slab.sums + 2 * r, call.lowest, call.zero_point, slab.scales[r], call.scale,
+                          static_cast<char*>(call.out) + at * int64_t(size_of(call.out_dtype)), call.out_dtype);
+    }
+    return true;
+}
+
+int multiply(const FixedCall& call, int64_t m) {
+    const ProductBodies& body = call.body;
+    const int64_t pairs = body.mr / 2;
+    FixedSlab slab;
+    slab.kpad = round_up(call.a.k, 64);
+    const int64_t most = round_up(smaller(m, kSlabBytes / (2 * slab.kpad) + 1), pairs);
+    slab.blocks = static_cast<int8_t*>(scratch(SLOT_CODES, size_t(2 * most * slab.kpad + most * 12)));
+    if (!slab.blocks) return HB_ERROR_MEMORY;
+    slab.scales = reinterpret_cast<float*>(slab.blocks + 2 * most * slab.kpad);
+    slab.sums = reinterpret_cast<int32_t*>(slab.scales + most);
+    const int64_t part = round_up(smaller(most, kPartBytes / (2 * slab.kpad) + 1), pairs), panels = ceil_div(call.n, body.nr);
+    std::atomic<bool> complete{true};
+    for (slab.m0 = 0; slab.m0 < m; slab.m0 += most) {
+        slab.rows = smaller(most, m - slab.m0);
+        if (!lay_out(call, slab)) return HB_ERROR_MEMORY;
+        for_range(ceil_div(slab.rows, part) * panels, 1, [&](int64_t begin, int64_t end) {
+            body.begin();
+            for (int64_t task = begin; task < end; ++task) {
+                const int64_t from = task / panels * part;
+                if (!part_of_outputs(call, slab, from, smaller(from + part, slab.rows), task % panels * body.nr)) complete = false;
+            }
+            body.end();
+        });
+    }
+    return complete ? HB_OK : HB_ERROR_MEMORY;
+}
+
+}  // namespace
+}  // namespace hb
+
+extern "C" int hb_fixed_matmul(const void* a, int a_dtype, int64_t a_stride, int64_t a_step, const float* a_scale, int64_t m, int64_t k,
+                               const int8_t* b, int64_t b_stride, int64_t n, float zero_point, float scale, void* out, int out_dtype,
+                               int64_t out_stride) {
+    using namespace hb;
+    if (m < 0 || n < 0 || k < 1 || a_dtype == HB_I8 || out_dtype == HB_I8) return HB_ERROR_ARGUMENT;
+    if (m == 0 || n == 0) return HB_OK;
+    const ProductBodies& body = product();
+    const uint8_t flip = body.is_signed ? 0 : 0x80;
+    const FixedOperand operand = {a, a_dtype, a_stride, a_step, k, a_scale};
+    return multiply({body, operand, b, b_stride, n, flip, body.is_signed ? 0 : -128, zero_point, scale, out, out_dtype, out_stride}, m);
+}
