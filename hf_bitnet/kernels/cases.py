@@ -130,7 +130,7 @@ def pack_cases(seed: int = 0) -> Iterator[Case]:
     """codes, bits, lowest, step."""
     generator = torch.Generator().manual_seed(seed)
     for bits, lowest, highest, step in LAYOUTS:
-        for rows, columns in ((1, 1), (3, 5), (4, 7), (2, 8), (5, 33), (64, 130)):
+        for rows, columns in ((1, 1), (3, 5), (4, 7), (2, 8), (5, 33), (64, 130), (0, 9)):
             levels = torch.randint(0, (highest - lowest) // step + 1, (rows, columns), generator=generator)
             yield f"{bits} bits from {lowest}, {rows}x{columns}", ((levels * step + lowest).to(torch.int8), bits, lowest, step)
 
@@ -223,7 +223,7 @@ def packed_int_linear_cases(seed: int = 0) -> Iterator[Case]:
 def _grouped_weights(seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, weight (N, K), scale (1, 1), (N, 1) or (N, G))."""
     generator = torch.Generator().manual_seed(seed)
-    for i, (n, k, groups) in enumerate(((1, 1, 1), (3, 7, 7), (5, 130, 10), (64, 96, 3), (33, 1031, 1), (2, 8, 2))):
+    for i, (n, k, groups) in enumerate(((1, 1, 1), (3, 7, 7), (5, 130, 10), (64, 96, 3), (33, 1031, 1), (2, 8, 2), (0, 6, 2))):
         weight = torch.randn(n, k, generator=generator).to(DTYPES[i % 3])
         for shape in dict.fromkeys(((1, 1), (n, 1), (n, groups))):
             yield f"{n}x{k}, scale {shape}", weight, torch.rand(shape, generator=generator) + 0.05
@@ -255,10 +255,32 @@ def norm_quantize_rows_cases(seed: int = 0) -> Iterator[Case]:
         yield f"{name}, gain float32", (x, gain, 1e-5, -8, 7, 1e-5)
 
 
+def rms_norm_cases(seed: int = 0) -> Iterator[Case]:
+    """x, weight, eps."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, x in row_cases(seed):
+        yield name, (x, torch.randn(x.shape[-1], generator=generator).to(x.dtype), 1e-6)
+
+
+def rotate_cases(seed: int = 0) -> Iterator[Case]:
+    """q, k, cos, sin: as projections lie in memory (heads beside each other), and as a copy."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((1, 1, 4, 2, 64), (2, 7, 4, 4, 32), (2, 3, 3, 1, 6), (1, 5, 2, 2, 40), (1, 300, 8, 2, 64), (0, 3, 2, 1, 8))
+    for batch, tokens, heads, groups, size in sizes:
+        q, k = (torch.randn(batch, tokens, n, size, generator=generator).transpose(1, 2) for n in (heads, groups))
+        for angles in {batch, 1}:
+            cos, sin = (torch.randn(angles, tokens, size, generator=generator) for _ in range(2))
+            name = f"{batch}x{tokens}, {heads} and {groups} of {size}, angles {angles}"
+            for dtype in DTYPES:
+                yield f"{name} {dtype}", (q.to(dtype), k.to(dtype), cos.to(dtype), sin.to(dtype))
+            yield f"{name} contiguous", (q.contiguous(), k.contiguous(), cos, sin)
+            yield f"{name} no neighbours", (q.mT.contiguous().mT, k.mT.contiguous().mT, cos, sin)
+
+
 def pack_trits_cases(seed: int = 0) -> Iterator[Case]:
     """codes."""
     generator = torch.Generator().manual_seed(seed)
-    for n, k in ((1, 1), (3, 4), (2, 5), (4, 11), (7, 130), (64, 1031)):
+    for n, k in ((1, 1), (3, 4), (2, 5), (4, 11), (7, 130), (64, 1031), (0, 6)):
         yield f"{n}x{k}", ((torch.randint(0, 3, (n, k), generator=generator) - 1).to(torch.int8),)
         yield f"all 1, {n}x{k}", (torch.ones(n, k, dtype=torch.int8),)
 
@@ -287,6 +309,8 @@ CASES: dict[str, Callable[..., Iterator[Case]]] = {
     "quantize_pack": quantize_pack_cases,
     "sign_pack": sign_pack_cases,
     "norm_quantize_rows": norm_quantize_rows_cases,
+    "rms_norm": rms_norm_cases,
+    "rotate": rotate_cases,
     "pack_trits": pack_trits_cases,
     "unpack_trits": unpack_trits_cases,
 }

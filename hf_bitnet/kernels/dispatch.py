@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import eager, reference
-from .cpu import library, operators
+from .cpu import decode, library, operators
 from .reference import Layout, PackedWeight, RowQuantization
 
 
@@ -79,6 +79,14 @@ def _elementwise(operation: str, *between: Body) -> list[Body]:
     ]
 
 
+def _between_products(operation: str) -> list[Body]:
+    """The C++ body of a step of a decoder layer, and the definition."""
+    return [
+        Body("cpu", getattr(decode, operation), library.why_unavailable),
+        Body("reference", getattr(reference, operation), _always),
+    ]
+
+
 def _blocked(operation: str) -> list[Body]:
     return _elementwise(operation, Body("blocked", getattr(eager, operation), _why_no_blocks))
 
@@ -97,6 +105,8 @@ _BODIES: dict[str, list[Body]] = {
     "norm_quantize_rows": _blocked("norm_quantize_rows"),
     "quantize_weight": _blocked("quantize_weight"),
     "quantize_sign": _elementwise("quantize_sign"),
+    "rms_norm": _between_products("rms_norm"),
+    "rotate": _between_products("rotate"),
     "quantize_pack": _blocked("quantize_pack"),
     "sign_pack": _blocked("sign_pack"),
     "scale_rows": _blocked("scale_rows"),
@@ -230,6 +240,16 @@ def quantize_weight(
 def quantize_sign(rows: Tensor, threshold: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
     """float (R, n), float32 threshold that broadcasts -> codes -1, +1 (R, n) in `dtype`."""
     return _body("quantize_sign", rows)(rows, threshold, dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """float (..., K), gain (K,) of the same dtype -> (..., K): an RMS norm with the roundings of `reference.rms_norm`."""
+    return _body("rms_norm", x)(x, weight, eps)
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """float (B, H, T, D), (B, H', T, D), cos and sin (B or 1, T, D) -> q and k with their rotary embedding."""
+    return _body("rotate", q)(q, k, cos, sin)
 
 
 def quantize_pack(weight: Tensor, scale: Tensor, qmin: int, qmax: int, layout: Layout) -> Tensor:

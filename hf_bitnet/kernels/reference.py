@@ -117,7 +117,7 @@ def pack(codes: Tensor, bits: int, lowest: int, step: int) -> Tensor:
     per_byte = CODES_PER_BYTE[bits]
     levels = torch.div(codes.to(torch.int16) - lowest, step, rounding_mode="floor").to(torch.uint8)
     levels = torch.nn.functional.pad(levels, (0, -levels.shape[-1] % per_byte))
-    levels = levels.view(*levels.shape[:-1], -1, per_byte)
+    levels = levels.unflatten(-1, (-1, per_byte))
     packed = torch.zeros(levels.shape[:-1], dtype=torch.uint8, device=codes.device)
     for i in range(per_byte):
         packed |= levels[..., i] << (bits * i)
@@ -284,3 +284,37 @@ def unpack_trits(packed: Tensor, in_features: int) -> Tensor:
     """The inverse of `pack_trits`: uint8 (N, ceil(K / 5)) -> int8 codes (N, K)."""
     levels = torch.stack([packed.to(torch.int16) // 3**i % 3 for i in range(TRITS_PER_BYTE)], dim=-1)
     return (levels.flatten(-2)[..., :in_features] - 1).to(torch.int8)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`round(x * rsqrt(mean(x^2) + eps)) * weight` over the last dimension: LlamaRMSNorm, roundings included.
+
+    Args:
+        x: float (..., K). weight: (K,) in the dtype of x.
+
+    Returns:
+        (..., K) in the dtype of x.
+    """
+    normed = x.float()
+    normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary embedding (arXiv 2104.09864) in Llama's layout: `x * cos + (-upper half, lower half) * sin`.
+
+    Args:
+        q, k: float (B, H, T, D), (B, H', T, D). cos, sin: (B or 1, T, D) in the same dtype.
+
+    Returns:
+        Both rotated, every product and sum rounded to the dtype.
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def rotated(x: Tensor) -> Tensor:
+        halves = torch.empty_like(x)  # not torch.cat, which autocast treats by rules of its own
+        low, high = x.chunk(2, dim=-1)
+        halves[..., : low.shape[-1]], halves[..., low.shape[-1] :] = -high, low
+        return (x * cos) + (halves * sin)
+
+    return rotated(q), rotated(k)

@@ -42,6 +42,8 @@ _SIGNATURES: dict[str, list[type]] = {
     "hb_pack_trits": [_pointer, _i64, _i64, _pointer],
     "hb_unpack_trits": [_pointer, _i64, _i64, _pointer],
     "hb_int_matmul": [_pointer, _i64, _pointer, _i64, _i64, _i64, _i64, _pointer],
+    "hb_rms_norm": [_pointer, _i64, _i64, _i64, _i64, _pointer, _float, _pointer],
+    "hb_rotate": [_pointer, _i64, _i64, _i64, _i64, _i64, _pointer, _pointer, _i64, _i64],
     "hb_level": [],
     "hb_level_legal": [_int],
     "hb_set_level": [_int],
