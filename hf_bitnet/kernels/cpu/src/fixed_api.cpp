@@ -27,10 +27,13 @@ struct FixedCall {
 
 // Rows of the operand [m0, m0 + rows): two rows of bytes for each, in blocks of `mr`.
 struct FixedSlab {
-    int64_t m0, rows, kpad;
+    int64_t m0, rows, span, kpad, kc;  // span: rows of bytes in whole blocks
     int8_t* blocks;
     float* scales;
     int32_t* sums;
+
+    int64_t size(int64_t k0) const { return smaller(kc, kpad - k0); }
+    int8_t* block(int64_t byte_row, int64_t k0) const { return blocks + k0 * span + byte_row * size(k0); }
 };
 
 bool lay_out(const FixedCall& call, const FixedSlab& slab) {
@@ -47,7 +50,8 @@ bool lay_out(const FixedCall& call, const FixedSlab& slab) {
             const int64_t row = b * pairs;
             const int count = int(smaller(pairs, slab.rows - row));
             call.body.fixed_rows(call.a, slab.m0 + row, count, slab.kpad, values, strips, slab.scales + row, slab.sums + 2 * row);
-            call.body.pack_rows(strips, slab.kpad, 2 * count, slab.kpad, slab.kpad, slab.blocks + b * mr * slab.kpad);
+            for (int64_t k0 = 0; k0 < slab.kpad; k0 += slab.kc)
+                call.body.pack_rows(strips + k0, slab.kpad, 2 * count, slab.size(k0), slab.size(k0), slab.block(b * mr, k0));
         }
     });
     return complete;
@@ -56,19 +60,19 @@ bool lay_out(const FixedCall& call, const FixedSlab& slab) {
 // Operand rows [from, to) of the slab times outputs [n0, n0 + nr).
 bool part_of_outputs(const FixedCall& call, const FixedSlab& slab, int64_t from, int64_t to, int64_t n0) {
     const ProductBodies& body = call.body;
-    const int nr = body.nr, mr = body.mr, pairs = mr / 2;
+    const int nr = body.nr, pairs = body.mr / 2;
     const int64_t columns = smaller(nr, call.n - n0), span = round_up(to - from, pairs);
     auto* panels = static_cast<uint8_t*>(scratch(SLOT_PANEL, size_t(body.kc * nr)));
     auto* c = static_cast<int32_t*>(scratch(SLOT_SUMS, size_t(2 * span * nr) * 4));
     if (!panels || !c) return false;
     for (int64_t k0 = 0; k0 < slab.kpad; k0 += body.kc) {
-        const int64_t size = smaller(body.kc, slab.kpad - k0);
+        const int64_t size = slab.size(k0);
         for (int p = 0; p < nr / 16; ++p)
             body.panel_columns(call.b, call.b_stride, call.a.k, call.flip, k0, size, n0 + 16 * p,
                                int(columns > 16 * p ? smaller(16, columns - 16 * p) : 0), panels + p * size * 16);
         for (int64_t r = from; r < to; r += pairs) {
             const int rows = 2 * int(smaller(pairs, slab.rows - r));
-            body.kernel(slab.blocks + r / pairs * mr * slab.kpad, slab.kpad, k0, size, rows, panels, 8, c + 2 * (r - from) * nr, k0 > 0);
+            body.kernel(slab.block(2 * r, k0), size, rows, panels, 8, c + 2 * (r - from) * nr, k0 > 0);
         }
     }
     for (int64_t r = from; r < smaller(to, slab.rows); ++r) {
@@ -84,7 +88,7 @@ int multiply(const FixedCall& call, int64_t m) {
     const ProductBodies& body = call.body;
     const int64_t pairs = body.mr / 2;
     FixedSlab slab;
-    slab.kpad = round_up(call.a.k, 64);
+    slab.kpad = round_up(call.a.k, 64), slab.kc = body.kc;
     const int64_t most = round_up(smaller(m, kSlabBytes / (2 * slab.kpad) + 1), pairs);
     slab.blocks = static_cast<int8_t*>(scratch(SLOT_CODES, size_t(2 * most * slab.kpad + most * 12)));
     if (!slab.blocks) return HB_ERROR_MEMORY;
@@ -93,7 +97,7 @@ int multiply(const FixedCall& call, int64_t m) {
     const int64_t part = round_up(smaller(most, kPartBytes / (2 * slab.kpad) + 1), pairs), panels = ceil_div(call.n, body.nr);
     std::atomic<bool> complete{true};
     for (slab.m0 = 0; slab.m0 < m; slab.m0 += most) {
-        slab.rows = smaller(most, m - slab.m0);
+        slab.rows = smaller(most, m - slab.m0), slab.span = round_up(2 * slab.rows, body.mr);
         if (!lay_out(call, slab)) return HB_ERROR_MEMORY;
         for_range(ceil_div(slab.rows, part) * panels, 1, [&](int64_t begin, int64_t end) {
             body.begin();

@@ -33,13 +33,12 @@ struct ProductBodies {
 
     void (*begin)();  // once per thread and region, around `kernel`
     void (*end)();
-    // rows <= mr of int8 x (k used of kpad) -> the body's own layout of mr * kpad bytes, padded with zeros
-    void (*pack_rows)(const int8_t* x, int64_t stride, int rows, int64_t k, int64_t kpad, int8_t* out);
+    // rows <= mr of int8 x, `size` codes of which k are there -> the body's own layout of rows (AMX: mr) * size bytes
+    void (*pack_rows)(const int8_t* x, int64_t stride, int rows, int64_t k, int64_t size, int8_t* out);
     // codes [k0, k0 + size) of `rows` <= 16 weight rows -> [size / 4][16][4]; what lies outside the matrix becomes 0
     void (*panel)(const Packed& w, int64_t row, int rows, int64_t k0, int64_t size, uint8_t* out);
-    // c (mr, nr) (+)= x block, codes [k0, k0 + size), times nr / 16 panels that are `size * 16` bytes each
-    void (*kernel)(const int8_t* block, int64_t kpad, int64_t k0, int64_t size, int rows, const uint8_t* panels, int bits,
-                   int32_t* c, bool accumulate);
+    // c (mr, nr) (+)= a block of x times nr / 16 panels that are `size * 16` bytes each
+    void (*kernel)(const int8_t* block, int64_t size, int rows, const uint8_t* panels, int bits, int32_t* c, bool accumulate);
     // int8 x (k) -> planes for `bits`, chunks * (8 / bits) * V bytes, padded with zeros
     void (*permute)(const int8_t* x, int64_t k, int bits, int64_t chunks, int8_t* out);
     // c[m * c_stride + i] = sum over K of x_m * u, for weight rows row .. row + count, m rows of planes

@@ -14,11 +14,11 @@ namespace {
 
 constexpr int kBlockRows = 32, kBlockColumns = 32;
 
-// [2][k / 64][16][64]: every tile is 1 KB in one piece (rows at a stride of a power of two would share cache sets)
-void pack_rows(const int8_t* x, int64_t stride, int rows, int64_t k, int64_t kpad, int8_t* out) {
+// [2][size / 64][16][64]: every tile is 1 KB in one piece (rows at a stride of a power of two would share cache sets)
+void pack_rows(const int8_t* x, int64_t stride, int rows, int64_t k, int64_t size, int8_t* out) {
     for (int r = 0; r < kBlockRows; ++r) {
-        int8_t* to = out + r / 16 * 16 * kpad + r % 16 * 64;
-        for (int64_t at = 0; at < kpad; at += 64, to += 1024) {
+        int8_t* to = out + r / 16 * 16 * size + r % 16 * 64;
+        for (int64_t at = 0; at < size; at += 64, to += 1024) {
             const int64_t left = r < rows ? k - at : 0, used = left < 0 ? 0 : left > 64 ? 64 : left;
             memcpy(to, x + r * stride + at, size_t(used));
             memset(to + used, 0, size_t(64 - used));
@@ -51,9 +51,9 @@ void block(const int8_t* x, int64_t x_second, int64_t steps, const uint8_t* left
     if (kBoth) store_tile<2>(second, stride), store_tile<3>(second + 16, stride);
 }
 
-void kernel(const int8_t* x, int64_t kpad, int64_t k0, int64_t size, int rows, const uint8_t* panels, int, int32_t* c, bool accumulate) {
+void kernel(const int8_t* x, int64_t size, int rows, const uint8_t* panels, int, int32_t* c, bool accumulate) {
     const auto run = rows > 16 ? block<true> : block<false>;
-    run(x + 16 * k0, 16 * kpad, size / 64, panels, panels + size * 16, c, accumulate);
+    run(x, 16 * size, size / 64, panels, panels + size * 16, c, accumulate);
 }
 
 const ProductBodies& bodies() {

@@ -160,12 +160,15 @@ int linear_rows(const Call& call) {
 
 // ---- matrix form -------------------------------------------------------------------------------------------------
 
-// A slab of x in blocks of `mr` rows, and what scales need.
+// A slab of x, and what scales need. Codes [k0, k0 + kc) of all blocks of `mr` rows lie one after another, so that x streams by.
 struct Slab {
-    int64_t m0, rows, kpad;
+    int64_t m0, rows, span, k, kpad, kc;  // span: rows in whole blocks
     int8_t* blocks;
     float* scales;  // (rows); of this slab
     int32_t* sums;
+
+    int64_t size(int64_t k0) const { return smaller(kc, kpad - k0); }
+    int8_t* block(int64_t row, int64_t k0) const { return blocks + k0 * span + row * size(k0); }
 };
 
 void lay_out(const Call& call, const Slab& slab) {
@@ -181,7 +184,8 @@ void lay_out(const Call& call, const Slab& slab) {
                 const int8_t* x = codes_of_row(call, slab.m0 + m, strip + r * slab.kpad, row, &slab.scales[m], &slab.sums[m]);
                 if (x != strip + r * slab.kpad) memcpy(strip + r * slab.kpad, x, size_t(call.k));
             }
-            call.body.pack_rows(strip, slab.kpad, rows, call.k, slab.kpad, slab.blocks + b * mr * slab.kpad);
+            for (int64_t k0 = 0; k0 < slab.k; k0 += slab.kc)
+                call.body.pack_rows(strip + k0, slab.kpad, rows, smaller(slab.size(k0), call.k - k0), slab.size(k0), slab.block(b * mr, k0));
         }
     });
 }
@@ -201,10 +205,9 @@ void add_group(const Call& call, const hb_weight& weight, int64_t n0, int64_t co
 
 // The sums of each group of codes of a block row, read back from the body's layout through the kernel itself: a panel of
 // ones has the sum of x in every column.
-void sums_of_group(const Call& call, const int8_t* block, const Slab& slab, int64_t k0, int64_t size, int rows, uint8_t* ones,
-                   int32_t* c, float* sums) {
+void sums_of_group(const Call& call, const int8_t* block, int64_t size, int rows, uint8_t* ones, int32_t* c, float* sums) {
     memset(ones, 1, size_t(size) * size_t(call.body.nr));
-    call.body.kernel(block, slab.kpad, k0, size, rows, ones, 1, c, false);
+    call.body.kernel(block, size, rows, ones, 1, c, false);
     for (int r = 0; r < rows; ++r) sums[r] = float(c[r * call.body.nr]);
 }
 
@@ -213,7 +216,7 @@ bool part_of_outputs(const Call& call, const Slab& slab, const hb_weight& weight
     const ProductBodies& body = call.body;
     const int nr = body.nr, mr = body.mr;
     const bool grouped = weight.groups > 1;
-    const int64_t kc = grouped ? call.k / weight.groups : body.kc, columns = smaller(nr, weight.n - n0);
+    const int64_t kc = slab.kc, columns = smaller(nr, weight.n - n0);
     const int64_t span = round_up(to - from, mr);
     auto* panels = static_cast<uint8_t*>(scratch(SLOT_PANEL, size_t(round_up(kc, 64) * nr * 2)));
     auto* c = static_cast<int32_t*>(scratch(SLOT_SUMS, size_t(span * nr + (grouped ? span * nr + 2 * mr * nr : nr)) * 4));
@@ -224,7 +227,7 @@ bool part_of_outputs(const Call& call, const Slab& slab, const hb_weight& weight
     if (call.x.zero) memset(ones, 0, size_t(nr) * 4);
     const Packed packed = call.packed(weight);
     for (int64_t k0 = 0, group = 0; k0 < call.k; k0 += kc, ++group) {
-        const int64_t size = smaller(kc, slab.kpad - k0);
+        const int64_t size = slab.size(k0);
         for (int p = 0; p < nr / 16; ++p)
             body.panel(packed, n0 + 16 * p, int(columns > 16 * p ? smaller(16, columns - 16 * p) : 0), k0, size,
                        panels + p * size * 16);
@@ -237,15 +240,15 @@ bool part_of_outputs(const Call& call, const Slab& slab, const hb_weight& weight
                     }
         for (int64_t r = from; r < to; r += mr) {
             const int rows = int(smaller(mr, slab.rows - r));
-            const int8_t* block = slab.blocks + r * slab.kpad;
+            const int8_t* block = slab.block(r, k0);
             int32_t* sums = c + (r - from) * nr;
             if (!grouped) {
-                body.kernel(block, slab.kpad, k0, size, rows, panels, call.grid.bits, sums, k0 > 0);
+                body.kernel(block, size, rows, panels, call.grid.bits, sums, k0 > 0);
                 continue;
             }
             float group_sums[64];
-            body.kernel(block, slab.kpad, k0, size, rows, panels, call.grid.bits, sums, false);
-            sums_of_group(call, block, slab, k0, size, rows, panels + round_up(kc, 64) * nr, c + 2 * span * nr, group_sums);
+            body.kernel(block, size, rows, panels, call.grid.bits, sums, false);
+            sums_of_group(call, block, size, rows, panels + round_up(kc, 64) * nr, c + 2 * span * nr, group_sums);
             add_group(call, weight, n0, columns, group, sums, total + (r - from) * nr, rows, group_sums);
         }
     }
@@ -263,7 +266,8 @@ bool part_of_outputs(const Call& call, const Slab& slab, const hb_weight& weight
 int linear_blocks(const Call& call) {
     const ProductBodies& body = call.body;
     Slab slab;
-    slab.kpad = round_up(call.k, 64);
+    slab.k = call.k, slab.kpad = round_up(call.k, 64);
+    slab.kc = call.weights[0].groups > 1 ? call.k / call.weights[0].groups : body.kc;
     const int64_t most = round_up(smaller(call.m, kSlabBytes / slab.kpad + 1), body.mr);
     slab.blocks = static_cast<int8_t*>(scratch(SLOT_CODES, size_t(most * slab.kpad + most * 8)));
     if (!slab.blocks) return HB_ERROR_MEMORY;
@@ -274,7 +278,7 @@ int linear_blocks(const Call& call) {
     for (int64_t i = 0; i < call.count; ++i) panels += ceil_div(call.weights[i].n, body.nr);
     std::atomic<bool> complete{true};
     for (slab.m0 = 0; slab.m0 < call.m; slab.m0 += most) {
-        slab.rows = smaller(most, call.m - slab.m0);
+        slab.rows = smaller(most, call.m - slab.m0), slab.span = round_up(slab.rows, body.mr);
         lay_out(call, slab);
         const int64_t parts = ceil_div(slab.rows, part);
         for_range(parts * panels, 1, [&](int64_t begin, int64_t end) {

@@ -181,6 +181,7 @@ HB_NOINLINE void block(const int8_t* x, int64_t steps, const uint8_t* left, cons
     });
     for (int64_t s = 0; s < steps; ++s, x += 4 * kRows) {
         const __m512i u = _mm512_loadu_si512(left + 64 * s), v = _mm512_loadu_si512(right + 64 * s);
+        _mm_prefetch(reinterpret_cast<const char*>(x) + 1024, _MM_HINT_T0);  // x streams by, the panels stay
         unroll<kRows>([&](auto r) HB_LAMBDA {
             int32_t four;
             memcpy(&four, x + 4 * r, 4);
@@ -195,11 +196,11 @@ HB_NOINLINE void block(const int8_t* x, int64_t steps, const uint8_t* left, cons
     });
 }
 
-void kernel(const int8_t* x, int64_t, int64_t k0, int64_t size, int rows, const uint8_t* panels, int, int32_t* c, bool accumulate) {
+void kernel(const int8_t* x, int64_t size, int rows, const uint8_t* panels, int, int32_t* c, bool accumulate) {
     using Block = void (*)(const int8_t*, int64_t, const uint8_t*, const uint8_t*, int32_t*, bool);
     static constexpr Block blocks[kBlockRows] = {block<1>, block<2>, block<3>, block<4>,  block<5>,  block<6>,
                                                  block<7>, block<8>, block<9>, block<10>, block<11>, block<12>};
-    blocks[rows - 1](x + k0 * rows, size / 4, panels, panels + size * 16, c, accumulate);
+    blocks[rows - 1](x, size / 4, panels, panels + size * 16, c, accumulate);
 }
 
 constexpr ProductBodies kBodies = {
