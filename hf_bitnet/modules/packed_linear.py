@@ -16,6 +16,8 @@ from ..quantizers import ActivationScheme, Grid, Quantized, WeightQuantizer
 from .base import QuantizedLayer
 from .bit_linear import BitConv1D, TrainedLayer
 from .functional import Packed
+from .shared_activation import quantize_shared
+from .shared_product import Readers, product
 
 
 class PackedBitLinear(QuantizedLayer, nn.Linear):
@@ -26,7 +28,9 @@ class PackedBitLinear(QuantizedLayer, nn.Linear):
             the lowest bits; a stored level is `(code - grid.lowest) / grid.step`.
         weight_scale: float32 (1, 1), (out_features, 1) or (out_features, groups); float32 even after `.to(bfloat16)`.
         bits: stored bits per weight: 1, 2, 4 or 8.
+        layout: what `bits` and the grid are to the kernels.
         was_conv1d: it replaces a GPT-2 Conv1D, whose float weight is laid out (in_features, out_features).
+        readers: the layers that were seen to read what this one reads; see `shared_product.py`.
     """
 
     weight_scale: nn.Parameter
@@ -49,7 +53,9 @@ class PackedBitLinear(QuantizedLayer, nn.Linear):
         self.packed_by, self.was_conv1d = quantizer, was_conv1d
         self.bits = quantizer.storage_bits
         self.grid: Grid = quantizer.grid
+        self.layout = kernels.Layout(self.bits, self.grid.lowest, self.grid.step, self.grid.zero_point)
         self.source = Packed(self.bits, self.grid, in_features)
+        self.readers = Readers()
         bytes_per_row = -(-in_features * self.bits // 8)
         packed = torch.zeros(out_features, bytes_per_row, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(packed, requires_grad=False)
@@ -100,7 +106,31 @@ class PackedBitLinear(QuantizedLayer, nn.Linear):
         """
         self.check_input(input)
         x = input if self.sub_norm is None else self.sub_norm(input)
-        return self.apply_codes(x, self.weight, self.weight_scale, None, self.source)
+        if not self.activation.quantizes or (torch.is_grad_enabled() and self._needs_gradient(x)):
+            return self.apply_codes(x, self.weight, self.weight_scale, None, self.source)
+        return self._serve(x).view(*x.shape[:-1], self.out_features)
+
+    def _needs_gradient(self, x: Tensor) -> bool:
+        return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    def _serve(self, x: Tensor) -> Tensor:
+        """float (..., in_features) -> (M, out_features): the product of `apply_codes`, without a gradient."""
+        dtype, rows = kernels.autocast_dtype(x), self.activation.rows
+        weight, scale, bias = self.operands()
+        if rows is None:
+            codes, x_scale, x_zero = quantize_shared(x, self.activation, self.act_scale)
+            zero = x_zero if isinstance(x_zero, Tensor) else None
+            return kernels.packed_int_linear(codes, x_scale, zero, weight, scale, bias, self.layout, dtype)
+        if torch.compiler.is_compiling() or x.is_inference():  # the compiler follows no weak references
+            return kernels.packed_linear(x.reshape(-1, self.in_features), weight, scale, bias, self.layout, rows, dtype)
+        return product(self, x, rows, dtype)
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Packed weight, scale and bias. Read from the dict, because nn.Module's attributes cost half a microsecond each."""
+        parameters = self._parameters
+        weight, scale = parameters["weight"], parameters["weight_scale"]
+        assert weight is not None and scale is not None
+        return weight, scale, parameters.get("bias")
 
     def extra_repr(self) -> str:
         return (

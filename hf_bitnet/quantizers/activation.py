@@ -21,6 +21,8 @@ from .quantized import Quantized
 
 # the floor under a token's largest magnitude, as in transformers' bitnet layers
 SMALLEST_RANGE = 1e-5
+_INT8 = kernels.RowQuantization(-128, 127, SMALLEST_RANGE)
+_INT4 = kernels.RowQuantization(-8, 7, SMALLEST_RANGE)
 
 
 class ActivationScheme:
@@ -30,11 +32,14 @@ class ActivationScheme:
         bits: bits per activation code.
         quantizes: False only for "none".
         static: True when it needs a calibrated range.
+        rows: the range of `kernels.quantize_rows`, for schemes that are nothing else; a product can then quantize its input
+            on the way.
     """
 
     bits: ClassVar[int] = 8
     quantizes: ClassVar[bool] = True
     static: ClassVar[bool] = False
+    rows: ClassVar[kernels.RowQuantization | None] = None
 
     @classmethod
     def quantize(cls, x: Tensor, scale: Tensor | None = None) -> Quantized:
@@ -49,9 +54,11 @@ ACTIVATION_SCHEMES: Registry[type[ActivationScheme]] = Registry("activation sche
 class Int8PerToken(ActivationScheme):
     """`codes = round(x * 127 / max|x|)`."""
 
+    rows = _INT8
+
     @classmethod
     def quantize(cls, x: Tensor, scale: Tensor | None = None) -> Quantized:
-        return Quantized(*kernels.quantize_rows(x, -128, 127, SMALLEST_RANGE))
+        return Quantized(*kernels.quantize_rows(x, *_INT8))
 
 
 @ACTIVATION_SCHEMES.register("int4")
@@ -59,10 +66,11 @@ class Int4PerToken(ActivationScheme):
     """`codes = round(x * 7 / max|x|)`."""
 
     bits = 4
+    rows = _INT4
 
     @classmethod
     def quantize(cls, x: Tensor, scale: Tensor | None = None) -> Quantized:
-        return Quantized(*kernels.quantize_rows(x, -8, 7, SMALLEST_RANGE))
+        return Quantized(*kernels.quantize_rows(x, *_INT4))
 
 
 @ACTIVATION_SCHEMES.register("sign")
