@@ -3,6 +3,7 @@
 from .attached import attach, attach_native, config_of, detach, kept_for_native
 from .coverage import Coverage, coverage
 from .full_precision import full_precision_copy, output_head
+from .generation import optimize_for_generation
 from .prepare import prepare_model, prepare_native, start_from_weights, state_from_float
 from .probing import each_batch, probing, run
 from .select import choose
@@ -40,6 +41,7 @@ __all__ = [
     "kept_codes",
     "kept_for_native",
     "make_spec",
+    "optimize_for_generation",
     "output_head",
     "pack_model",
     "prepare_model",
