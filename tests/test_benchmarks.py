@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ptq_table, saved_memory, train_step
+from benchmarks import generate, ptq_table, saved_memory, train_step
 from benchmarks.common import RESULTS
 
 Captured = pytest.CaptureFixture[str]
@@ -41,3 +41,9 @@ def test_ptq_table(shared_dir: Path, capsys: Captured, monkeypatch: pytest.Monke
     monkeypatch.setattr(ptq_table, "configurations", lambda: configurations[:2])
     ptq_table.main(["--smoke"])
     assert "novels-llama-small: full precision" in capsys.readouterr().out
+
+
+def test_generate(tmp_path: Path, capsys: Captured) -> None:
+    generate.main(["--folder", str(tmp_path), "--smoke", "--layers", "2", "--rounds", "1", "--tokens", "4", "--prompt", "8"])
+    out = capsys.readouterr().out
+    assert "decode_tokens_per_s" in out and "linear maps" in out and "norms" in out
