@@ -72,25 +72,31 @@ HB_INLINE __m512i load_row(const uint8_t* from, int64_t left, __m512i flip) {
     return kBits == 8 ? _mm512_xor_si512(bytes, flip) : bytes;
 }
 
-// Four weight rows (the same one again where `stride` is 0) times one row of x.
+// Four weight rows (the same one again where `stride` is 0) times one row of x. Whole vectors and the rest apart: with the
+// test within the loop GCC 12 writes all accumulators to the stack at every step.
 template <int kBits>
-__m128i dot_one(const uint8_t* data, int64_t stride, int64_t bytes, __m512i flip, const int8_t* x) {
+HB_NOINLINE __m128i dot_one(const uint8_t* data, int64_t stride, int64_t bytes, __m512i flip, const int8_t* x) {
     __m512i acc[4][kInPlace<kBits>];
     unroll<4>([&](auto r) HB_LAMBDA { unroll<kInPlace<kBits>>([&](auto j) HB_LAMBDA { acc[r][j] = _mm512_setzero_si512(); }); });
-    for (int64_t at = 0; at < bytes; at += kVector, x += kVector * kPlanes<kBits>)
-        unroll<4>([&](auto r) HB_LAMBDA { add_in_place<kBits>(load_row<kBits>(data + r * stride + at, bytes - at, flip), x, acc[r]); });
+    const int64_t whole = bytes / kVector * kVector;
+    for (int64_t at = 0; at < whole; at += kVector, x += kVector * kPlanes<kBits>)
+        unroll<4>([&](auto r) HB_LAMBDA { add_in_place<kBits>(load_row<kBits>(data + r * stride + at, kVector, flip), x, acc[r]); });
+    if (whole < bytes)
+        unroll<4>([&](auto r) HB_LAMBDA {
+            add_in_place<kBits>(load_row<kBits>(data + r * stride + whole, bytes - whole, flip), x, acc[r]);
+        });
     return sum_lanes(join<kBits>(acc[0]), join<kBits>(acc[1]), join<kBits>(acc[2]), join<kBits>(acc[3]));
 }
 
 // Four weight rows times kM rows of x; levels are moved down once and used kM times.
 template <int kBits, int kM>
-void dot_some(const uint8_t* data, int64_t stride, int64_t bytes, __m512i flip, const int8_t* x, int64_t x_stride, __m128i* sums) {
+HB_NOINLINE void dot_some(const uint8_t* data, int64_t stride, int64_t bytes, __m512i flip, const int8_t* x, int64_t x_stride, __m128i* sums) {
     __m512i acc[kM][4];
     unroll<kM>([&](auto m) HB_LAMBDA { unroll<4>([&](auto r) HB_LAMBDA { acc[m][r] = _mm512_setzero_si512(); }); });
     const __m512i mask = _mm512_set1_epi8(kMask<kBits>);
-    for (int64_t at = 0; at < bytes; at += kVector, x += kVector * kPlanes<kBits>) {
+    const auto step = [&](int64_t at, int64_t left) HB_LAMBDA {
         __m512i loaded[4];
-        unroll<4>([&](auto r) HB_LAMBDA { loaded[r] = load_row<kBits>(data + r * stride + at, bytes - at, flip); });
+        unroll<4>([&](auto r) HB_LAMBDA { loaded[r] = load_row<kBits>(data + r * stride + at, left, flip); });
         unroll<kPlanes<kBits>>([&](auto j) HB_LAMBDA {
             __m512i level[4];
             unroll<4>([&](auto r) HB_LAMBDA {
@@ -101,7 +107,11 @@ void dot_some(const uint8_t* data, int64_t stride, int64_t bytes, __m512i flip, 
                 unroll<4>([&](auto r) HB_LAMBDA { acc[m][r] = _mm512_dpbusd_epi32(acc[m][r], level[r], of_x); });
             });
         });
-    }
+        x += kVector * kPlanes<kBits>;
+    };
+    const int64_t whole = bytes / kVector * kVector;
+    for (int64_t at = 0; at < whole; at += kVector) step(at, kVector);
+    if (whole < bytes) step(whole, bytes - whole);
     unroll<kM>([&](auto m) HB_LAMBDA { sums[m] = sum_lanes(acc[m][0], acc[m][1], acc[m][2], acc[m][3]); });
 }
 
