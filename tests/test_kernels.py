@@ -22,26 +22,30 @@ each_body = pytest.mark.parametrize(("operation", "body"), BODIES, ids=[f"{o}-{b
 # of the root mean square: float32 sums against float64 ones, and one rounding to bfloat16
 _RATIO = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}
 
+# operations on gradients may round their operands, too
+_ON_GRADIENTS = ("fixed_matmul",)
+_ROUNDED = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 # operations that round what was summed: in another order a code at a tie is another code
 _TIES = ("norm_quantize_rows",)
 
 
-def _assert_equal(found: Any, expected: Any, case: str, ties: bool = False) -> None:
-    """Integers equal (with `ties` a few may be one off); floats by the ratio of root mean squares."""
+def _assert_equal(found: Any, expected: Any, case: str, operation: str = "") -> None:
+    """Integers equal (a few may be one off in `_TIES`); floats by the ratio of root mean squares."""
     if isinstance(expected, tuple | list):
         assert len(found) == len(expected)
         for a, b in zip(found, expected, strict=True):
-            _assert_equal(a, b, case, ties)
+            _assert_equal(a, b, case, operation)
         return
     assert found.dtype == expected.dtype and found.shape == expected.shape, case
-    if not expected.is_floating_point() and ties:
+    if not expected.is_floating_point() and operation in _TIES:
         off = (found.int() - expected.int()).abs()
         assert off.sum() <= max(1, 1e-3 * off.numel()), case
     elif not expected.is_floating_point():
         assert torch.equal(found, expected), case
     elif expected.numel():
         error = (found.double() - expected.double()).square().mean().sqrt()
-        assert error <= _RATIO[expected.dtype] * expected.double().square().mean().sqrt(), case
+        limit = (_ROUNDED if operation in _ON_GRADIENTS else _RATIO)[expected.dtype]
+        assert error <= limit * expected.double().square().mean().sqrt(), case
 
 
 def _serve(body: dispatch.Body) -> Callable[..., Any]:
@@ -72,7 +76,7 @@ def test_body_equals_reference(operation: str, body: dispatch.Body) -> None:
     function, definition = _serve(body), getattr(reference, operation)
     for case, args in cases.CASES[operation]():
         before = _copies(args)
-        _assert_equal(function(*args), definition(*args), case, operation in _TIES)
+        _assert_equal(function(*args), definition(*args), case, operation)
         assert all(_same(a, b) for a, b in zip(before, args, strict=True)), case
 
 
@@ -84,7 +88,7 @@ def test_blocks_of_any_size(operation: str, body: dispatch.Body, monkeypatch: py
         monkeypatch.setattr(eager, "_BLOCK", block)
         for case, args in cases.CASES[operation](seed=1):
             name = f"{case}, blocks of {block}"
-            _assert_equal(function(*args), definition(*args), name, operation in _TIES)
+            _assert_equal(function(*args), definition(*args), name, operation)
 
 
 @each_body
@@ -104,7 +108,7 @@ def test_fresh_memory_is_never_read(operation: str, body: dispatch.Body) -> None
     torch.use_deterministic_algorithms(True, warn_only=True)  # this is what makes torch fill new memory
     try:
         for case, args in cases.CASES[operation](seed=2):
-            _assert_equal(function(*args), definition(*args), case, operation in _TIES)
+            _assert_equal(function(*args), definition(*args), case, operation)
     finally:
         torch.use_deterministic_algorithms(False)
 

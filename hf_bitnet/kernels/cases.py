@@ -66,6 +66,18 @@ def int_linear_cases(seed: int = 0) -> Iterator[Case]:
             yield f"{name} bfloat16", (x, x_scale, None, w, w_scale, 0.0, bias.bfloat16(), torch.bfloat16)
 
 
+def fixed_matmul_cases(seed: int = 0) -> Iterator[Case]:
+    """a, a_scale, codes, zero_point, scale, dtype: as rows and as a transposed view, below and above the smallest size."""
+    generator = torch.Generator().manual_seed(seed)
+    for m, k, n in (*SHAPES, (65, 70, 67), (130, 129, 33), (9, 1100, 40)):
+        a, codes = torch.randn(m, k, generator=generator), _codes(generator, k, n)
+        a_scale, scale = torch.rand(k, generator=generator) + 0.1, torch.rand(1, 1, generator=generator) + 0.1
+        for dtype in DTYPES:
+            yield f"{m}x{k}x{n} {dtype}", (a.to(dtype), None, codes, 0.0, scale, dtype)
+            yield f"{m}x{k}x{n} {dtype} transposed", (a.t().contiguous().t().to(dtype), a_scale, codes, -0.5, None, dtype)
+        yield f"{m}x{k}x{n} zeros", (torch.zeros(m, k), a_scale.view(-1, 1), codes, 0.0, scale, torch.bfloat16)
+
+
 def quantize_rows_cases(seed: int = 0) -> Iterator[Case]:
     """x, qmin, qmax, eps."""
     for name, x in row_cases(seed):
@@ -108,6 +120,12 @@ def quantize_sign_cases(seed: int = 0) -> Iterator[Case]:
     for name, rows, _ in _flat_rows(seed):
         yield name, (rows, rows.float().mean(dim=-1, keepdim=True), torch.int8)
         yield f"float {name}", (rows, torch.zeros(()), torch.float32)
+
+
+def mean_magnitudes_cases(seed: int = 0) -> Iterator[Case]:
+    """rows."""
+    for name, x in row_cases(seed):
+        yield name, (x,)
 
 
 def scale_rows_cases(seed: int = 0) -> Iterator[Case]:
@@ -296,7 +314,9 @@ def unpack_trits_cases(seed: int = 0) -> Iterator[Case]:
 CASES: dict[str, Callable[..., Iterator[Case]]] = {
     "int_matmul": int_matmul_cases,
     "int_linear": int_linear_cases,
+    "fixed_matmul": fixed_matmul_cases,
     "quantize_rows": quantize_rows_cases,
+    "mean_magnitudes": mean_magnitudes_cases,
     "quantize_weight": quantize_weight_cases,
     "quantize_sign": quantize_sign_cases,
     "scale_rows": scale_rows_cases,

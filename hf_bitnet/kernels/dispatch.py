@@ -101,8 +101,10 @@ _BODIES: dict[str, list[Body]] = {
     "packed_linear": _products("packed_linear", eager.make_packed_linear),
     "packed_linears": _products("packed_linears", eager.make_packed_linears),
     "packed_int_linear": _products("packed_int_linear", eager.make_packed_int_linear),
+    "fixed_matmul": _elementwise("fixed_matmul", Body("float", eager.fixed_matmul, _always)),
     "quantize_rows": _blocked("quantize_rows"),
     "norm_quantize_rows": _blocked("norm_quantize_rows"),
+    "mean_magnitudes": _elementwise("mean_magnitudes"),
     "quantize_weight": _blocked("quantize_weight"),
     "quantize_sign": _elementwise("quantize_sign"),
     "rms_norm": _between_products("rms_norm"),
@@ -126,6 +128,8 @@ if _FORCED and _FORCED not in _NAMES:
 _LEVEL = os.environ.get("HF_BITNET_CPU_LEVEL")
 if _LEVEL and library.why_unavailable() is None:
     library.choose_level(_LEVEL)
+# AMX multiplies bfloat16 at half the rate of int8, so that the two int8 products of a fixed-point one gain nothing there
+_FLOAT_BFLOAT16 = not _FORCED and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def bodies(operation: str) -> tuple[Body, ...]:
@@ -210,6 +214,15 @@ def packed_int_linear(
     return _body("packed_int_linear", x_codes)(x_codes, x_scale, x_zero, packed, scale, bias, layout, dtype)
 
 
+def fixed_matmul(
+    a: Tensor, a_scale: Tensor | None, codes: Tensor, zero_point: float, scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """float (M, K), scaled by a_scale (K), x int8 (K, N) -> (M, N) in `dtype`; see `reference.fixed_matmul`."""
+    if a.dtype == torch.bfloat16 and _FLOAT_BFLOAT16:
+        return eager.fixed_matmul(a, a_scale, codes, zero_point, scale, dtype)
+    return _body("fixed_matmul", a)(a, a_scale, codes, zero_point, scale, dtype)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype a linear layer's output has for input `x`: the autocast dtype where autocast is on, else x's own."""
     device = x.device.type
@@ -228,6 +241,11 @@ def norm_quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     """float (..., K), RMS-normed with gain (K,) -> int8 codes (..., K), float32 scale (..., 1)."""
     return _body("norm_quantize_rows", x)(x, norm_weight, norm_eps, qmin, qmax, eps)
+
+
+def mean_magnitudes(rows: Tensor) -> Tensor:
+    """float (R, n) -> mean|row|, float32 (R, 1)."""
+    return _body("mean_magnitudes", rows)(rows)
 
 
 def quantize_weight(
@@ -301,4 +319,6 @@ def explain(device: str = "cpu") -> str:
         reasons = [(body.name, body.why_unavailable(device) or "slower") for body in candidates if body.name != serving]
         others = "; ".join(f"{name}: {reason}" for name, reason in reasons)
         lines.append(f"{operation:<18} {serving:<10} {others or '-'}")
+    if device == "cpu" and _FLOAT_BFLOAT16:
+        lines.append("fixed_matmul of bfloat16: the float body; AMX multiplies bfloat16 as fast as two int8 products")
     return "\n".join([*lines, f"CPU kernels: {library.describe()}"])

@@ -152,6 +152,22 @@ def scale_all(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return x * factor if x.dtype == dtype else x.to(dtype).mul_(factor)
 
 
+def fixed_matmul(
+    a: Tensor, a_scale: Tensor | None, codes: Tensor, zero_point: float, scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`reference.fixed_matmul` in the dtype of `a`. Factors go where the smaller operand is, or, one for all, outside."""
+    if scale is not None and a.dtype == torch.float16:  # sums of 8-bit levels overflow float16
+        a_scale, scale = scale.reshape(1) if a_scale is None else a_scale * scale.reshape(()), None
+    levels = codes if zero_point == 0.0 else codes.to(a.dtype) - zero_point
+    if a_scale is not None and a_scale.numel() == codes.shape[0] and codes.shape[1] <= a.shape[0]:
+        levels = scale_rows(levels, a_scale.reshape(-1, 1), a.dtype)
+    elif a_scale is not None:
+        a = (a * a_scale.reshape(1, -1)).to(a.dtype)
+    with torch.autocast(a.device.type, enabled=False):  # it would round a float32 product to bfloat16
+        y = a @ levels.to(a.dtype)
+    return y.to(dtype) if scale is None else scale_all(y, scale, dtype)
+
+
 def make_packed_int_linear(int_linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`reference.packed_int_linear` over an `int_linear`: the weight is unpacked for each call."""
 

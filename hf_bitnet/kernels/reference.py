@@ -158,6 +158,35 @@ def int_linear(
     return (y if bias is None else y + bias.double()).to(dtype)
 
 
+def fixed_matmul(
+    a: Tensor, a_scale: Tensor | None, codes: Tensor, zero_point: float, scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`(a * a_scale) (codes - zero_point) * scale`, for gradients. Bodies may round: at most as bfloat16 operands would be.
+
+    Args:
+        a: float (M, K), any strides. a_scale: float32, K elements, or None. codes: int8 (K, N).
+        scale: float32, one element, or None.
+
+    Returns:
+        (M, N) in `dtype`, computed in float64.
+    """
+    left = a.double() if a_scale is None else a.double() * a_scale.double().reshape(1, -1)
+    y = left @ (codes.double() - zero_point)
+    return (y if scale is None else y * scale.double().reshape(())).to(dtype)
+
+
+def mean_magnitudes(rows: Tensor) -> Tensor:
+    """mean|row|, summed in float64 and rounded once, so that it does not depend on the order of the sum.
+
+    Args:
+        rows: float (R, n).
+
+    Returns:
+        float32 (R, 1).
+    """
+    return (rows.abs().sum(dim=-1, keepdim=True, dtype=torch.float64) / rows.shape[-1]).float()
+
+
 def scale_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`x * scale`, multiplied in float32 and rounded once.
 

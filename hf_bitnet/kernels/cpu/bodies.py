@@ -77,6 +77,16 @@ def scale_all(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 # ---- weights ----
 
 
+def mean_magnitudes(rows: Tensor) -> Tensor:
+    """`reference.mean_magnitudes`."""
+    if rows.dim() != 2 or not rows.numel():
+        return reference.mean_magnitudes(rows)
+    flat = as_float(rows).contiguous()
+    sums = torch.empty(rows.shape[0], 1, dtype=torch.float64)
+    check(functions().hb_abs_sums(flat.data_ptr(), FLOATS[flat.dtype], *flat.shape, sums.data_ptr()))
+    return sums.div_(rows.shape[1]).float()
+
+
 def quantize_weight(
     rows: Tensor, scale: Tensor, zero_point: float, qmin: int, qmax: int, dtype: torch.dtype = torch.int8
 ) -> Tensor:

@@ -42,6 +42,11 @@ _SIGNATURES: dict[str, list[type]] = {
     "hb_pack_trits": [_pointer, _i64, _i64, _pointer],
     "hb_unpack_trits": [_pointer, _i64, _i64, _pointer],
     "hb_int_matmul": [_pointer, _i64, _pointer, _i64, _i64, _i64, _i64, _pointer],
+    "hb_fixed_matmul": [
+        *[_pointer, _int, _i64, _i64, _pointer, _i64, _i64],  # the float operand, its strides, scale and sizes
+        *[_pointer, _i64, _i64, _float, _float],  # codes, their stride and columns, zero point, scale
+        *[_pointer, _int, _i64],
+    ],
     "hb_rms_norm": [_pointer, _i64, _i64, _i64, _i64, _pointer, _float, _pointer],
     "hb_rotate": [_pointer, _i64, _i64, _i64, _i64, _i64, _pointer, _pointer, _i64, _i64],
     "hb_level": [],

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import Layout, PackedWeight, RowQuantization
-from . import bodies, products
+from . import bodies, fixed, products
 
 _NAMESPACE = "hf_bitnet"
 _LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
@@ -162,6 +162,20 @@ def packed_int_linear(
     return products.packed_int_linear(x_codes, x_scale, x_zero, packed, scale, bias, layout, dtype)
 
 
+_fixed_matmul = _operator(
+    "fixed_matmul(Tensor a, Tensor? a_scale, Tensor codes, float zero_point, Tensor? scale, ScalarType dtype) -> Tensor",
+    fixed.fixed_matmul,
+    lambda a, a_scale, codes, zero_point, scale, dtype: a.new_empty(a.shape[0], codes.shape[1], dtype=dtype),
+)
+
+
+def fixed_matmul(
+    a: Tensor, a_scale: Tensor | None, codes: Tensor, zero_point: float, scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`reference.fixed_matmul`."""
+    return (_fixed_matmul if _traced(a) else fixed.fixed_matmul)(a, a_scale, codes, zero_point, scale, dtype)
+
+
 # ---- rows ----
 
 _norm_quantize_rows = _operator(
@@ -197,6 +211,11 @@ def quantize_weight(
 def quantize_sign(rows: Tensor, threshold: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
     """`reference.quantize_sign`."""
     return (reference if _traced(rows) else bodies).quantize_sign(rows, threshold, dtype)
+
+
+def mean_magnitudes(rows: Tensor) -> Tensor:
+    """`reference.mean_magnitudes`."""
+    return (reference if _traced(rows) else bodies).mean_magnitudes(rows)
 
 
 def scale_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
