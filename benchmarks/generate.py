@@ -5,9 +5,9 @@ written once to --folder, tensor by tensor. Every arm runs in a process of its o
 medians over the rounds. Peers: llama.cpp on the same shape (TQ2_0, embeddings and head Q8_0), from a folder that holds its
 llama-bench; the file is written beside ours, with the package gguf.
 
-    python -m benchmarks.generate --folder /tmp/generate
-    python -m benchmarks.generate --folder /tmp/generate --llama-cpp ~/llama.cpp/build/bin --rounds 5
-    python -m benchmarks.generate --folder /tmp/small --smoke        # a tiny shape, to see that it runs; writes no results
+    python -m benchmarks.generate --folder generate-1b
+    python -m benchmarks.generate --folder generate-1b --llama-cpp llama.cpp/build/bin --rounds 5
+    python -m benchmarks.generate --folder generate-tiny --smoke    # a tiny shape, to see that it runs; writes no results
 """
 
 from __future__ import annotations
