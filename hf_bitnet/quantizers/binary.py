@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import kernels
@@ -20,8 +19,8 @@ class Binary(WeightScheme):
     default_scale = "absmean"
 
     @classmethod
-    def codes(cls, rows: Tensor, scale: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
-        return kernels.quantize_sign(rows, _mean(rows), dtype)
+    def codes(cls, rows: Tensor, scale: Tensor) -> Tensor:
+        return kernels.quantize_sign(rows, _mean(rows))
 
     @classmethod
     def position(cls, rows: Tensor, scale: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..registry import Registry
 
 # below this a scale is noise; the same floor as transformers' bitnet layers, so that codes agree with theirs
@@ -63,7 +64,7 @@ def _mean(rows: Tensor) -> Tensor:
 @SCALE_RULES.register("absmean")
 def absmean(rows: Tensor, grid: Grid) -> Tensor:
     """mean|w| for one- and two-magnitude grids, 2 mean|w| / sqrt(largest value) for wider ones."""
-    mean = _mean(rows.abs())
+    mean = kernels.mean_magnitudes(rows)
     if grid.levels > 4:
         mean = mean * (2.0 / grid.values[-1] ** 0.5)
     return mean.clamp(min=SMALLEST_SCALE)
@@ -87,7 +88,7 @@ def threshold(rows: Tensor, grid: Grid) -> Tensor:
     if grid.values != [-1.0, 0.0, 1.0]:
         raise ValueError("the weight scale rule 'threshold' is for ternary weights; use weight_scale='least_squares'")
     magnitude = rows.abs()
-    kept = magnitude > _TWN_THRESHOLD * _mean(magnitude)
+    kept = magnitude > _TWN_THRESHOLD * kernels.mean_magnitudes(rows)
     total = (magnitude * kept).sum(dim=-1, keepdim=True)
     return (total / kept.sum(dim=-1, keepdim=True).clamp(min=1)).clamp(min=SMALLEST_SCALE)
 

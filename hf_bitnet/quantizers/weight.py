@@ -37,9 +37,9 @@ class WeightScheme:
     default_granularity: ClassVar[str] = "channel"
 
     @classmethod
-    def codes(cls, rows: Tensor, scale: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
-        """float32 (R, n), scale (R, 1) -> codes (R, n) in `dtype`."""
-        return kernels.quantize_weight(rows, scale, cls.grid.zero_point, cls.grid.lowest, cls.grid.highest, dtype)
+    def codes(cls, rows: Tensor, scale: Tensor) -> Tensor:
+        """float32 (R, n), scale (R, 1) -> codes int8 (R, n)."""
+        return kernels.quantize_weight(rows, scale, cls.grid.zero_point, cls.grid.lowest, cls.grid.highest)
 
     @classmethod
     def position(cls, rows: Tensor, scale: Tensor) -> Tensor:
@@ -141,13 +141,6 @@ class WeightQuantizer:
             rows = self._rows(weight.detach())
             codes = WEIGHT_SCHEMES.get(self.scheme).codes(rows, scale.reshape(-1, 1)).reshape(weight.shape)
             return Quantized(codes, scale, self.grid.zero_point)
-
-    def levels(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """`codes - zero_point` (N, K) in a float `dtype`, without the detour over int8; exact."""
-        with torch.no_grad():
-            rows = self._rows(weight.detach())
-            codes = WEIGHT_SCHEMES.get(self.scheme).codes(rows, scale.detach().reshape(-1, 1), dtype).view(weight.shape)
-            return codes if self.grid.zero_point == 0.0 else codes.sub_(self.grid.zero_point)
 
     def position(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Position of each weight among the levels (0 the lowest), float32 (N, K); see `WeightScheme.position`."""
