@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import generate, ptq_table, saved_memory, train_step
+from benchmarks import cpu_kernels, generate, ptq_table, saved_memory, train_step
 from benchmarks.common import RESULTS
+from hf_bitnet.kernels.cpu import library
 
 Captured = pytest.CaptureFixture[str]
 # torchao, a peer that is measured where it is installed, warns about what it could do on other machines
@@ -47,3 +48,25 @@ def test_generate(tmp_path: Path, capsys: Captured) -> None:
     generate.main(["--folder", str(tmp_path), "--smoke", "--layers", "2", "--rounds", "1", "--tokens", "4", "--prompt", "8"])
     out = capsys.readouterr().out
     assert "decode_tokens_per_s" in out and "linear maps" in out and "norms" in out
+
+
+needs_kernels = pytest.mark.skipif(library.why_unavailable() is not None, reason="there are no CPU kernels to measure")
+
+
+@needs_kernels
+def test_cpu_kernels(capsys: Captured) -> None:
+    level = library.level()
+    cpu_kernels.main(["--smoke", "--threads", "1"])
+    out = capsys.readouterr().out
+    assert library.level() == level
+    for name in (*library.legal_levels(), "torch bfloat16", "torch int4pack", "torch._int_mm", "quantize_model + pack_model"):
+        assert name in out
+
+
+@needs_kernels
+def test_cpu_kernels_without_a_compiler(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    cpu_kernels.main(["--smoke", "--threads", "1", "--only", "rows", "--levels", "portable"])
+    out = capsys.readouterr().out
+    assert "no C++ compiler" in out and "portable" in out and "from C" not in out
