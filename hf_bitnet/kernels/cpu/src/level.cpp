@@ -32,7 +32,7 @@ uint64_t enabled_state() {  // XCR0: which registers the operating system saves
     return (uint64_t(high) << 32) | low;
 }
 
-bool may_use_tiles() {
+[[maybe_unused]] bool may_use_tiles() {
 #if defined(__linux__)
     // Linux gives the 8 KB of tile registers to processes that ask for them: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
@@ -48,20 +48,25 @@ Processor::Processor() {
     if (!__get_cpuid_count(1, 0, &a, &b, &c, &d) || !(c & (1u << 27))) return;  // OSXSAVE
     const bool fma = c & (1u << 12), f16c = c & (1u << 29);
     const uint64_t state = enabled_state();
-    const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6, tiles = (state & 0x60000) == 0x60000;
+    const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6;
     uint32_t a1 = 0, unused;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
     __get_cpuid_count(7, 1, &a1, &unused, &unused, &unused);
     if (!ymm || !fma || !f16c || !(b & (1u << 5))) return;
+    // product_*() last: they are compiled for their instruction set, so that even asking for the table needs it
     legal[HB_AVX2] = product_avx2() != nullptr;
-    legal[HB_AVXVNNI] = product_avxvnni() && (a1 & (1u << 4));
+    legal[HB_AVXVNNI] = (a1 & (1u << 4)) && product_avxvnni();
     const uint32_t avx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
-    legal[HB_AVX512VNNI] = product_avx512vnni() && zmm && (b & avx512) == avx512 && (c & (1u << 11));
-    const bool amx = (d & (1u << 24)) && (d & (1u << 25));
-    legal[HB_AMX] = product_amx() && legal[HB_AVX512VNNI] && amx && tiles && may_use_tiles();
+    legal[HB_AVX512VNNI] = zmm && (b & avx512) == avx512 && (c & (1u << 11)) && product_avx512vnni();
+#ifdef HB_EMULATE_AMX
+    legal[HB_AMX] = legal[HB_AVX512VNNI] && product_amx();
+#else
+    const bool amx = (d & (1u << 24)) && (d & (1u << 25)), tiles = (state & 0x60000) == 0x60000;
+    legal[HB_AMX] = legal[HB_AVX512VNNI] && amx && tiles && may_use_tiles() && product_amx();
+#endif
 #elif defined(__aarch64__)
 #if defined(__linux__)
-    legal[HB_NEON] = product_neon() && (getauxval(AT_HWCAP) & (1ul << 20));  // ASIMDDP
+    legal[HB_NEON] = (getauxval(AT_HWCAP) & (1ul << 20)) && product_neon();  // ASIMDDP
 #else
     legal[HB_NEON] = product_neon() != nullptr;  // every Apple processor of this kind has it
 #endif
