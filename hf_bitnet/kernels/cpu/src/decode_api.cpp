@@ -9,14 +9,6 @@ namespace {
 
 constexpr int64_t kThreadElements = 16 << 10;  // elements below which a second thread does not pay
 
-const DecodeBodies& bodies() {
-    const int level = hb_level();
-    if (level >= HB_AVX512VNNI && level <= HB_AMX && decode_avx512()) return *decode_avx512();
-    if (level >= HB_AVX2 && level <= HB_AMX && decode_avx2()) return *decode_avx2();
-    return *decode_portable();
-}
-
-bool is_float(int64_t dtype) { return dtype == HB_F32 || dtype == HB_BF16 || dtype == HB_F16; }
 const char* at(const void* data, int64_t dtype, int64_t element) {
     return static_cast<const char*>(data) + element * int64_t(size_of(int(dtype)));
 }
@@ -27,6 +19,14 @@ char* at(void* data, int64_t dtype, int64_t element) {
 int64_t grain(int64_t elements) { return elements >= kThreadElements ? 1 : kThreadElements / (elements > 0 ? elements : 1); }
 
 }  // namespace
+
+const DecodeBodies& decode() {
+    const int level = hb_level();
+    if (level >= HB_AVX512VNNI && level <= HB_AMX && decode_avx512()) return *decode_avx512();
+    if (level >= HB_AVX2 && level <= HB_AMX && decode_avx2()) return *decode_avx2();
+    return *decode_portable();
+}
+
 }  // namespace hb
 
 using namespace hb;
@@ -34,7 +34,7 @@ using namespace hb;
 extern "C" int hb_rms_norm(const void* x, int64_t dtype, int64_t rows, int64_t k, int64_t x_stride, const void* weight, float eps,
                            void* out) {
     if (!is_float(dtype) || rows < 0 || k < 0) return HB_ERROR_ARGUMENT;
-    const DecodeBodies& body = bodies();
+    const DecodeBodies& body = decode();
     std::atomic<int> failed{HB_OK};
     for_range(rows, grain(k), [&](int64_t begin, int64_t end) {
         auto* row = static_cast<float*>(scratch(SLOT_ROW, (size_t(k) + 16) * 4));
@@ -51,7 +51,7 @@ extern "C" int hb_rms_norm(const void* x, int64_t dtype, int64_t rows, int64_t k
 extern "C" int hb_rotate(const hb_heads* tensors, int64_t count, int64_t dtype, int64_t batch, int64_t tokens, int64_t d,
                          const void* cos, const void* sin, int64_t batch_stride, int64_t token_stride) {
     if (!is_float(dtype) || batch < 0 || tokens < 0 || d < 0 || d % 2) return HB_ERROR_ARGUMENT;
-    const DecodeBodies& body = bodies();
+    const DecodeBodies& body = decode();
     int64_t heads = 0;
     for (int64_t i = 0; i < count; ++i) heads += tensors[i].heads;
     for_range(batch * tokens, grain(heads * d), [&](int64_t begin, int64_t end) {

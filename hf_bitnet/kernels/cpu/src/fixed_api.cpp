@@ -118,8 +118,13 @@ extern "C" int hb_fixed_matmul(const void* a, int a_dtype, int64_t a_stride, int
                                const int8_t* b, int64_t b_stride, int64_t n, float zero_point, float scale, void* out, int out_dtype,
                                int64_t out_stride) {
     using namespace hb;
-    if (m < 0 || n < 0 || k < 1 || a_dtype == HB_I8 || out_dtype == HB_I8) return HB_ERROR_ARGUMENT;
+    if (m < 0 || n < 0 || k < 0 || !is_float(a_dtype) || !is_float(out_dtype)) return HB_ERROR_ARGUMENT;
     if (m == 0 || n == 0) return HB_OK;
+    if (k == 0) {  // the sum of nothing
+        const size_t width = size_of(out_dtype);
+        for (int64_t i = 0; i < m; ++i) memset(static_cast<char*>(out) + size_t(i * out_stride) * width, 0, size_t(n) * width);
+        return HB_OK;
+    }
     const ProductBodies& body = product();
     const uint8_t flip = body.is_signed ? 0 : 0x80;
     const FixedOperand operand = {a, a_dtype, a_stride, a_step, k, a_scale};

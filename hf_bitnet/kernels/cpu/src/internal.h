@@ -9,6 +9,12 @@
 
 namespace hb {
 
+// numbers at any address, whatever type they were stored as. Not for template arguments: they lose the attributes
+typedef uint16_t AnyHalf __attribute__((aligned(1), may_alias));
+typedef uint32_t AnyWord __attribute__((aligned(1), may_alias));
+typedef float AnyFloat __attribute__((aligned(1), may_alias));
+typedef double AnyDouble __attribute__((aligned(1), may_alias));
+
 // ---- conversion, also where there is no hardware for it. `static`: each file compiles its own copy with its own instruction
 // set; one copy shared by the linker could run AVX-512 code on a processor that lacks it ----
 static inline float bits_to_float(uint32_t bits) {
@@ -46,20 +52,21 @@ static inline uint16_t to_f16(float value) {
     uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
     return uint16_t(sign | ((rounded - 0x38000000u) >> 13));
 }
+static inline bool is_float(int64_t dtype) { return dtype == HB_F32 || dtype == HB_BF16 || dtype == HB_F16; }
 static inline size_t size_of(int dtype) { return dtype == HB_F32 ? 4 : dtype == HB_I8 ? 1 : 2; }
 static inline float load_float(const void* data, int dtype, int64_t i) {
     switch (dtype) {
-        case HB_F32: return static_cast<const float*>(data)[i];
-        case HB_BF16: return from_bf16(static_cast<const uint16_t*>(data)[i]);
-        case HB_F16: return from_f16(static_cast<const uint16_t*>(data)[i]);
+        case HB_F32: return static_cast<const AnyFloat*>(data)[i];
+        case HB_BF16: return from_bf16(static_cast<const AnyHalf*>(data)[i]);
+        case HB_F16: return from_f16(static_cast<const AnyHalf*>(data)[i]);
         default: return float(static_cast<const int8_t*>(data)[i]);
     }
 }
 static inline void store_float(void* data, int dtype, int64_t i, float value) {
     switch (dtype) {
-        case HB_F32: static_cast<float*>(data)[i] = value; break;
-        case HB_BF16: static_cast<uint16_t*>(data)[i] = to_bf16(value); break;
-        default: static_cast<uint16_t*>(data)[i] = to_f16(value); break;
+        case HB_F32: static_cast<AnyFloat*>(data)[i] = value; break;
+        case HB_BF16: static_cast<AnyHalf*>(data)[i] = to_bf16(value); break;
+        default: static_cast<AnyHalf*>(data)[i] = to_f16(value); break;
     }
 }
 
@@ -75,7 +82,7 @@ static void for_range(int64_t size, int64_t grain, const Body& body) {
 }
 
 // ---- scratch: one growing buffer per thread and slot, 64-byte aligned, so that decoding allocates nothing. NULL: no memory.
-enum Slot { SLOT_CODES = 0, SLOT_PANEL = 1, SLOT_SUMS = 2, SLOT_ROW = 3, SLOTS = 4 };
+enum Slot { SLOT_CODES = 0, SLOT_PANEL = 1, SLOT_SUMS = 2, SLOT_ROW = 3, SLOT_LAYER = 4, SLOTS = 5 };
 void* scratch(Slot slot, size_t bytes);
 
 // ---- one table per level; `rows` and `product` may each be the table of a lower level ----

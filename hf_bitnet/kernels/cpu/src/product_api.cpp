@@ -17,7 +17,6 @@ constexpr int64_t kThreadBytes = 64 << 10;       // weight bytes below which a s
 constexpr int64_t kSlabBytes = 4 << 20;          // int8 bytes of x laid out at a time
 constexpr int64_t kPartBytes = 1 << 20;          // int8 bytes of x that meet one panel: half of a second-level cache
 
-
 // One call, with all that both forms need.
 struct Call {
     const ProductBodies& body;
@@ -42,7 +41,8 @@ const int8_t* codes_of_row(const Call& call, int64_t m, int8_t* buffer, float* r
         int32_t total = 0;
         for (int64_t i = 0; i < call.k; ++i) total += row[i];
         *sum = total;
-        *scale = x.scale ? x.scale[m] : 1.0f;
+        const AnyFloat* scales = x.scale;
+        *scale = scales ? scales[m] : 1.0f;
         return row;
     }
     const void* row = static_cast<const char*>(x.x) + m * x.x_stride * int64_t(size_of(x.x_dtype));
@@ -171,12 +171,14 @@ struct Slab {
     int8_t* block(int64_t row, int64_t k0) const { return blocks + k0 * span + row * size(k0); }
 };
 
-void lay_out(const Call& call, const Slab& slab) {
+bool lay_out(const Call& call, const Slab& slab) {
     const int mr = call.body.mr;
+    std::atomic<bool> complete{true};
     for_range(ceil_div(slab.rows, mr), ceil_div(16384, mr * slab.kpad), [&](int64_t begin, int64_t end) {
-        // one strip of codes per block; without memory the region leaves zeros, which `linear_blocks` reports before
+        // one strip of codes per block
         auto* strip = static_cast<int8_t*>(scratch(SLOT_PANEL, size_t(mr * slab.kpad)));
         auto* row = static_cast<float*>(scratch(SLOT_ROW, size_t(call.k + 16) * 4));
+        if (!strip || !row) return complete.store(false);
         for (int64_t b = begin; b < end; ++b) {
             const int rows = int(smaller(mr, slab.rows - b * mr));
             for (int r = 0; r < rows; ++r) {
@@ -188,16 +190,18 @@ void lay_out(const Call& call, const Slab& slab) {
                 call.body.pack_rows(strip + k0, slab.kpad, rows, smaller(slab.size(k0), call.k - k0), slab.size(k0), slab.block(b * mr, k0));
         }
     });
+    return complete;
 }
 
 // c_float[i] += scale of (output, group) * (step * c[i] + offset * sum of x over the group)
 void add_group(const Call& call, const hb_weight& weight, int64_t n0, int64_t columns, int64_t group, const int32_t* c, float* total,
                int64_t rows, const float* group_sums) {
     const int nr = call.body.nr;
+    const AnyFloat* scales = weight.scale + group;
     const float step = float(call.grid.step), offset = float(call.grid.lowest) - call.grid.zero_point;
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t j = 0; j < columns; ++j) {
-            const float scale = weight.scale[(weight.scale_rows == 1 ? 0 : (n0 + j) * weight.groups) + group];
+            const float scale = scales[weight.scale_rows == 1 ? 0 : (n0 + j) * weight.groups];
             total[r * nr + j] += scale * (step * float(c[r * nr + j]) + offset * group_sums[r]);
         }
     }
@@ -279,7 +283,7 @@ int linear_blocks(const Call& call) {
     std::atomic<bool> complete{true};
     for (slab.m0 = 0; slab.m0 < call.m; slab.m0 += most) {
         slab.rows = smaller(most, call.m - slab.m0), slab.span = round_up(slab.rows, body.mr);
-        lay_out(call, slab);
+        if (!lay_out(call, slab)) return HB_ERROR_MEMORY;
         const int64_t parts = ceil_div(slab.rows, part);
         for_range(parts * panels, 1, [&](int64_t begin, int64_t end) {
             body.begin();
@@ -296,7 +300,7 @@ int linear_blocks(const Call& call) {
     return complete ? HB_OK : HB_ERROR_MEMORY;
 }
 
-// ---- anything: zero points of x together with group scales, groups of odd size. Slow, and in double. ---------------
+// ---- anything: zero points of x together with group scales, groups of odd size, no codes. Slow, and in double. ------
 
 int level(const Packed& w, int64_t row, int64_t k) {
     const uint8_t byte = w.data[row * w.stride + k * w.bits / 8];
@@ -304,19 +308,22 @@ int level(const Packed& w, int64_t row, int64_t k) {
 }
 
 int linear_plain(const Call& call) {
+    std::atomic<bool> complete{true};
+    const AnyFloat* zeros = call.x.zero;
     for (int64_t i = 0; i < call.count; ++i) {
         const hb_weight& w = call.weights[i];
         const Packed packed = call.packed(w);
         for_range(call.m, 1, [&](int64_t begin, int64_t end) {
             auto* codes = static_cast<int8_t*>(scratch(SLOT_PANEL, size_t(call.k + 64)));
             auto* row = static_cast<float*>(scratch(SLOT_ROW, size_t(call.k + 16) * 4));
+            if (!codes || !row) return complete.store(false);
             for (int64_t m = begin; m < end; ++m) {
                 float x_scale;
                 int32_t sum;
                 const int8_t* x = codes_of_row(call, m, codes, row, &x_scale, &sum);
-                const double zero = call.x.zero ? call.x.zero[m] : 0.0, size = double(call.k) / double(w.groups);
+                const double zero = zeros ? zeros[m] : 0.0, size = double(call.k) / double(w.groups);
                 for (int64_t n = 0; n < w.n; ++n) {
-                    const float* scale = w.scale + (w.scale_rows == 1 ? 0 : n * w.groups);
+                    const AnyFloat* scale = w.scale + (w.scale_rows == 1 ? 0 : n * w.groups);
                     double y = 0;
                     for (int64_t k = 0; k < call.k; ++k) {
                         const uint8_t u = uint8_t(level(packed, n, k));
@@ -330,17 +337,19 @@ int linear_plain(const Call& call) {
             }
         });
     }
-    return HB_OK;
+    return complete ? HB_OK : HB_ERROR_MEMORY;
 }
 
-bool sound(const hb_input& x, int64_t m, int64_t k, const hb_grid& grid, const hb_weight* weights, int64_t count) {
-    if (m < 0 || k < 1 || count < 1 || (grid.bits != 1 && grid.bits != 2 && grid.bits != 4 && grid.bits != 8)) return false;
+bool sound(const hb_input& x, int64_t m, int64_t k, const hb_grid& grid, const hb_weight* weights, int64_t count,
+           int out_dtype) {
+    if (m < 0 || k < 0 || count < 1 || (grid.bits != 1 && grid.bits != 2 && grid.bits != 4 && grid.bits != 8)) return false;
     if (!grid.packed && grid.bits != 8) return false;
-    if (x.x_dtype != HB_I8 && (x.scale || x.zero)) return false;
+    if (x.x_dtype != HB_I8 && (!is_float(x.x_dtype) || x.scale || x.zero)) return false;
+    if (!is_float(out_dtype) || (x.norm_weight && !is_float(x.norm_dtype))) return false;
     for (int64_t i = 0; i < count; ++i) {
         const hb_weight& w = weights[i];
         if (w.n < 0 || w.groups < 1 || k % w.groups || (w.scale_rows != 1 && w.scale_rows != w.n)) return false;
-        if (w.groups != weights[0].groups) return false;
+        if (w.groups != weights[0].groups || (w.bias && !is_float(w.bias_dtype))) return false;
     }
     return true;
 }
@@ -353,7 +362,7 @@ extern "C" {
 int hb_linear(const hb_input* input, int64_t m, int64_t k, const hb_grid* grid, const hb_weight* weights, int64_t count,
               int out_dtype) {
     using namespace hb;
-    if (!sound(*input, m, k, *grid, weights, count)) return HB_ERROR_ARGUMENT;
+    if (!sound(*input, m, k, *grid, weights, count, out_dtype)) return HB_ERROR_ARGUMENT;
     if (m == 0) return HB_OK;
     const ProductBodies& body = product();
     hb_grid seen = *grid;
@@ -369,6 +378,7 @@ int hb_linear(const hb_input* input, int64_t m, int64_t k, const hb_grid* grid, 
     }
     const Call call{body, *input, m, k, seen, flip, weights, count, out_dtype};
     const int64_t groups = weights[0].groups, group = k / groups;
+    if (k == 0) return linear_plain(call);
     if (groups > 1) {
         const bool rows_fit = body.dot_grouped && group % (32 / grid->bits) == 0;
         if (input->zero || (m <= kRowForm ? !rows_fit : group % body.k_unit != 0)) return linear_plain(call);
@@ -378,6 +388,8 @@ int hb_linear(const hb_input* input, int64_t m, int64_t k, const hb_grid* grid, 
 
 int hb_int_matmul(const int8_t* a, int64_t a_stride, const int8_t* b, int64_t b_stride, int64_t m, int64_t n, int64_t k,
                   int32_t* out) {
+    if (k == 0 && m > 0 && n > 0) memset(out, 0, size_t(m * n) * 4);
+    if (k == 0) return m < 0 || n < 0 ? HB_ERROR_ARGUMENT : HB_OK;
     const hb_input input = {a, a_stride, nullptr, nullptr, nullptr, HB_I8, 0, 0.0f, 0.0f, 0.0f, 0.0f};
     const hb_grid grid = {8, 0, 0, 1, 0.0f};
     const hb_weight weight = {b, n, b_stride, nullptr, 1, 1, nullptr, 0, out, n};

@@ -29,7 +29,7 @@ void for_pieces(int64_t rows, int64_t n, const Body& body) {
     });
 }
 
-bool is_float(int dtype) { return dtype == HB_F32 || dtype == HB_BF16 || dtype == HB_F16; }
+using hb::is_float;
 bool is_dtype(int dtype) { return is_float(dtype) || dtype == HB_I8; }
 bool is_layout(int bits, int step) { return (bits == 1 || bits == 2 || bits == 4 || bits == 8) && (step == 1 || step == 2); }
 
@@ -72,10 +72,11 @@ int hb_quantize_rows(const void* x, int x_dtype, int64_t rows, int64_t k, int64_
                      int8_t* codes, float* scale) {
     if (!is_float(x_dtype) || rows < 0 || k < 0) return HB_ERROR_ARGUMENT;
     const hb::RowBodies& body = hb::rows();
+    hb::AnyFloat* scales = scale;
     hb::for_range(rows, rows_at_once(k), [&](int64_t begin, int64_t end) {
         int32_t sum;
         for (int64_t row = begin; row < end; ++row)
-            scale[row] = body.quantize(at(x, x_dtype, row * x_stride), x_dtype, k, qmin, qmax, eps, codes + row * k, &sum);
+            scales[row] = body.quantize(at(x, x_dtype, row * x_stride), x_dtype, k, qmin, qmax, eps, codes + row * k, &sum);
     });
     return HB_OK;
 }
@@ -84,6 +85,7 @@ int hb_norm_quantize_rows(const void* x, int x_dtype, int64_t rows, int64_t k, i
                           int norm_dtype, float norm_eps, float qmin, float qmax, float eps, int8_t* codes, float* scale) {
     if (!is_float(x_dtype) || !is_float(norm_dtype) || rows < 0 || k < 0) return HB_ERROR_ARGUMENT;
     const hb::RowBodies& body = hb::rows();
+    hb::AnyFloat* scales = scale;
     std::atomic<int> error{HB_OK};
     hb::for_range(rows, rows_at_once(k), [&](int64_t begin, int64_t end) {
         float* normed = static_cast<float*>(hb::scratch(hb::SLOT_ROW, size_t(k) * sizeof(float)));
@@ -93,7 +95,7 @@ int hb_norm_quantize_rows(const void* x, int x_dtype, int64_t rows, int64_t k, i
         }
         int32_t sum;
         for (int64_t row = begin; row < end; ++row)
-            scale[row] = body.norm_quantize(at(x, x_dtype, row * x_stride), x_dtype, k, norm_weight, norm_dtype, norm_eps, qmin,
+            scales[row] = body.norm_quantize(at(x, x_dtype, row * x_stride), x_dtype, k, norm_weight, norm_dtype, norm_eps, qmin,
                                             qmax, eps, normed, codes + row * k, &sum);
     });
     return error;
@@ -103,8 +105,9 @@ int hb_scale_rows(const void* x, int x_dtype, int64_t rows, int64_t k, int64_t x
                   int out_dtype) {
     if (!is_dtype(x_dtype) || !is_float(out_dtype) || rows < 0 || k < 0) return HB_ERROR_ARGUMENT;
     const hb::RowBodies& body = hb::rows();
+    const hb::AnyFloat* scales = scale;
     for_pieces(rows, k, [&](int64_t row, int64_t begin, int64_t size) {
-        body.scale(at(x, x_dtype, row * x_stride + begin), x_dtype, size, scale[row], at(out, out_dtype, row * k + begin),
+        body.scale(at(x, x_dtype, row * x_stride + begin), x_dtype, size, scales[row], at(out, out_dtype, row * k + begin),
                    out_dtype);
     });
     return HB_OK;
@@ -114,7 +117,7 @@ int hb_abs_sums(const void* w, int dtype, int64_t rows, int64_t n, double* sums)
     if (!is_dtype(dtype) || rows < 0 || n < 0) return HB_ERROR_ARGUMENT;
     const hb::RowBodies& body = hb::rows();
     const int64_t count = pieces(n);
-    double* parts = count == 1 ? sums : static_cast<double*>(hb::scratch(hb::SLOT_SUMS, size_t(rows * count) * sizeof(double)));
+    hb::AnyDouble* parts = count == 1 ? sums : static_cast<double*>(hb::scratch(hb::SLOT_SUMS, size_t(rows * count) * sizeof(double)));
     if (!parts && rows > 0) return HB_ERROR_MEMORY;
     for_pieces(rows, n, [&](int64_t row, int64_t begin, int64_t size) {
         parts[row * count + begin / PIECE] = body.abs_sum(at(w, dtype, row * n + begin), dtype, size);
@@ -122,7 +125,7 @@ int hb_abs_sums(const void* w, int dtype, int64_t rows, int64_t n, double* sums)
     for (int64_t row = 0; row < rows && count > 1; ++row) {
         double sum = 0;
         for (int64_t i = 0; i < count; ++i) sum += parts[row * count + i];
-        sums[row] = sum;
+        static_cast<hb::AnyDouble*>(sums)[row] = sum;
     }
     return HB_OK;
 }
@@ -131,12 +134,13 @@ int hb_abs_maxima(const void* w, int dtype, int64_t rows, int64_t n, float* maxi
     if (!is_dtype(dtype) || rows < 0 || n < 0) return HB_ERROR_ARGUMENT;
     const hb::RowBodies& body = hb::rows();
     const int64_t count = pieces(n);
-    float* parts = count == 1 ? maxima : static_cast<float*>(hb::scratch(hb::SLOT_SUMS, size_t(rows * count) * sizeof(float)));
+    hb::AnyFloat* parts = count == 1 ? maxima : static_cast<float*>(hb::scratch(hb::SLOT_SUMS, size_t(rows * count) * sizeof(float)));
     if (!parts && rows > 0) return HB_ERROR_MEMORY;
     for_pieces(rows, n, [&](int64_t row, int64_t begin, int64_t size) {
         parts[row * count + begin / PIECE] = body.abs_max(at(w, dtype, row * n + begin), dtype, size);
     });
-    for (int64_t row = 0; row < rows && count > 1; ++row) maxima[row] = body.abs_max(parts + row * count, HB_F32, count);
+    for (int64_t row = 0; row < rows && count > 1; ++row)
+        static_cast<hb::AnyFloat*>(maxima)[row] = body.abs_max(parts + row * count, HB_F32, count);
     return HB_OK;
 }
 
@@ -144,10 +148,11 @@ int hb_quantize_weight(const void* w, int dtype, int64_t rows, int64_t n, const 
                        float qmax, void* out, int out_dtype) {
     if (!is_float(dtype) || !is_dtype(out_dtype) || rows < 0 || n < 0) return HB_ERROR_ARGUMENT;
     const hb::RowBodies& body = hb::rows();
+    const hb::AnyFloat* scales = scale;
     for_pieces(rows, n, [&](int64_t row, int64_t begin, int64_t size) {
         const int64_t i = row * n + begin;
         void* codes = at(out, out_dtype, i);
-        body.quantize_weight(at(w, dtype, i), dtype, size, scale[row], zero_point, qmin, qmax, codes, out_dtype);
+        body.quantize_weight(at(w, dtype, i), dtype, size, scales[row], zero_point, qmin, qmax, codes, out_dtype);
     });
     return HB_OK;
 }
@@ -155,9 +160,10 @@ int hb_quantize_weight(const void* w, int dtype, int64_t rows, int64_t n, const 
 int hb_quantize_sign(const void* w, int dtype, int64_t rows, int64_t n, const float* threshold, void* out, int out_dtype) {
     if (!is_float(dtype) || !is_dtype(out_dtype) || rows < 0 || n < 0) return HB_ERROR_ARGUMENT;
     const hb::RowBodies& body = hb::rows();
+    const hb::AnyFloat* thresholds = threshold;
     for_pieces(rows, n, [&](int64_t row, int64_t begin, int64_t size) {
         const int64_t i = row * n + begin;
-        body.quantize_sign(at(w, dtype, i), dtype, size, threshold[row], at(out, out_dtype, i), out_dtype);
+        body.quantize_sign(at(w, dtype, i), dtype, size, thresholds[row], at(out, out_dtype, i), out_dtype);
     });
     return HB_OK;
 }
@@ -166,9 +172,10 @@ int hb_quantize_pack(const void* w, int dtype, int64_t n, int64_t k, const float
                      float zero_point, float qmin, float qmax, int bits, int lowest, int step, uint8_t* packed) {
     if (!is_float(dtype) || !is_grouping(n, k, scale_rows, groups) || !is_layout(bits, step)) return HB_ERROR_ARGUMENT;
     const hb::RowBodies& body = hb::rows();
+    const hb::AnyFloat* scales = scale;
     quantize_pack(w, dtype, n, k, scale_rows, groups, bits, lowest, step, packed,
                   [&](const void* values, int64_t size, int64_t i, int8_t* codes) {
-                      body.quantize_weight(values, dtype, size, scale[i], zero_point, qmin, qmax, codes, HB_I8);
+                      body.quantize_weight(values, dtype, size, scales[i], zero_point, qmin, qmax, codes, HB_I8);
                   });
     return HB_OK;
 }
@@ -177,9 +184,10 @@ int hb_sign_pack(const void* w, int dtype, int64_t n, int64_t k, const float* th
                  uint8_t* packed) {
     if (!is_float(dtype) || !is_grouping(n, k, threshold_rows, groups)) return HB_ERROR_ARGUMENT;
     const hb::RowBodies& body = hb::rows();
+    const hb::AnyFloat* thresholds = threshold;
     quantize_pack(w, dtype, n, k, threshold_rows, groups, 1, -1, 2, packed,
                   [&](const void* values, int64_t size, int64_t i, int8_t* codes) {
-                      body.quantize_sign(values, dtype, size, threshold[i], codes, HB_I8);
+                      body.quantize_sign(values, dtype, size, thresholds[i], codes, HB_I8);
                   });
     return HB_OK;
 }
