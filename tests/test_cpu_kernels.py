@@ -209,6 +209,7 @@ OPERATORS: dict[str, tuple[Any, ...]] = {
     "int_linear": (CODES, SCALES, None, CODES, SCALES, 0.0, None, torch.bfloat16),
     "packed_linears": (ONE[0], [ONE[1]] * 2, [ONE[2]] * 2, [ONE[3], None], *TERNARY, *INT8, torch.float32),
     "packed_int_linear": (CODES, SCALES, SCALES, *ONE[1:], *TERNARY, torch.float32),
+    "fixed_matmul": (ONE[0].repeat(2, 1), None, CODES.t(), 0.0, None, torch.float32),
     "norm_quantize_rows": (ONE[0], torch.ones(64), 1e-6, *INT8),
     "quantize_pack": (ONE[0], torch.ones(1, 1), -1, 1, *TERNARY),
     "sign_pack": (ONE[0], torch.zeros(1, 1)),
