@@ -9,11 +9,11 @@
 
 namespace hb {
 
-// numbers at any address, whatever type they were stored as. Not for template arguments: they lose the attributes
+// numbers at any address, whatever type they were stored as. Not for template arguments, `auto` or lambda captures:
+// they lose the attributes
 typedef uint16_t AnyHalf __attribute__((aligned(1), may_alias));
 typedef uint32_t AnyWord __attribute__((aligned(1), may_alias));
 typedef float AnyFloat __attribute__((aligned(1), may_alias));
-typedef double AnyDouble __attribute__((aligned(1), may_alias));
 
 // ---- conversion, also where there is no hardware for it. `static`: each file compiles its own copy with its own instruction
 // set; one copy shared by the linker could run AVX-512 code on a processor that lacks it ----

@@ -309,7 +309,6 @@ int level(const Packed& w, int64_t row, int64_t k) {
 
 int linear_plain(const Call& call) {
     std::atomic<bool> complete{true};
-    const AnyFloat* zeros = call.x.zero;
     for (int64_t i = 0; i < call.count; ++i) {
         const hb_weight& w = call.weights[i];
         const Packed packed = call.packed(w);
@@ -321,7 +320,7 @@ int linear_plain(const Call& call) {
                 float x_scale;
                 int32_t sum;
                 const int8_t* x = codes_of_row(call, m, codes, row, &x_scale, &sum);
-                const double zero = zeros ? zeros[m] : 0.0, size = double(call.k) / double(w.groups);
+                const double zero = call.x.zero ? load_float(call.x.zero, HB_F32, m) : 0.0, size = double(call.k) / double(w.groups);
                 for (int64_t n = 0; n < w.n; ++n) {
                     const AnyFloat* scale = w.scale + (w.scale_rows == 1 ? 0 : n * w.groups);
                     double y = 0;

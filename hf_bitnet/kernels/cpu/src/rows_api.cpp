@@ -36,6 +36,12 @@ bool is_layout(int bits, int step) { return (bits == 1 || bits == 2 || bits == 4
 int64_t bytes(int dtype, int64_t count) { return count * int64_t(hb::size_of(dtype)); }
 const void* at(const void* data, int dtype, int64_t i) { return static_cast<const char*>(data) + bytes(dtype, i); }
 void* at(void* data, int dtype, int64_t i) { return static_cast<char*>(data) + bytes(dtype, i); }
+// numbers at any address
+float number(const float* data, int64_t i) { return hb::load_float(data, HB_F32, i); }
+template <class Number>
+void put(Number* data, int64_t i, Number value) {
+    memcpy(data + i, &value, sizeof(value));
+}
 
 // Codes of `weight` (n, k), made block by block with quantize(values, size, index of their scale, codes), are packed while
 // they are in the cache. The scales lie (scale_rows, groups); k / groups neighbours share one.
@@ -72,11 +78,10 @@ int hb_quantize_rows(const void* x, int x_dtype, int64_t rows, int64_t k, int64_
                      int8_t* codes, float* scale) {
     if (!is_float(x_dtype) || rows < 0 || k < 0) return HB_ERROR_ARGUMENT;
     const hb::RowBodies& body = hb::rows();
-    hb::AnyFloat* scales = scale;
     hb::for_range(rows, rows_at_once(k), [&](int64_t begin, int64_t end) {
         int32_t sum;
         for (int64_t row = begin; row < end; ++row)
-            scales[row] = body.quantize(at(x, x_dtype, row * x_stride), x_dtype, k, qmin, qmax, eps, codes + row * k, &sum);
+            put(scale, row, body.quantize(at(x, x_dtype, row * x_stride), x_dtype, k, qmin, qmax, eps, codes + row * k, &sum));
     });
     return HB_OK;
 }
@@ -85,7 +90,6 @@ int hb_norm_quantize_rows(const void* x, int x_dtype, int64_t rows, int64_t k, i
                           int norm_dtype, float norm_eps, float qmin, float qmax, float eps, int8_t* codes, float* scale) {
     if (!is_float(x_dtype) || !is_float(norm_dtype) || rows < 0 || k < 0) return HB_ERROR_ARGUMENT;
     const hb::RowBodies& body = hb::rows();
-    hb::AnyFloat* scales = scale;
     std::atomic<int> error{HB_OK};
     hb::for_range(rows, rows_at_once(k), [&](int64_t begin, int64_t end) {
         float* normed = static_cast<float*>(hb::scratch(hb::SLOT_ROW, size_t(k) * sizeof(float)));
@@ -95,8 +99,8 @@ int hb_norm_quantize_rows(const void* x, int x_dtype, int64_t rows, int64_t k, i
         }
         int32_t sum;
         for (int64_t row = begin; row < end; ++row)
-            scales[row] = body.norm_quantize(at(x, x_dtype, row * x_stride), x_dtype, k, norm_weight, norm_dtype, norm_eps, qmin,
-                                            qmax, eps, normed, codes + row * k, &sum);
+            put(scale, row, body.norm_quantize(at(x, x_dtype, row * x_stride), x_dtype, k, norm_weight, norm_dtype, norm_eps, qmin,
+                                               qmax, eps, normed, codes + row * k, &sum));
     });
     return error;
 }
@@ -105,9 +109,8 @@ int hb_scale_rows(const void* x, int x_dtype, int64_t rows, int64_t k, int64_t x
                   int out_dtype) {
     if (!is_dtype(x_dtype) || !is_float(out_dtype) || rows < 0 || k < 0) return HB_ERROR_ARGUMENT;
     const hb::RowBodies& body = hb::rows();
-    const hb::AnyFloat* scales = scale;
     for_pieces(rows, k, [&](int64_t row, int64_t begin, int64_t size) {
-        body.scale(at(x, x_dtype, row * x_stride + begin), x_dtype, size, scales[row], at(out, out_dtype, row * k + begin),
+        body.scale(at(x, x_dtype, row * x_stride + begin), x_dtype, size, number(scale, row), at(out, out_dtype, row * k + begin),
                    out_dtype);
     });
     return HB_OK;
@@ -117,15 +120,15 @@ int hb_abs_sums(const void* w, int dtype, int64_t rows, int64_t n, double* sums)
     if (!is_dtype(dtype) || rows < 0 || n < 0) return HB_ERROR_ARGUMENT;
     const hb::RowBodies& body = hb::rows();
     const int64_t count = pieces(n);
-    hb::AnyDouble* parts = count == 1 ? sums : static_cast<double*>(hb::scratch(hb::SLOT_SUMS, size_t(rows * count) * sizeof(double)));
+    double* parts = count == 1 ? sums : static_cast<double*>(hb::scratch(hb::SLOT_SUMS, size_t(rows * count) * sizeof(double)));
     if (!parts && rows > 0) return HB_ERROR_MEMORY;
     for_pieces(rows, n, [&](int64_t row, int64_t begin, int64_t size) {
-        parts[row * count + begin / PIECE] = body.abs_sum(at(w, dtype, row * n + begin), dtype, size);
+        put(parts, row * count + begin / PIECE, body.abs_sum(at(w, dtype, row * n + begin), dtype, size));
     });
     for (int64_t row = 0; row < rows && count > 1; ++row) {
         double sum = 0;
         for (int64_t i = 0; i < count; ++i) sum += parts[row * count + i];
-        static_cast<hb::AnyDouble*>(sums)[row] = sum;
+        put(sums, row, sum);
     }
     return HB_OK;
 }
@@ -134,13 +137,12 @@ int hb_abs_maxima(const void* w, int dtype, int64_t rows, int64_t n, float* maxi
     if (!is_dtype(dtype) || rows < 0 || n < 0) return HB_ERROR_ARGUMENT;
     const hb::RowBodies& body = hb::rows();
     const int64_t count = pieces(n);
-    hb::AnyFloat* parts = count == 1 ? maxima : static_cast<float*>(hb::scratch(hb::SLOT_SUMS, size_t(rows * count) * sizeof(float)));
+    float* parts = count == 1 ? maxima : static_cast<float*>(hb::scratch(hb::SLOT_SUMS, size_t(rows * count) * sizeof(float)));
     if (!parts && rows > 0) return HB_ERROR_MEMORY;
     for_pieces(rows, n, [&](int64_t row, int64_t begin, int64_t size) {
-        parts[row * count + begin / PIECE] = body.abs_max(at(w, dtype, row * n + begin), dtype, size);
+        put(parts, row * count + begin / PIECE, body.abs_max(at(w, dtype, row * n + begin), dtype, size));
     });
-    for (int64_t row = 0; row < rows && count > 1; ++row)
-        static_cast<hb::AnyFloat*>(maxima)[row] = body.abs_max(parts + row * count, HB_F32, count);
+    for (int64_t row = 0; row < rows && count > 1; ++row) put(maxima, row, body.abs_max(parts + row * count, HB_F32, count));
     return HB_OK;
 }
 
@@ -148,11 +150,10 @@ int hb_quantize_weight(const void* w, int dtype, int64_t rows, int64_t n, const 
                        float qmax, void* out, int out_dtype) {
     if (!is_float(dtype) || !is_dtype(out_dtype) || rows < 0 || n < 0) return HB_ERROR_ARGUMENT;
     const hb::RowBodies& body = hb::rows();
-    const hb::AnyFloat* scales = scale;
     for_pieces(rows, n, [&](int64_t row, int64_t begin, int64_t size) {
         const int64_t i = row * n + begin;
         void* codes = at(out, out_dtype, i);
-        body.quantize_weight(at(w, dtype, i), dtype, size, scales[row], zero_point, qmin, qmax, codes, out_dtype);
+        body.quantize_weight(at(w, dtype, i), dtype, size, number(scale, row), zero_point, qmin, qmax, codes, out_dtype);
     });
     return HB_OK;
 }
@@ -160,10 +161,9 @@ int hb_quantize_weight(const void* w, int dtype, int64_t rows, int64_t n, const 
 int hb_quantize_sign(const void* w, int dtype, int64_t rows, int64_t n, const float* threshold, void* out, int out_dtype) {
     if (!is_float(dtype) || !is_dtype(out_dtype) || rows < 0 || n < 0) return HB_ERROR_ARGUMENT;
     const hb::RowBodies& body = hb::rows();
-    const hb::AnyFloat* thresholds = threshold;
     for_pieces(rows, n, [&](int64_t row, int64_t begin, int64_t size) {
         const int64_t i = row * n + begin;
-        body.quantize_sign(at(w, dtype, i), dtype, size, thresholds[row], at(out, out_dtype, i), out_dtype);
+        body.quantize_sign(at(w, dtype, i), dtype, size, number(threshold, row), at(out, out_dtype, i), out_dtype);
     });
     return HB_OK;
 }
@@ -172,10 +172,9 @@ int hb_quantize_pack(const void* w, int dtype, int64_t n, int64_t k, const float
                      float zero_point, float qmin, float qmax, int bits, int lowest, int step, uint8_t* packed) {
     if (!is_float(dtype) || !is_grouping(n, k, scale_rows, groups) || !is_layout(bits, step)) return HB_ERROR_ARGUMENT;
     const hb::RowBodies& body = hb::rows();
-    const hb::AnyFloat* scales = scale;
     quantize_pack(w, dtype, n, k, scale_rows, groups, bits, lowest, step, packed,
                   [&](const void* values, int64_t size, int64_t i, int8_t* codes) {
-                      body.quantize_weight(values, dtype, size, scales[i], zero_point, qmin, qmax, codes, HB_I8);
+                      body.quantize_weight(values, dtype, size, number(scale, i), zero_point, qmin, qmax, codes, HB_I8);
                   });
     return HB_OK;
 }
@@ -184,10 +183,9 @@ int hb_sign_pack(const void* w, int dtype, int64_t n, int64_t k, const float* th
                  uint8_t* packed) {
     if (!is_float(dtype) || !is_grouping(n, k, threshold_rows, groups)) return HB_ERROR_ARGUMENT;
     const hb::RowBodies& body = hb::rows();
-    const hb::AnyFloat* thresholds = threshold;
     quantize_pack(w, dtype, n, k, threshold_rows, groups, 1, -1, 2, packed,
                   [&](const void* values, int64_t size, int64_t i, int8_t* codes) {
-                      body.quantize_sign(values, dtype, size, thresholds[i], codes, HB_I8);
+                      body.quantize_sign(values, dtype, size, number(threshold, i), codes, HB_I8);
                   });
     return HB_OK;
 }
