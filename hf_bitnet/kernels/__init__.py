@@ -1,8 +1,11 @@
 """Floor 1: operations on plain tensors. `reference` defines them, `dispatch` picks a body, `cpu/` has the C++ ones."""
 
+from .cpu.decoder import Described as DescribedLayer
+from .decoder import DecoderLayer, decode_layer
 from .dispatch import (
     autocast_dtype,
     bodies,
+    describe_layer,
     explain,
     fixed_matmul,
     int_linear,
@@ -29,11 +32,15 @@ from .dispatch import (
 from .reference import Layout, PackedWeight, RowQuantization
 
 __all__ = [
+    "DecoderLayer",
+    "DescribedLayer",
     "Layout",
     "PackedWeight",
     "RowQuantization",
     "autocast_dtype",
     "bodies",
+    "decode_layer",
+    "describe_layer",
     "explain",
     "fixed_matmul",
     "int_linear",

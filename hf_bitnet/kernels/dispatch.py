@@ -18,6 +18,8 @@ from torch import Tensor
 
 from . import eager, reference
 from .cpu import decode, library, operators
+from .cpu.decoder import Described
+from .decoder import DecoderLayer
 from .reference import Layout, PackedWeight, RowQuantization
 
 
@@ -308,6 +310,17 @@ def pack_trits(codes: Tensor) -> Tensor:
 def unpack_trits(packed: Tensor, in_features: int) -> Tensor:
     """uint8 (N, ceil(K / 5)) -> ternary int8 codes (N, in_features)."""
     return _body("unpack_trits", packed)(packed, in_features)
+
+
+def describe_layer(layer: DecoderLayer) -> Described | None:
+    """A decoder layer for decoding in one call on the CPU; None where there are no C++ kernels or another body is forced.
+
+    Raises:
+        ValueError: the parts of the layer do not belong together.
+    """
+    if _FORCED not in (None, "cpu") or library.why_unavailable() is not None:
+        return None
+    return Described(layer)
 
 
 def explain(device: str = "cpu") -> str:

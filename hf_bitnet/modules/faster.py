@@ -33,6 +33,11 @@ class Faster:
 
     original: type[nn.Module]
 
+    @staticmethod
+    def made_for(original: type[nn.Module]) -> dict[str, Any]:
+        """Attributes of the subclass for a class."""
+        raise AssertionError("abstract")
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # a class made at run time cannot be found by name: copies and pickles name the original, and make it again
         _, _, state, *rest = super().__reduce_ex__(protocol)
@@ -53,7 +58,7 @@ def _faster(form: type, original: type[nn.Module]) -> type:
     )
 
 
-def make_faster(module: nn.Module, form: type[FasterNorm | FasterAttention]) -> None:
+def make_faster(module: nn.Module, form: type[Faster]) -> None:
     """Gives a module the fast forward `form`, in place."""
     module.__class__ = _faster(form, type(module))
 

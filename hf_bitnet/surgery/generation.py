@@ -24,12 +24,15 @@ from ..modules.faster import (
     make_faster,
     make_original,
 )
+from ..modules.faster_layer import FasterLayer, is_decoder_layer
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def optimize_for_generation(model: Model, *, enable: bool = True) -> Model:
-    """Gives norms and attention layers of transformers' decoders faster forwards, in place, and returns the model.
+    """Gives norms, attention layers and packed decoder layers of transformers faster forwards, in place; returns the model.
+
+    A packed decoder layer in the manner of Llama (`pack_model` first) computes a new token in one kernel call.
 
     They serve where no gradient is asked for and nothing is compiled; training, saving, `torch.compile` and state-dict keys
     are as before. Calling it again changes nothing; copies of the model stay optimized.
@@ -49,6 +52,8 @@ def optimize_for_generation(model: Model, *, enable: bool = True) -> Model:
                 make_faster(module, FasterNorm)
             elif _is_attention(type(module)):
                 make_faster(module, FasterAttention)
+            elif is_decoder_layer(module):
+                make_faster(module, FasterLayer)
     return model
 
 

@@ -49,6 +49,7 @@ _SIGNATURES: dict[str, list[type]] = {
     ],
     "hb_rms_norm": [_pointer, _i64, _i64, _i64, _i64, _pointer, _float, _pointer],
     "hb_rotate": [_pointer, _i64, _i64, _i64, _i64, _i64, _pointer, _pointer, _i64, _i64],
+    "hb_decode_layer": [_pointer, _i64, _pointer, _pointer, _pointer, _i64, _pointer, _pointer, *[_i64] * 4, _pointer],
     "hb_level": [],
     "hb_level_legal": [_int],
     "hb_set_level": [_int],

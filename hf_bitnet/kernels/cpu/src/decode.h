@@ -1,4 +1,4 @@
-// What a decoder layer does between its products: RMS norm and rotary embedding. Own.
+// What a decoder layer does between its products: RMS norm, rotary embedding, attention of one token, gate, sum. Own.
 //
 // Results have the roundings of transformers' eager code, where every intermediate tensor is rounded to the dtype of the
 // model; only the order of the sum of squares is ours.
@@ -14,7 +14,14 @@ struct DecodeBodies {
     void (*rms_norm)(const void* x, int dtype, int64_t k, const void* weight, float eps, float* row, void* out);
     // out = round(x * cos) + round((-upper half of x, lower half of x) * sin) for one head of d
     void (*rotate)(const void* x, int dtype, int64_t d, const void* cos, const void* sin, void* out);
+    // see attend.inc
+    void (*attend)(const void* q, int dtype, int64_t heads, int64_t d, const void* keys, const void* values, int64_t stride,
+                   int64_t length, float scaling, float* space, void* out);
+    void (*gate)(const void* gates, const void* ups, int dtype, int64_t n, void* out);
+    void (*add)(const void* a, const void* b, int dtype, int64_t n, void* out);
 };
+
+const DecodeBodies& decode();  // of the level in use
 
 const DecodeBodies* decode_portable();
 const DecodeBodies* decode_avx2();    // NULL where not compiled in

@@ -1,0 +1,233 @@
+"""Decoder layers of transformers that compute a single new token in one kernel call. Own.
+
+For anything else (prompts, gradients, masks, hooks, other caches) a layer keeps the forward it had. That the one call computes
+what the modules compute is not read off names: the first time a layer could use it, both are run on random numbers, and where
+they differ the layer never uses it.
+
+Keys and values then live in buffers with room to grow, of which the cache holds views, instead of being copied for each token.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from .. import kernels
+from .faster import Faster, epsilon
+from .packed_linear import PackedBitLinear
+
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_TOKENS = 64  # a cache grows by so many at least
+# of the difference between two ways of rounding, relative to the largest output
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.04, torch.float16: 0.005}
+
+
+class _Plan(NamedTuple):
+    """A layer as one call, and what must still be there for it to be the layer.
+
+    Attributes:
+        modules: per module the dict of its parent, its name, and the module.
+        tensors: per tensor the dict of its module, its name, and the tensor or None.
+    """
+
+    described: kernels.DescribedLayer
+    modules: list[tuple[dict[str, Any], str, nn.Module]]
+    tensors: list[tuple[dict[str, Any], str, Tensor | None]]
+
+    def holds(self) -> bool:
+        for parent, name, module in self.modules:
+            if parent.get(name) is not module or module._forward_hooks or module._forward_pre_hooks:
+                return False
+        return all(parent.get(name) is tensor for parent, name, tensor in self.tensors) and self.described.is_current()
+
+
+# not on the modules: addresses must not be copied or pickled with them
+_PLANS: weakref.WeakKeyDictionary[nn.Module, _Plan | None] = weakref.WeakKeyDictionary()
+
+
+class _Buffers(NamedTuple):
+    keys: Tensor
+    values: Tensor
+    # what the cache holds of them; any other tensor there means that somebody else has changed the cache
+    present: tuple[Tensor, Tensor]
+
+
+_BUFFERS: weakref.WeakKeyDictionary[DynamicLayer, _Buffers] = weakref.WeakKeyDictionary()
+
+
+class FasterLayer(Faster):
+    """A decoder layer that computes one new token in one call where it may."""
+
+    @staticmethod
+    def made_for(original: type[nn.Module]) -> dict[str, Any]:
+        return {}
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if (
+            hidden_states.shape[1] == 1
+            and attention_mask is None
+            and position_embeddings is not None
+            and type(past_key_values) is DynamicCache
+            and not torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
+            and not kwargs.get("output_attentions")
+        ):
+            y = _decode(self, hidden_states, past_key_values, position_embeddings)  # type: ignore[arg-type]
+            if y is not None:
+                return y
+        return super().forward(  # type: ignore[misc]
+            hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+
+
+def is_decoder_layer(module: nn.Module) -> bool:
+    """Whether a module has the parts of a layer that could be decoded in one call."""
+    parts = module._modules
+    attention, mlp = parts.get("self_attn"), parts.get("mlp")
+    if attention is None or mlp is None or any(parts.get(name) is None for name in _NORMS):
+        return False
+    linears = [attention._modules.get(name) for name in _ATTENTION] + [mlp._modules.get(name) for name in _MLP]
+    return all(type(linear) is PackedBitLinear for linear in linears)
+
+
+def _decode(module: nn.Module, x: Tensor, cache: DynamicCache, angles: tuple[Tensor, Tensor]) -> Tensor | None:
+    if not x.is_cpu or torch.is_autocast_enabled("cpu") or nn.modules.module._global_forward_hooks:
+        return None
+    plan = _PLANS.get(module)
+    if plan is None and module in _PLANS:
+        return None
+    if plan is None or not plan.holds():
+        plan = _PLANS[module] = _make(module)
+        if plan is None:
+            return None
+    layer = _layer_of(cache, module.self_attn.layer_idx)  # type: ignore[union-attr]
+    described = plan.described
+    if layer is None or not x.dtype == angles[0].dtype == angles[1].dtype == layer.dtype == described.dtype:
+        return None
+    assert layer.keys is not None
+    keys, values = _with_room(layer)
+    length = layer.keys.shape[2]
+    y = described.decode(x, *angles, keys, values, length)
+    layer.keys, layer.values = keys[:, :, : length + 1], values[:, :, : length + 1]
+    _BUFFERS[layer] = _Buffers(keys, values, (layer.keys, layer.values))
+    return y
+
+
+def _layer_of(cache: DynamicCache, index: int) -> DynamicLayer | None:
+    """The part of the cache that belongs to a layer, if it holds past tokens in the plain manner."""
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys is None or not layer.keys.numel():
+        return None
+    return layer if layer.keys.is_cpu else None
+
+
+def _with_room(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
+    """Buffers that hold the cache's keys and values and have a place for one more."""
+    now = layer.keys, layer.values
+    held = _BUFFERS.get(layer)
+    assert now[0] is not None and now[1] is not None
+    length = now[0].shape[2]
+    if held is not None and held.present[0] is now[0] and held.present[1] is now[1] and held.keys.shape[2] > length:
+        return held.keys, held.values
+    batch, heads, _, size = now[0].shape
+    capacity = length + max(_TOKENS, length // 2)
+    keys, values = (tensor.new_empty(batch, heads, capacity, size) for tensor in (now[0], now[1]))
+    keys[:, :, :length], values[:, :, :length] = now[0], now[1]
+    return keys, values
+
+
+def _make(module: Any) -> _Plan | None:
+    """The plan of a layer; None where the parts are other ones, or compute something else together."""
+    attention, mlp = module.self_attn, module.mlp
+    linears: dict[str, PackedBitLinear] = {name: attention._modules[name] for name in _ATTENTION}
+    linears |= {name: mlp._modules[name] for name in _MLP}
+    layout, activation = attention.q_proj.layout, attention.q_proj.activation
+    if activation.rows is None or any(
+        type(each) is not PackedBitLinear
+        or each.layout != layout
+        or each.activation is not activation
+        or each.sub_norm is not None
+        for each in linears.values()
+    ):
+        return None
+    operands = {name: each.operands() for name, each in linears.items()}
+    norms = [module._modules[name] for name in _NORMS]
+    try:
+        layer = kernels.DecoderLayer(
+            *(norms[0].weight.detach(), norms[1].weight.detach(), epsilon(norms[0]), epsilon(norms[1])),
+            qkv=(operands["q_proj"], operands["k_proj"], operands["v_proj"]),
+            attention_out=operands["o_proj"],
+            gate_up=(operands["gate_proj"], operands["up_proj"]),
+            down=operands["down_proj"],
+            layout=layout,
+            rows=activation.rows,
+            heads=attention.q_proj.out_features // attention.head_dim,
+            kv_heads=attention.k_proj.out_features // attention.head_dim,
+            head_dim=attention.head_dim,
+            scaling=float(attention.scaling),
+        )
+        described = kernels.describe_layer(layer)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    if described is None or not _agrees(module, described):
+        return None
+    parts = [(module._modules, name, module._modules[name]) for name in (*_NORMS, "self_attn", "mlp")]
+    parts += [(attention._modules, name, linears[name]) for name in _ATTENTION]
+    parts += [(mlp._modules, name, linears[name]) for name in _MLP]
+    tensors: list[tuple[dict[str, Any], str, Tensor | None]] = [(norm._parameters, "weight", norm.weight) for norm in norms]
+    for name, each in linears.items():
+        tensors += [(each._parameters, key, part) for key, part in zip(_OPERANDS, operands[name], strict=True)]
+    return _Plan(described, parts, tensors)
+
+
+_OPERANDS = ("weight", "weight_scale", "bias")
+
+
+@torch.no_grad()
+def _agrees(module: Any, described: kernels.DescribedLayer) -> bool:
+    """Whether the layer's own forward and the one call return the same for a random token after random others."""
+    shape, dtype = described.layer, described.dtype
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(dtype)
+
+    x = random(2, 1, shape.input_norm.shape[0])
+    angle = random(1, 1, shape.head_dim // 2).float().repeat(1, 1, 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    keys, values = random(2, shape.kv_heads, 4, shape.head_dim), random(2, shape.kv_heads, 4, shape.head_dim)
+    cache, index = DynamicCache(), module.self_attn.layer_idx
+    try:
+        cache.update(keys[:, :, :3].clone(), values[:, :, :3].clone(), index)
+        expected = module.original.forward(module, x, past_key_values=cache, position_embeddings=(cos, sin), use_cache=True)
+    except Exception:  # called otherwise than we think
+        return False
+    found = described.decode(x, cos, sin, keys, values, 3)
+    layer = cache.layers[index]
+    if not isinstance(expected, Tensor) or layer.keys is None or layer.values is None or layer.keys.shape != keys.shape:
+        return False
+    return all(
+        (ours.float() - theirs.float()).abs().max() <= _TOLERANCE[dtype] * theirs.float().abs().max()
+        for ours, theirs in ((found, expected), (keys, layer.keys), (values, layer.values))
+    )

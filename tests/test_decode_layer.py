@@ -1,0 +1,162 @@
+"""A decoder layer in one call: against its definition, inside transformers, and where it must not be used."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import hf_bitnet as hb
+from hf_bitnet import kernels
+from hf_bitnet.kernels.cpu import library
+from hf_bitnet.modules import faster_layer
+from tests import tiny
+
+pytestmark = pytest.mark.skipif(library.why_unavailable() is not None, reason=f"no CPU kernels: {library.why_unavailable()}")
+LAYOUT, ROWS = kernels.Layout(2, -1, 1, 0.0), kernels.RowQuantization(-128, 127, 1e-5)
+
+
+def made_layer(
+    hidden: int, ffn: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype, bias: bool = False
+) -> kernels.DecoderLayer:
+    generator = torch.Generator().manual_seed(hidden + heads)
+
+    def weight(outputs: int, inputs: int) -> kernels.PackedWeight:
+        codes = torch.randint(-1, 2, (outputs, inputs), generator=generator).to(torch.int8)
+        some = torch.randn(outputs, generator=generator).to(dtype) if bias else None
+        return kernels.pack(codes, 2, -1, 1), torch.full((1, 1), inputs**-0.5), some
+
+    norm, post = (torch.rand(hidden, generator=generator).to(dtype) + 0.5 for _ in range(2))
+    wide, narrow = heads * size, kv_heads * size
+    return kernels.DecoderLayer(
+        *(norm, post, 1e-5, 1e-6),
+        (weight(wide, hidden), weight(narrow, hidden), weight(narrow, hidden)),
+        weight(hidden, wide),
+        (weight(ffn, hidden), weight(ffn, hidden)),
+        weight(hidden, ffn),
+        *(LAYOUT, ROWS, heads, kv_heads, size, size**-0.5),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "batch", "length"),
+    [((64, 96, 4, 2, 16), 1, 0), ((64, 96, 4, 2, 16), 2, 5), ((48, 40, 4, 4, 12), 3, 37), ((128, 256, 8, 2, 16), 1, 100)],
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_call_is_the_definition(dtype: torch.dtype, shape: tuple[int, ...], batch: int, length: int, bias: bool) -> None:
+    layer = made_layer(*shape, dtype, bias=bias)  # type: ignore[arg-type]
+    hidden, _, _, kv_heads, size = shape
+    generator = torch.Generator().manual_seed(3)
+    x, cos, sin = (torch.randn(*of, generator=generator).to(dtype) for of in ((batch, 1, hidden), (1, 1, size), (1, 1, size)))
+    keys, values = (torch.randn(batch, kv_heads, length + 3, size, generator=generator).to(dtype) for _ in range(2))
+    ours = keys.clone(), values.clone()
+    expected = kernels.decode_layer(layer, x, cos, sin, keys, values, length)
+    found = kernels.DescribedLayer(layer).decode(x, cos, sin, *ours, length)
+    # a rounding to bfloat16 that goes the other way may move a code of the next product
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.004}[dtype]
+    for a, b in ((found, expected), (ours[0], keys), (ours[1], values)):
+        assert (a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max()
+    assert torch.equal(ours[0][:, :, length + 1 :], keys[:, :, length + 1 :])  # nothing behind the token is touched
+
+
+def test_it_refuses_what_is_not_a_layer() -> None:
+    layer = made_layer(64, 96, 4, 2, 16, torch.float32)
+    wrong = layer._replace(down=layer.attention_out)
+    with pytest.raises(ValueError, match="do not belong together"):
+        kernels.DescribedLayer(wrong)
+    described = kernels.DescribedLayer(layer)
+    x, angle, keys = torch.randn(1, 1, 64), torch.randn(1, 1, 16), torch.randn(1, 2, 4, 16)
+    with pytest.raises(ValueError, match="a place for the token"):
+        described.decode(x, angle, angle, keys, keys.clone(), 4)
+    with pytest.raises(ValueError, match="not of this layer"):
+        described.decode(torch.randn(1, 1, 32), angle, angle, keys, keys.clone(), 3)
+
+
+def packed_llama(**changes: object) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    settings |= {"num_key_value_heads": 2, "vocab_size": 160, "max_position_embeddings": 512}
+    model = LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+    hb.quantize_model(model, hb.BitNetQuantizationConfig.bitnet_b158(), progress=False)
+    return hb.pack_model(model, progress=False)
+
+
+def plans(model: LlamaForCausalLM) -> list[object]:
+    return [faster_layer._PLANS.get(layer) for layer in model.model.layers]
+
+
+@torch.no_grad()
+def test_generation_is_the_same_and_takes_the_one_call() -> None:
+    model = packed_llama()
+    prompt = torch.randint(0, 160, (2, 7), generator=torch.Generator().manual_seed(1))
+    settings = {"max_new_tokens": 90, "min_new_tokens": 90, "do_sample": False, "output_logits": True}
+    settings |= {"return_dict_in_generate": True, "pad_token_id": 0}
+    before = model.generate(prompt, **settings)
+    after = hb.optimize_for_generation(model).generate(prompt, **settings)
+    assert all(plans(model)), "no layer took the one call"
+    assert torch.equal(before.sequences, after.sequences)
+    for a, b in zip(after.logits, before.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", tiny.CAUSAL)
+def test_other_families_generate_the_same(family: str) -> None:
+    model = tiny.tiny(family)[0].eval()
+    hb.quantize_model(model, hb.BitNetQuantizationConfig.bitnet_b158(), progress=False)
+    hb.pack_model(model, progress=False)
+    prompt = torch.randint(5, 50, (1, 5), generator=torch.Generator().manual_seed(1))
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    before = model.generate(prompt, **settings)
+    assert torch.equal(before, hb.optimize_for_generation(model).generate(prompt, **settings))
+
+
+@torch.no_grad()
+def test_two_caches_that_share_tensors_do_not_write_into_each_other() -> None:
+    model = hb.optimize_for_generation(packed_llama())
+    prompt = torch.randint(0, 160, (1, 6), generator=torch.Generator().manual_seed(1))
+    first = DynamicCache()
+    model(prompt, past_key_values=first)
+    model(prompt[:, :1], past_key_values=first)  # now in a buffer with room
+    second = DynamicCache()
+    for index, layer in enumerate(first.layers):
+        second.update(layer.keys, layer.values, index)
+        second.layers[index].keys, second.layers[index].values = layer.keys, layer.values
+    a = model(torch.tensor([[3]]), past_key_values=first).logits
+    model(torch.tensor([[9]]), past_key_values=second)
+    again = model(torch.tensor([[5]]), past_key_values=first).logits
+    fresh = DynamicCache()
+    model(torch.cat([prompt, prompt[:, :1]], dim=1), past_key_values=fresh)
+    torch.testing.assert_close(model(torch.tensor([[3]]), past_key_values=fresh).logits, a, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(model(torch.tensor([[5]]), past_key_values=fresh).logits, again, rtol=2e-4, atol=2e-4)
+
+
+@torch.no_grad()
+def test_changed_weights_hooks_and_copies_are_noticed() -> None:
+    model = hb.optimize_for_generation(packed_llama())
+    prompt = torch.randint(0, 160, (1, 4), generator=torch.Generator().manual_seed(1))
+    token = torch.tensor([[7]])
+
+    def logits(of: LlamaForCausalLM) -> torch.Tensor:
+        cache = DynamicCache()
+        of(prompt, past_key_values=cache)
+        return of(token, past_key_values=cache).logits
+
+    start = logits(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(logits(twin), start)
+    down = model.model.layers[1].mlp.down_proj
+    down.weight_scale.data = down.weight_scale * 2  # another tensor behind the same parameter
+    changed = logits(model)
+    assert not torch.allclose(changed, start)
+    calls: list[int] = []
+    handle = down.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(logits(model), changed, rtol=2e-4, atol=2e-4)
+    assert len(calls) == 2, "a hook on a part has to see every call"
+    handle.remove()
+    hb.optimize_for_generation(model, enable=False)
+    torch.testing.assert_close(logits(model), changed, rtol=2e-4, atol=2e-4)
