@@ -78,7 +78,7 @@ class PackedBitLinear(QuantizedLayer, nn.Linear):
             device="meta",
         )
         if not layer.weight.is_meta:  # an empty layer, which a checkpoint will fill
-            packed.store(layer.quantized_weight())
+            packed._hold(*layer.quantizer.pack(layer.matrix, layer.weight_scale))
         packed.bias = layer.bias
         packed.act_scale, packed.sub_norm = layer.act_scale, layer.sub_norm
         packed.training = layer.training
@@ -88,8 +88,11 @@ class PackedBitLinear(QuantizedLayer, nn.Linear):
     def store(self, quantized: Quantized) -> None:
         """Replaces the weight by these codes (out_features, in_features) and their scale."""
         packed = kernels.pack(quantized.codes, self.bits, self.grid.lowest, self.grid.step)
+        self._hold(packed, quantized.scale.detach().float().clone())
+
+    def _hold(self, packed: Tensor, scale: Tensor) -> None:
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.weight_scale = nn.Parameter(quantized.scale.detach().float().clone(), requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
 
     @property
     def quantizer(self) -> WeightQuantizer:

@@ -23,6 +23,10 @@ class Binary(WeightScheme):
         return kernels.quantize_sign(rows, _mean(rows))
 
     @classmethod
+    def packed(cls, weight: Tensor, scale: Tensor) -> Tensor:
+        return kernels.sign_pack(weight, _mean(cls.rows(weight, scale)).reshape(scale.shape))
+
+    @classmethod
     def position(cls, rows: Tensor, scale: Tensor) -> Tensor:
         return ((rows - _mean(rows)) * scale.reciprocal() + 1) / 2
 

@@ -42,6 +42,21 @@ class WeightScheme:
         return kernels.quantize_weight(rows, scale, cls.grid.zero_point, cls.grid.lowest, cls.grid.highest)
 
     @classmethod
+    def packed(cls, weight: Tensor, scale: Tensor) -> Tensor:
+        """float (N, K), scale (1, 1), (N, 1) or (N, G) -> `codes` as bytes, uint8 (N, ceil(K * storage_bits / 8))."""
+        grid = cls.grid
+        if cls.codes.__func__ is not WeightScheme.codes.__func__:  # a scheme with codes of its own: by way of them
+            codes = cls.codes(cls.rows(weight, scale), scale.reshape(-1, 1)).reshape(weight.shape)
+            return kernels.pack(codes, cls.storage_bits, grid.lowest, grid.step)
+        layout = kernels.Layout(cls.storage_bits, grid.lowest, grid.step, grid.zero_point)
+        return kernels.quantize_pack(weight, scale, grid.lowest, grid.highest, layout)
+
+    @staticmethod
+    def rows(weight: Tensor, scale: Tensor) -> Tensor:
+        """float (N, K) -> float32 (R, n): the weights that share one of the R scales side by side."""
+        return weight.float().contiguous().reshape(scale.numel(), -1)
+
+    @classmethod
     def position(cls, rows: Tensor, scale: Tensor) -> Tensor:
         """Where each weight lies among the levels: 0.0 is the lowest level, 1.0 the next. float32 (R, n)."""
         return rows * scale.reciprocal() + (cls.grid.zero_point - cls.grid.lowest)
@@ -141,6 +156,17 @@ class WeightQuantizer:
             rows = self._rows(weight.detach())
             codes = WEIGHT_SCHEMES.get(self.scheme).codes(rows, scale.reshape(-1, 1)).reshape(weight.shape)
             return Quantized(codes, scale, self.grid.zero_point)
+
+    def pack(self, weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`quantize` straight to bytes: uint8 (N, ceil(K * storage_bits / 8)) and the scale; no gradient.
+
+        Args:
+            weight: float (N, K). scale: float32 `scale_shape(N, K)`, given when the scale is learned.
+        """
+        with torch.no_grad():
+            weight = weight.detach().contiguous()  # once: a transposed one would be copied for each pass
+            scale = self.compute_scale(weight) if scale is None else scale.detach().float().clamp(min=SMALLEST_SCALE)
+            return WEIGHT_SCHEMES.get(self.scheme).packed(weight, scale), scale
 
     def position(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Position of each weight among the levels (0 the lowest), float32 (N, K); see `WeightScheme.position`."""

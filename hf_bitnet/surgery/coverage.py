@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .. import kernels
 from ..config import BitNetQuantizationConfig
 from ..modules import PackedBitLinear, QuantizedLayer
 from ..modules.base import PROTECTED
@@ -181,10 +182,10 @@ def check_finite(name: str, weight: torch.Tensor) -> None:
         raise TypeError(f"the weight of {name} has dtype {weight.dtype}; a float weight is needed; {advice}")
     if weight.is_meta:
         return
-    # one pass: any NaN or infinity makes the sum of magnitudes NaN or infinite (float64: no overflow on the way)
-    total = weight.detach().abs().sum(dtype=torch.float64)
-    if not torch.isfinite(total):
-        bad = int((~torch.isfinite(weight)).sum())
+    # one pass: any NaN or infinity makes the mean magnitude NaN or infinite (float64 sums: no overflow on the way). Only
+    # numbers that float32 cannot hold can do the same, or vanish in the mean, so what it says is looked up in the weight
+    mean = kernels.mean_magnitudes(weight.detach().reshape(1, -1))
+    if not torch.isfinite(mean) and (bad := int((~torch.isfinite(weight)).sum())):
         raise ValueError(f"the weight of {name} holds {bad} NaN or infinite values; {advice}")
-    if total == 0:
+    if mean == 0 and not weight.any():
         raise ValueError(f"the weight of {name} is all zero, so it has no scale; {advice}")
