@@ -199,6 +199,20 @@ def test_a_kept_block_dies_with_its_weight() -> None:
     assert key not in products._KEPT
 
 
+AT_EXIT = """
+from tests.test_cpu_kernels import decode, products, ternary_layer
+x, packed, scale, bias = ternary_layer()
+decode(x, packed, scale, bias)
+block = products._KEPT[id(packed)]  # as if another thread were in the middle of a call
+hold = lambda: packed  # the interpreter empties `products` while it exists, and this script's tensors die after that
+"""
+
+
+def test_a_weight_that_outlives_the_modules_dies_in_silence() -> None:
+    done = run_python(AT_EXIT)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
 # ---- graphs ----
 
 ONE = ternary_layer()

@@ -123,6 +123,21 @@ def _packed_grid(layout: Layout, k: int) -> tuple[_Grid, int]:
 _KEPT: dict[int, _Block] = {}
 
 
+class _Owner(weakref.ref):
+    """A weak reference to a packed tensor, with its `key` in `_KEPT`."""
+
+    __slots__ = ("key",)
+
+    key: int
+
+
+def _forget(owner: _Owner, kept: dict[int, _Block] = _KEPT) -> None:
+    """Drops the block of a dead tensor. `kept` is held here: the last tensors die when this module's names are gone."""
+    block = kept.get(owner.key)
+    if block is not None and block.owner is owner:  # another tensor may live at the same id by now, with a block of its own
+        del kept[owner.key]
+
+
 def _traits(codes: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
     """What must not have changed for a kept block to describe this weight."""
     if bias is None:
@@ -153,15 +168,9 @@ def _keep(block: _Block, weights: Sequence[PackedWeight], spec: tuple[Any, ...])
     key = id(weights[0][0])
     block.spec = spec
     block.made_of = [_traits(*weight) for weight in weights]
-    block.owner = weakref.ref(weights[0][0], lambda owner: _forget(key, owner))
+    block.owner = _Owner(weights[0][0], _forget)
+    block.owner.key = key
     _KEPT[key] = block
-
-
-def _forget(key: int, owner: weakref.ref[Tensor]) -> None:
-    # another tensor may live at the same id by now, with a block of its own
-    block = _KEPT.get(key)
-    if block is not None and block.owner is owner:
-        del _KEPT[key]
 
 
 def packed_linear(
