@@ -40,11 +40,13 @@ class _Plan(NamedTuple):
     modules: list[tuple[dict[str, Any], str, nn.Module]]
     tensors: list[tuple[dict[str, Any], str, Tensor | None]]
 
+    def is_watched(self) -> bool:
+        """Whether somebody wants to see the calls of the parts, which there would be none of."""
+        return any(module._forward_hooks or module._forward_pre_hooks for _, _, module in self.modules)
+
     def holds(self) -> bool:
-        for parent, name, module in self.modules:
-            if parent.get(name) is not module or module._forward_hooks or module._forward_pre_hooks:
-                return False
-        return all(parent.get(name) is tensor for parent, name, tensor in self.tensors) and self.described.is_current()
+        same = all(parent.get(name) is part for parent, name, part in (*self.modules, *self.tensors))
+        return same and self.described.is_current()
 
 
 # not on the modules: addresses must not be copied or pickled with them
@@ -119,8 +121,8 @@ def _decode(module: nn.Module, x: Tensor, cache: DynamicCache, angles: tuple[Ten
         return None
     if plan is None or not plan.holds():
         plan = _PLANS[module] = _make(module)
-        if plan is None:
-            return None
+    if plan is None or plan.is_watched():
+        return None
     layer = _layer_of(cache, module.self_attn.layer_idx)  # type: ignore[union-attr]
     described = plan.described
     if layer is None or not x.dtype == angles[0].dtype == angles[1].dtype == layer.dtype == described.dtype:

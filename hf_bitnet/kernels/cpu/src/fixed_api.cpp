@@ -10,6 +10,7 @@ namespace hb {
 namespace {
 
 constexpr int64_t kSlabBytes = 8 << 20;  // int8 bytes of the float operand laid out at a time
+constexpr int64_t kTransposedRows = 48;   // of a transposed operand that are brought into rows at a time
 constexpr int64_t kPartBytes = 1 << 20;  // those that meet one panel: half of a second-level cache
 
 struct FixedCall {
@@ -38,20 +39,27 @@ struct FixedSlab {
 
 bool lay_out(const FixedCall& call, const FixedSlab& slab) {
     const int mr = call.body.mr, pairs = mr / 2;
+    // rows of a transposed operand are neighbours in memory: so many at a time use the cache lines that they touch
+    const int group = int(call.a.step == 1 ? pairs : round_up(kTransposedRows, pairs));
     std::atomic<bool> complete{true};
-    for_range(ceil_div(slab.rows, pairs), ceil_div(16384, mr * slab.kpad), [&](int64_t begin, int64_t end) {
-        auto* strips = static_cast<int8_t*>(scratch(SLOT_PANEL, size_t(mr * slab.kpad)));
-        auto* values = static_cast<float*>(scratch(SLOT_ROW, size_t(pairs * call.a.k + 16) * 4));
+    for_range(ceil_div(slab.rows, group), ceil_div(16384, 2 * group * slab.kpad), [&](int64_t begin, int64_t end) {
+        auto* strips = static_cast<int8_t*>(scratch(SLOT_PANEL, size_t(2 * group * slab.kpad)));
+        auto* values = static_cast<float*>(scratch(SLOT_ROW, size_t(group * call.a.k + 16) * 4));
         if (!strips || !values) {
             complete = false;
             return;
         }
-        for (int64_t b = begin; b < end; ++b) {
-            const int64_t row = b * pairs;
-            const int count = int(smaller(pairs, slab.rows - row));
-            call.body.fixed_rows(call.a, slab.m0 + row, count, slab.kpad, values, strips, slab.scales + row, slab.sums + 2 * row);
-            for (int64_t k0 = 0; k0 < slab.kpad; k0 += slab.kc)
-                call.body.pack_rows(strips + k0, slab.kpad, 2 * count, slab.size(k0), slab.size(k0), slab.block(b * mr, k0));
+        for (int64_t from = begin * group; from < smaller(end * group, slab.rows); from += group) {
+            const int all = int(smaller(group, slab.rows - from));
+            call.body.fixed_rows(call.a, slab.m0 + from, all, slab.kpad, values, strips, slab.scales + from, slab.sums + 2 * from);
+            for (int row = 0; row < all; row += pairs) {
+                const int8_t* at = strips + 2 * row * slab.kpad;
+                const int count = 2 * int(smaller(pairs, all - row));
+                for (int64_t k0 = 0; k0 < slab.kpad; k0 += slab.kc) {
+                    const int64_t size = slab.size(k0);
+                    call.body.pack_rows(at + k0, slab.kpad, count, size, size, slab.block(2 * (from + row), k0));
+                }
+            }
         }
     });
     return complete;
