@@ -107,9 +107,11 @@ int multiply(const FixedCall& call, int64_t m) {
     for (slab.m0 = 0; slab.m0 < m; slab.m0 += most) {
         slab.rows = smaller(most, m - slab.m0), slab.span = round_up(2 * slab.rows, body.mr);
         if (!lay_out(call, slab)) return HB_ERROR_MEMORY;
-        for_range(ceil_div(slab.rows, part) * panels, 1, [&](int64_t begin, int64_t end) {
+        const int64_t tasks = ceil_div(slab.rows, part) * panels;
+        std::atomic<int64_t> next{0};
+        for_range(smaller(threads(), tasks), 1, [&](int64_t, int64_t) {
             body.begin();
-            for (int64_t task = begin; task < end; ++task) {
+            for (int64_t task = next++; task < tasks; task = next++) {
                 const int64_t from = task / panels * part;
                 if (!part_of_outputs(call, slab, from, smaller(from + part, slab.rows), task % panels * body.nr)) complete = false;
             }

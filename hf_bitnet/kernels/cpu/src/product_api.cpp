@@ -144,15 +144,13 @@ int linear_rows(const Call& call) {
     const int64_t share = round_up(ceil_div(outputs, 2 * threads()), 16), tile = share > kTile ? kTile : share < 64 ? 64 : share;
     for (int64_t i = 0; i < call.count; ++i) tiles += ceil_div(call.weights[i].n, tile);
     const int64_t tile_bytes = tile * ceil_div(call.k * call.grid.bits, 8) * (1 + call.m / 4);
-    for_range(tiles, ceil_div(kThreadBytes, tile_bytes), [&](int64_t begin, int64_t end) {
-        int64_t first = 0;
-        for (int64_t i = 0; i < call.count; ++i) {
-            const hb_weight& weight = call.weights[i];
-            const int64_t size = ceil_div(weight.n, tile);
-            const int64_t from = begin > first ? begin - first : 0, to = smaller(end - first, size);
-            for (int64_t t = from; t < to; ++t)
-                rows_of_outputs(call, input, weight, t * tile, smaller(tile, weight.n - t * tile));
-            first += size;
+    // tiles are taken, not dealt: a core that others use as well then holds nobody up
+    std::atomic<int64_t> next{0};
+    for_range(smaller(threads(), ceil_div(tiles * tile_bytes, kThreadBytes)), 1, [&](int64_t, int64_t) {
+        for (int64_t taken = next++; taken < tiles; taken = next++) {
+            int64_t t = taken, i = 0;
+            while (t >= ceil_div(call.weights[i].n, tile)) t -= ceil_div(call.weights[i++].n, tile);
+            rows_of_outputs(call, input, call.weights[i], t * tile, smaller(tile, call.weights[i].n - t * tile));
         }
     });
     return HB_OK;
@@ -285,9 +283,10 @@ int linear_blocks(const Call& call) {
         slab.rows = smaller(most, call.m - slab.m0), slab.span = round_up(slab.rows, body.mr);
         if (!lay_out(call, slab)) return HB_ERROR_MEMORY;
         const int64_t parts = ceil_div(slab.rows, part);
-        for_range(parts * panels, 1, [&](int64_t begin, int64_t end) {
+        std::atomic<int64_t> next{0};
+        for_range(smaller(threads(), parts * panels), 1, [&](int64_t, int64_t) {
             body.begin();
-            for (int64_t task = begin; task < end; ++task) {
+            for (int64_t task = next++; task < parts * panels; task = next++) {
                 const int64_t from = task / panels * part;
                 int64_t panel = task % panels, i = 0;
                 while (panel >= ceil_div(call.weights[i].n, body.nr)) panel -= ceil_div(call.weights[i++].n, body.nr);

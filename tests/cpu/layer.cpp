@@ -1,0 +1,90 @@
+// Random calls of hb_decode_layer, against the same layer made of the library's single operations and a plain attention. Own.
+#include "hf_bitnet_decode.h"
+#include "fuzz.h"
+
+namespace fuzz {
+namespace {
+
+// A packed ternary matrix of a layer, with bytes at random.
+struct Matrix {
+    Array bytes, scale, bias;
+    hb_weight weight;
+
+    Matrix(Random& random, int64_t n, int64_t k, bool biased, int dtype)
+        : bytes(random, HB_I8, n * ((k + 3) / 4)), scale(random, HB_F32, 1), bias(random, dtype, biased ? n : 0) {
+        for (int64_t i = 0; i < bytes.count(); ++i) bytes.set(i, double(random.between(-128, 127)));
+        for (int64_t i = 0; i < bias.count(); ++i) bias.set(i, random.uniform(-1, 1));
+        scale.set(0, 1 / sqrt(double(k)));
+        weight = {bytes.data(), n, (k + 3) / 4, scale.as<float>(), 1, 1, biased ? bias.data() : nullptr, dtype, nullptr, 0};
+    }
+};
+
+void multiply(const hb_decoder_layer& l, const Array& x, int64_t k, const hb_weight& weight, Array& out, int64_t batch) {
+    const hb_input input = {x.data(), k, nullptr, nullptr, nullptr, int32_t(l.dtype), 0, 0, l.qmin, l.qmax, l.eps};
+    hb_weight placed = weight;
+    placed.out = out.data(), placed.out_stride = weight.n;
+    expect_ok(hb_linear(&input, batch, k, &l.grid, &placed, 1, int(l.dtype)));
+}
+
+}  // namespace
+
+void fuzz_decode_layer(Random& random) {
+    // float32 only: in the others a rounding that goes the other way moves a code of the next product
+    const int dtype = HB_F32;
+    const int64_t batch = random.between(1, 10), d = 2 * random.between(1, 20), kv = random.between(1, 3);
+    const int64_t heads = kv * random.between(1, 4), hidden = d + random.between(0, 90), ffn = random.between(1, 150);
+    const int64_t length = random.between(0, 40), places = length + 1 + random.between(0, 3), wide = heads * d, narrow = kv * d;
+    describe("hb_decode_layer batch=%lld hidden=%lld heads=%lld/%lld of %lld ffn=%lld length=%lld", ll(batch), ll(hidden), ll(heads),
+             ll(kv), ll(d), ll(ffn), ll(length));
+    const bool biased = random.one_in(2);
+    Matrix q(random, wide, hidden, biased, dtype), k(random, narrow, hidden, biased, dtype), v(random, narrow, hidden, biased, dtype);
+    Matrix o(random, hidden, wide, biased, dtype), gate(random, ffn, hidden, biased, dtype), up(random, ffn, hidden, biased, dtype);
+    Matrix down(random, hidden, ffn, biased, dtype);
+    Array norm(random, dtype, hidden), post(random, dtype, hidden), x(random, dtype, batch * hidden), out(random, dtype, batch * hidden);
+    Array cos(random, dtype, d), sin(random, dtype, d);
+    Array keys(random, dtype, batch * kv * places * d), values(random, dtype, batch * kv * places * d);
+    for (Array* each : {&norm, &post, &x, &cos, &sin, &keys, &values})
+        for (int64_t i = 0; i < each->count(); ++i) each->set(i, random.uniform(-1, 1));
+    hb_decoder_layer l = {dtype, hidden, heads, kv, d, ffn, norm.data(), post.data(), 1e-5f, 1e-6f, float(1 / sqrt(double(d))),
+                          -128, 127, 1e-5f, {2, 1, -1, 1, 0}, 0, {q.weight, k.weight, v.weight}, o.weight,
+                          {gate.weight, up.weight}, down.weight};
+    const int64_t head_stride = places * d, batch_stride = kv * head_stride;
+    expect_ok(hb_decode_layer(&l, batch, x.data(), cos.data(), sin.data(), 0, keys.data(), values.data(), batch_stride, head_stride, d,
+                              length, out.data()));
+
+    Array normed(random, dtype, batch * hidden), queries(random, dtype, batch * wide), turned(random, dtype, batch * wide);
+    Array attended(random, dtype, batch * wide), sum(random, dtype, batch * hidden), part(random, dtype, batch * hidden);
+    Array gates(random, dtype, batch * ffn), ups(random, dtype, batch * ffn);
+    expect_ok(hb_rms_norm(x.data(), dtype, batch, hidden, hidden, norm.data(), 1e-5f, normed.data()));
+    multiply(l, normed, hidden, q.weight, queries, batch);
+    const hb_heads given = {queries.data(), turned.data(), heads, wide, d, wide, wide, d, wide};
+    expect_ok(hb_rotate(&given, 1, dtype, batch, 1, d, cos.data(), sin.data(), 0, d));
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t h = 0; h < heads; ++h) {
+            const int64_t from = b * batch_stride + h / (heads / kv) * head_stride, at = b * wide + h * d;
+            std::vector<double> weights(size_t(length) + 1), sums(size_t(d), 0.0);
+            double most = -INFINITY, total = 0;
+            for (int64_t s = 0; s <= length; ++s) {
+                double score = 0;
+                for (int64_t i = 0; i < d; ++i) score += turned.get(at + i) * keys.get(from + s * d + i);
+                weights[size_t(s)] = score * double(l.scaling), most = fmax(most, weights[size_t(s)]);
+            }
+            for (double& weight : weights) weight = exp(weight - most), total += weight;
+            for (int64_t s = 0; s <= length; ++s)
+                for (int64_t i = 0; i < d; ++i) sums[size_t(i)] += weights[size_t(s)] / total * values.get(from + s * d + i);
+            for (int64_t i = 0; i < d; ++i) attended.set(at + i, sums[size_t(i)]);
+        }
+    multiply(l, attended, wide, o.weight, part, batch);
+    for (int64_t i = 0; i < sum.count(); ++i) sum.set(i, x.get(i) + part.get(i));
+    expect_ok(hb_rms_norm(sum.data(), dtype, batch, hidden, hidden, post.data(), 1e-6f, normed.data()));
+    multiply(l, normed, hidden, gate.weight, gates, batch);
+    multiply(l, normed, hidden, up.weight, ups, batch);
+    for (int64_t i = 0; i < gates.count(); ++i) gates.set(i, gates.get(i) / (1 + exp(-gates.get(i))) * ups.get(i));
+    multiply(l, gates, ffn, down.weight, part, batch);
+    // a tie of the quantizers may fall to either side: one step of a code of each of two products
+    double largest = 0;
+    for (int64_t i = 0; i < out.count(); ++i) largest = fmax(largest, fabs(sum.get(i) + part.get(i)));
+    for (int64_t i = 0; i < out.count(); ++i) out.expect_near(i, sum.get(i) + part.get(i), 0.03 * largest);
+}
+
+}  // namespace fuzz
