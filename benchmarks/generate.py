@@ -177,18 +177,19 @@ def profile_generation(model: Any, ids: Tensor, tokens: int) -> dict[str, float]
     for name, module in model.named_modules():
         if name.startswith(whole_layers):  # a clock on a part would make the layer call its parts
             continue
-        kind = "decoder layers, a call each" if isinstance(module, FasterLayer) else _kind(name, module)
+        whole = f"{name}." in whole_layers
+        kind = "decoder layers, a call each" if whole else _kind(name, module)
         handles.append(module.register_forward_pre_hook(lambda *_, k=kind: clock.enter(k)))
         handles.append(module.register_forward_hook(lambda *_: clock.leave()))
     generated_in(model, ids, 2)
     clock.spent.clear()
     first = generated_in(model, ids, 2)
     prefilled = dict(clock.spent)
-    whole = generated_in(model, ids, tokens + 2) - first
+    total = generated_in(model, ids, tokens + 2) - first
     for handle in handles:
         handle.remove()
     parts = {kind: (spent - 2 * prefilled[kind]) / tokens * 1e6 for kind, spent in clock.spent.items()}
-    parts["generate: sampling, inputs"] = whole / tokens * 1e6 - sum(parts.values())
+    parts["generate: sampling, inputs"] = total / tokens * 1e6 - sum(parts.values())
     return dict(sorted(parts.items(), key=lambda item: -item[1]))
 
 
