@@ -325,3 +325,8 @@ def test_optimized_model_compiles() -> None:
     torch.compiler.reset()
     compiled = torch.compile(optimize_for_generation(model), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(**batch).logits, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"takes a model \(torch.nn.Module\), not str; for a path"):
+        optimize_for_generation("path")  # type: ignore[type-var]

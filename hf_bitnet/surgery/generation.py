@@ -43,7 +43,15 @@ def optimize_for_generation(model: Model, *, enable: bool = True) -> Model:
 
     Args:
         enable: False takes it all off again.
+
+    Raises:
+        TypeError: what came is no model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"optimize_for_generation takes a model (torch.nn.Module), not {type(model).__name__}; "
+            "for a path: optimize_for_generation(AutoModelForCausalLM.from_pretrained(path))"
+        )
     for module in model.modules():
         if not enable:
             make_original(module)
