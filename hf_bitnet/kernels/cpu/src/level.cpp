@@ -1,5 +1,8 @@
 // Which instruction set serves: asked of the processor once, or set by hand. Threads and scratch memory. Own.
 #include <stdlib.h>
+#if defined(_WIN32)
+#include <malloc.h>
+#endif
 
 #include <atomic>
 
@@ -89,12 +92,29 @@ std::atomic<int> chosen{-1};
 hb_parallel_for parallel_for = nullptr;
 hb_thread_count thread_count = nullptr;
 
+// Memory at a multiple of 64 bytes, or NULL.
+void* allocate(size_t bytes) {
+#if defined(_WIN32)
+    return _aligned_malloc(bytes, 64);
+#else
+    void* block = nullptr;
+    return posix_memalign(&block, 64, bytes) ? nullptr : block;
+#endif
+}
+void release(void* block) {
+#if defined(_WIN32)
+    _aligned_free(block);
+#else
+    free(block);
+#endif
+}
+
 // The thread's buffers; freed when it ends.
 struct Buffers {
     void* data[SLOTS] = {};
     size_t size[SLOTS] = {};
     ~Buffers() {
-        for (void* block : data) free(block);
+        for (void* block : data) release(block);
     }
 };
 thread_local Buffers buffers;
@@ -114,17 +134,11 @@ void parallel(int64_t size, int64_t grain, hb_range_body body, void* context) {
 void* scratch(Slot slot, size_t bytes) {
     if (buffers.size[slot] < bytes) {
         const size_t rounded = (bytes + bytes / 4 + 4095) / 4096 * 4096;
-        free(buffers.data[slot]);
+        release(buffers.data[slot]);
         buffers.size[slot] = 0;
         buffers.data[slot] = nullptr;
-#if defined(_WIN32)
-        return nullptr;
-#else
-        if (posix_memalign(&buffers.data[slot], 64, rounded)) {
-            buffers.data[slot] = nullptr;
-            return nullptr;
-        }
-#endif
+        buffers.data[slot] = allocate(rounded);
+        if (!buffers.data[slot]) return nullptr;
         buffers.size[slot] = rounded;
     }
     return buffers.data[slot];
