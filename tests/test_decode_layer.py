@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import hf_bitnet as hb
@@ -160,3 +161,46 @@ def test_changed_weights_hooks_and_copies_are_noticed() -> None:
     handle.remove()
     hb.optimize_for_generation(model, enable=False)
     torch.testing.assert_close(logits(model), changed, rtol=2e-4, atol=2e-4)
+
+
+@torch.no_grad()
+def test_exchanged_parts_and_changed_settings_are_noticed() -> None:
+    prompt, settings = (
+        torch.randint(0, 160, (1, 4)),
+        {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0, "do_sample": False},
+    )
+
+    def logits(model: LlamaForCausalLM) -> torch.Tensor:
+        found = model.generate(prompt, output_logits=True, return_dict_in_generate=True, **settings)
+        return torch.stack(found.logits)
+
+    for change in (
+        lambda model: setattr(model.model.layers[0].input_layernorm.weight, "data", torch.full((64,), 3.0)),
+        lambda model: setattr(model.model.layers[1].post_attention_layernorm, "variance_epsilon", 1.0),
+        lambda model: setattr(model.model.layers[0].self_attn, "scaling", 5.0),
+        lambda model: setattr(model.model.layers[0].mlp, "act_fn", torch.nn.GELU()),
+        hb.dequantize_model,
+    ):
+        model = hb.optimize_for_generation(packed_llama())
+        logits(model)
+        assert all(plans(model))
+        change(model)
+        found = logits(model)
+        torch.testing.assert_close(found, logits(hb.optimize_for_generation(model, enable=False)), rtol=2e-4, atol=2e-4)
+
+
+@torch.no_grad()
+def test_hooks_see_the_calls_of_the_user_only() -> None:
+    model = hb.optimize_for_generation(packed_llama())
+    batches: list[int] = []
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda _, given, __: batches.append(given[0].shape[0]))
+    model.generate(torch.tensor([[5, 90, 41, 17]]), max_new_tokens=3, min_new_tokens=3, pad_token_id=0, do_sample=False)
+    assert batches == [1, 1, 1]
+
+
+@torch.no_grad()
+def test_traces_record_the_product() -> None:
+    layer = packed_llama().model.layers[0].self_attn.q_proj
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    graph = make_fx(layer)(x)
+    torch.testing.assert_close(graph(x * 2), layer(x * 2))

@@ -24,7 +24,7 @@ from ..modules.faster import (
     make_faster,
     make_original,
 )
-from ..modules.faster_layer import FasterLayer, is_decoder_layer
+from ..modules.faster_layer import FasterLayer, forget, is_decoder_layer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -53,6 +53,7 @@ def optimize_for_generation(model: Model, *, enable: bool = True) -> Model:
             "for a path: optimize_for_generation(AutoModelForCausalLM.from_pretrained(path))"
         )
     for module in model.modules():
+        forget(module)
         if not enable:
             make_original(module)
         elif not isinstance(module, Faster) and "forward" not in module.__dict__:  # a forward put in by offloading stays

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .common import FLOATS, check
+from .common import FLOATS, check, is_recording
 from .library import functions
 
 _HEADS = struct.Struct("@PP7q")  # hb_heads: x, out, heads, strides of both
@@ -22,7 +22,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm`; the sum of squares is added in another order."""
     k = x.shape[-1]
-    plain = type(x) is Tensor and type(weight) in _PLAIN and not torch.compiler.is_compiling()
+    plain = type(x) is Tensor and type(weight) in _PLAIN and not is_recording()
     same = x.dtype == weight.dtype and x.dtype in FLOATS and weight.shape == (k,) and weight.is_cpu and weight.is_contiguous()
     if not plain or not same or not x.numel():
         return reference.rms_norm(x, weight, eps)
@@ -47,7 +47,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 
 def _is_rotatable(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    if torch.compiler.is_compiling() or not all(type(x) is Tensor and x.is_cpu for x in (q, k, cos, sin)):
+    if is_recording() or not all(type(x) is Tensor and x.is_cpu for x in (q, k, cos, sin)):
         return False
     batch, _, tokens, d = q.shape
     return (

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import reference
 from ..reference import Layout, PackedWeight, RowQuantization
 from . import bodies, fixed, products
+from .common import is_recording
 
 _NAMESPACE = "hf_bitnet"
 _LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
@@ -36,7 +37,8 @@ def _operator(schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -
 
 
 def _traced(tensor: Tensor) -> bool:
-    return torch.compiler.is_compiling() or not (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
+    """Whether calls are being recorded or transformed rather than computed: those must go through torch's dispatcher."""
+    return is_recording() or not (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
 
 
 def _bytes(k: Any, bits: int) -> Any:
@@ -119,6 +121,8 @@ def packed_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """`reference.packed_linear`."""
+    if torch._C._get_tracing_state() is not None:  # TorchScript knows no lists of optional tensors
+        return reference.packed_linear(x, packed, scale, bias, layout, rows, dtype)
     if _traced(x):
         return _packed_linears(x, [packed], [scale], [bias], *layout, *rows, dtype)[0]
     return products.packed_linear(x, packed, scale, bias, layout, rows, dtype)
@@ -128,6 +132,8 @@ def packed_linears(
     x: Tensor, weights: Sequence[PackedWeight], layout: Layout, rows: RowQuantization, dtype: torch.dtype
 ) -> list[Tensor]:
     """`reference.packed_linears`."""
+    if torch._C._get_tracing_state() is not None:
+        return reference.packed_linears(x, weights, layout, rows, dtype)
     if not _traced(x):
         return products.packed_linears(x, weights, layout, rows, dtype)
     packed, scale, bias = ([weight[i] for weight in weights] for i in range(3))
