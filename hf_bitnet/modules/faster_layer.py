@@ -243,7 +243,14 @@ def _agrees(module: Any, described: kernels.DescribedLayer) -> bool:
     def random(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator).to(dtype)
 
-    x = random(2, 1, shape.input_norm.shape[0])
+    line = torch.linspace(-6.0, 6.0, 49)
+    try:
+        if not torch.allclose(module.mlp.act_fn(line), torch.nn.functional.silu(line), atol=1e-6):
+            return False
+    except Exception:  # no activation function by that name, or another kind of one
+        return False
+    # small, so that the residual does not hide what the parts add to it
+    x = random(2, 1, shape.input_norm.shape[0]) * 0.05
     angle = random(1, 1, shape.head_dim // 2).float().repeat(1, 1, 2)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     keys, values = random(2, shape.kv_heads, 4, shape.head_dim), random(2, shape.kv_heads, 4, shape.head_dim)
