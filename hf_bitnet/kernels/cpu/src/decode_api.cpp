@@ -9,23 +9,12 @@ namespace {
 
 constexpr int64_t kThreadElements = 16 << 10;  // elements below which a second thread does not pay
 
-const char* at(const void* data, int64_t dtype, int64_t element) {
-    return static_cast<const char*>(data) + element * int64_t(size_of(int(dtype)));
-}
-char* at(void* data, int64_t dtype, int64_t element) {
-    return static_cast<char*>(data) + element * int64_t(size_of(int(dtype)));
-}
 // as many of something of this size as one thread should have
 int64_t grain(int64_t elements) { return elements >= kThreadElements ? 1 : kThreadElements / (elements > 0 ? elements : 1); }
 
 }  // namespace
 
-const DecodeBodies& decode() {
-    const int level = hb_level();
-    if (level >= HB_AVX512VNNI && level <= HB_AMX && decode_avx512()) return *decode_avx512();
-    if (level >= HB_AVX2 && level <= HB_AMX && decode_avx2()) return *decode_avx2();
-    return *decode_portable();
-}
+const DecodeBodies& decode() { return of_width(decode_portable(), decode_avx2, decode_avx512); }
 
 }  // namespace hb
 

@@ -21,14 +21,11 @@ bool lay_out(const hb_decoder_layer& l, int64_t batch, Space* space) {
     const int64_t size = int64_t(size_of(int(l.dtype))), wide = l.heads * l.head_dim, narrow = l.kv_heads * l.head_dim;
     const int64_t parts[8] = {l.hidden, wide, narrow, narrow, wide > l.hidden ? wide : l.hidden, l.ffn, l.ffn, l.hidden};
     char** places[8] = {&space->normed, &space->q, &space->k, &space->v, &space->attended, &space->gates, &space->ups, &space->sum};
-    int64_t total = 0;
-    for (const int64_t part : parts) total += (part * batch * size + 63) / 64 * 64;
-    auto* at = static_cast<char*>(scratch(SLOT_LAYER, size_t(total)));
-    for (int i = 0; i < 8; ++i) {
-        *places[i] = at;
-        if (at) at += (parts[i] * batch * size + 63) / 64 * 64;
-    }
-    return space->normed != nullptr;
+    int64_t begins[9] = {};
+    for (int i = 0; i < 8; ++i) begins[i + 1] = begins[i] + round_up(parts[i] * batch * size, 64);
+    auto* all = static_cast<char*>(scratch(SLOT_LAYER, size_t(begins[8])));
+    for (int i = 0; i < 8 && all; ++i) *places[i] = all + begins[i];
+    return all != nullptr;
 }
 
 int product(const hb_decoder_layer& l, int64_t batch, const void* x, int64_t k, const hb_weight* weights, int64_t count,

@@ -2,8 +2,6 @@
 //
 // The matrix form of product_api.cpp, with two rows of bytes for every row of the float operand, and panels made from a matrix
 // whose rows (not columns) are summed over: gradients by the input sum over outputs, gradients by the weight over tokens.
-#include <atomic>
-
 #include "product.h"
 
 namespace hb {
@@ -26,18 +24,7 @@ struct FixedCall {
     int64_t out_stride;
 };
 
-// Rows of the operand [m0, m0 + rows): two rows of bytes for each, in blocks of `mr`.
-struct FixedSlab {
-    int64_t m0, rows, span, kpad, kc;  // span: rows of bytes in whole blocks
-    int8_t* blocks;
-    float* scales;
-    int32_t* sums;
-
-    int64_t size(int64_t k0) const { return smaller(kc, kpad - k0); }
-    int8_t* block(int64_t byte_row, int64_t k0) const { return blocks + k0 * span + byte_row * size(k0); }
-};
-
-bool lay_out(const FixedCall& call, const FixedSlab& slab) {
+bool lay_out(const FixedCall& call, const Slab& slab) {
     const int mr = call.body.mr, pairs = mr / 2;
     // rows of a transposed operand are neighbours in memory: so many at a time use the cache lines that they touch
     const int group = int(call.a.step == 1 ? pairs : round_up(kTransposedRows, pairs));
@@ -53,11 +40,11 @@ bool lay_out(const FixedCall& call, const FixedSlab& slab) {
             const int all = int(smaller(group, slab.rows - from));
             call.body.fixed_rows(call.a, slab.m0 + from, all, slab.kpad, values, strips, slab.scales + from, slab.sums + 2 * from);
             for (int row = 0; row < all; row += pairs) {
-                const int8_t* at = strips + 2 * row * slab.kpad;
+                const int8_t* strip = strips + 2 * row * slab.kpad;
                 const int count = 2 * int(smaller(pairs, all - row));
                 for (int64_t k0 = 0; k0 < slab.kpad; k0 += slab.kc) {
                     const int64_t size = slab.size(k0);
-                    call.body.pack_rows(at + k0, slab.kpad, count, size, size, slab.block(2 * (from + row), k0));
+                    call.body.pack_rows(strip + k0, slab.kpad, count, size, size, slab.block(2 * (from + row), k0));
                 }
             }
         }
@@ -66,7 +53,7 @@ bool lay_out(const FixedCall& call, const FixedSlab& slab) {
 }
 
 // Operand rows [from, to) of the slab times outputs [n0, n0 + nr).
-bool part_of_outputs(const FixedCall& call, const FixedSlab& slab, int64_t from, int64_t to, int64_t n0) {
+bool part_of_outputs(const FixedCall& call, const Slab& slab, int64_t from, int64_t to, int64_t n0) {
     const ProductBodies& body = call.body;
     const int nr = body.nr, pairs = body.mr / 2;
     const int64_t columns = smaller(nr, call.n - n0), span = round_up(to - from, pairs);
@@ -85,9 +72,9 @@ bool part_of_outputs(const FixedCall& call, const FixedSlab& slab, int64_t from,
     }
     for (int64_t r = from; r < smaller(to, slab.rows); ++r) {
         const int32_t* high = c + 2 * (r - from) * nr;
-        const int64_t at = (slab.m0 + r) * call.out_stride + n0;
+        const int64_t first = (slab.m0 + r) * call.out_stride + n0;
         body.fixed_finish(high, high + nr, columns, slab.sums + 2 * r, call.lowest, call.zero_point, slab.scales[r], call.scale,
-                          static_cast<char*>(call.out) + at * int64_t(size_of(call.out_dtype)), call.out_dtype);
+                          at(call.out, call.out_dtype, first), call.out_dtype);
     }
     return true;
 }
@@ -95,7 +82,7 @@ bool part_of_outputs(const FixedCall& call, const FixedSlab& slab, int64_t from,
 int multiply(const FixedCall& call, int64_t m) {
     const ProductBodies& body = call.body;
     const int64_t pairs = body.mr / 2;
-    FixedSlab slab;
+    Slab slab;
     slab.kpad = round_up(call.a.k, 64), slab.kc = body.kc;
     const int64_t most = round_up(smaller(m, kSlabBytes / (2 * slab.kpad) + 1), pairs);
     slab.blocks = static_cast<int8_t*>(scratch(SLOT_CODES, size_t(2 * most * slab.kpad + most * 12)));
@@ -108,14 +95,9 @@ int multiply(const FixedCall& call, int64_t m) {
         slab.rows = smaller(most, m - slab.m0), slab.span = round_up(2 * slab.rows, body.mr);
         if (!lay_out(call, slab)) return HB_ERROR_MEMORY;
         const int64_t tasks = ceil_div(slab.rows, part) * panels;
-        std::atomic<int64_t> next{0};
-        for_range(smaller(threads(), tasks), 1, [&](int64_t, int64_t) {
-            body.begin();
-            for (int64_t task = next++; task < tasks; task = next++) {
-                const int64_t from = task / panels * part;
-                if (!part_of_outputs(call, slab, from, smaller(from + part, slab.rows), task % panels * body.nr)) complete = false;
-            }
-            body.end();
+        take_tasks(tasks, tasks, [&](bool first) { first ? body.begin() : body.end(); }, [&](int64_t task) {
+            const int64_t from = task / panels * part;
+            if (!part_of_outputs(call, slab, from, smaller(from + part, slab.rows), task % panels * body.nr)) complete = false;
         });
     }
     return complete ? HB_OK : HB_ERROR_MEMORY;

@@ -54,6 +54,10 @@ static inline uint16_t to_f16(float value) {
 }
 static inline bool is_float(int64_t dtype) { return dtype == HB_F32 || dtype == HB_BF16 || dtype == HB_F16; }
 static inline size_t size_of(int dtype) { return dtype == HB_F32 ? 4 : dtype == HB_I8 ? 1 : 2; }
+static inline const char* at(const void* data, int dtype, int64_t element) {
+    return static_cast<const char*>(data) + element * int64_t(size_of(dtype));
+}
+static inline char* at(void* data, int dtype, int64_t element) { return static_cast<char*>(data) + element * int64_t(size_of(dtype)); }
 static inline float load_float(const void* data, int dtype, int64_t i) {
     switch (dtype) {
         case HB_F32: return static_cast<const AnyFloat*>(data)[i];
@@ -69,6 +73,10 @@ static inline void store_float(void* data, int dtype, int64_t i, float value) {
         default: static_cast<AnyHalf*>(data)[i] = to_f16(value); break;
     }
 }
+
+static inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- threads ----
 int threads();  // as many as torch would use here
@@ -117,6 +125,15 @@ const ProductBodies* product_avxvnni();
 const ProductBodies* product_avx512vnni();
 const ProductBodies* product_amx();
 const ProductBodies* product_neon();
+
+// Of tables for three widths of register, the one that the level in use has; the wider ones may be NULL.
+template <class Table>
+static const Table& of_width(const Table* portable, const Table* (*avx2)(), const Table* (*avx512)()) {
+    const int level = hb_level();
+    const Table* wider = level >= HB_AVX512VNNI && level <= HB_AMX ? avx512() : nullptr;
+    if (!wider && level >= HB_AVX2 && level <= HB_AMX) wider = avx2();
+    return wider ? *wider : *portable;
+}
 
 const RowBodies& rows();        // of the level in use
 const ProductBodies& product();

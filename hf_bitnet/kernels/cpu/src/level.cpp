@@ -136,7 +136,6 @@ void* scratch(Slot slot, size_t bytes) {
         const size_t rounded = (bytes + bytes / 4 + 4095) / 4096 * 4096;
         release(buffers.data[slot]);
         buffers.size[slot] = 0;
-        buffers.data[slot] = nullptr;
         buffers.data[slot] = allocate(rounded);
         if (!buffers.data[slot]) return nullptr;
         buffers.size[slot] = rounded;
@@ -144,12 +143,7 @@ void* scratch(Slot slot, size_t bytes) {
     return buffers.data[slot];
 }
 
-const RowBodies& rows() {
-    const int level = hb_level();
-    if (level >= HB_AVX512VNNI && level <= HB_AMX && rows_avx512()) return *rows_avx512();
-    if (level >= HB_AVX2 && level <= HB_AMX && rows_avx2()) return *rows_avx2();
-    return *rows_portable();
-}
+const RowBodies& rows() { return of_width(rows_portable(), rows_avx2, rows_avx512); }
 
 const ProductBodies& product() {
     switch (hb_level()) {

@@ -11,6 +11,8 @@
 //   sum x (code - zero) = step * sum x u + (lowest - zero) * sum x.
 #pragma once
 
+#include <atomic>
+
 #include "internal.h"
 
 namespace hb {
@@ -23,6 +25,11 @@ struct Packed {
     int bits;
     uint8_t flip;    // xor for 8 bits: 0x80 turns signed codes into levels and back
 };
+
+static inline uint8_t level_at(const Packed& w, int64_t row, int64_t k) {
+    const uint8_t byte = w.data[row * w.stride + k * w.bits / 8];
+    return w.bits == 8 ? byte ^ w.flip : uint8_t((byte >> (k * w.bits % 8)) & ((1 << w.bits) - 1));
+}
 
 struct ProductBodies {
     bool is_signed;  // 8-bit levels are wanted as int8, not as uint8
@@ -71,9 +78,29 @@ struct FixedOperand {
     const float* scale;
 };
 
-static inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+// The left operand of a matrix form, laid out in int8 from row m0 on, and what scales need. Codes [k0, k0 + kc) of all blocks of
+// `mr` rows lie one after another, so that it streams by. hb_fixed_matmul has two rows of bytes for each of its rows.
+struct Slab {
+    int64_t m0, rows, span, kpad, kc;  // span: rows of bytes in whole blocks
+    int8_t* blocks;
+    float* scales;  // (rows); of this slab
+    int32_t* sums;
+
+    int64_t size(int64_t k0) const { return smaller(kc, kpad - k0); }
+    int8_t* block(int64_t byte_row, int64_t k0) const { return blocks + k0 * span + byte_row * size(k0); }
+};
+
+// task(i) for all i < count, on as many threads. Tasks are taken, not dealt: a core that others use as well holds nobody up.
+// `around` is called at the begin and the end of each thread's share with true and false.
+template <class Task, class Around>
+static void take_tasks(int64_t count, int64_t most_threads, const Around& around, const Task& task) {
+    std::atomic<int64_t> next{0};
+    for_range(smaller(smaller(threads(), most_threads), count), 1, [&](int64_t, int64_t) {
+        around(true);
+        for (int64_t i = next++; i < count; i = next++) task(i);
+        around(false);
+    });
+}
 
 // All that turns integer sums into results.
 struct Epilogue {

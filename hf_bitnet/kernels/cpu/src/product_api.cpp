@@ -3,8 +3,6 @@
 // Up to kRowForm rows of x take the row form: x is quantized on the calling thread and one parallel region runs over the
 // outputs of all weights. More rows take the matrix form in slabs of x: one region quantizes and lays out x, a second one
 // runs over (part of the slab) x (panels), each thread unpacking its own panels.
-#include <atomic>
-
 #include "product.h"
 
 namespace hb {
@@ -32,6 +30,19 @@ struct Call {
         return {static_cast<const uint8_t*>(w.weight), w.weight_stride, k, grid.bits, flip};
     }
 };
+
+// The outputs of all weights, cut into pieces of `size` none of which spans two weights: how many there are, and the weight
+// that piece *i of them belongs to, with *i then counted within it.
+int64_t pieces_of_weights(const Call& call, int64_t size) {
+    int64_t pieces = 0;
+    for (int64_t i = 0; i < call.count; ++i) pieces += ceil_div(call.weights[i].n, size);
+    return pieces;
+}
+const hb_weight& weight_of(const Call& call, int64_t size, int64_t* i) {
+    const hb_weight* weight = call.weights;
+    while (*i >= ceil_div(weight->n, size)) *i -= ceil_div(weight++->n, size);
+    return *weight;
+}
 
 // Row m of x as int8 codes (in `buffer`, or where they lie), its scale and the sum of its codes.
 const int8_t* codes_of_row(const Call& call, int64_t m, int8_t* buffer, float* row_scratch, float* scale, int32_t* sum) {
@@ -66,7 +77,7 @@ struct RowInput {
     int64_t planes_stride, chunks;
     float scales[kRowForm];
     int32_t sums[kRowForm];
-    float* lane_sums;     // (m, lanes), for group scales
+    float* lane_sums;     // (m, lanes), for group scales: (lowest - zero) * sum of x, what `dot_grouped` adds
     int32_t* lane_group;  // (lanes)
     int rows;             // of planes: m, and one of ones when the input has zero points
 };
@@ -90,10 +101,11 @@ bool prepare_rows(const Call& call, bool grouped, RowInput* input) {
         body.permute(x, call.k, call.grid.bits, input->chunks, input->planes + m * input->planes_stride);
         if (!grouped) continue;
         const int64_t width = 4 * planes;  // codes under a lane
+        const float offset = float(call.grid.lowest) - call.grid.zero_point;
         for (int64_t lane = 0; lane < lanes; ++lane) {
             int32_t sum = 0;
             for (int64_t i = lane * width; i < smaller((lane + 1) * width, call.k); ++i) sum += x[i];
-            input->lane_sums[m * lanes + lane] = float(sum);
+            input->lane_sums[m * lanes + lane] = float(sum) * offset;
         }
     }
     if (call.x.zero) {
@@ -133,41 +145,20 @@ int linear_rows(const Call& call) {
     const bool grouped = call.weights[0].groups > 1;
     RowInput input;
     if (!prepare_rows(call, grouped, &input)) return HB_ERROR_MEMORY;
-    if (grouped) {  // (lowest - zero) * sum of x, per lane, is what `dot_grouped` adds
-        const int64_t lanes = input.chunks * call.body.vector / 4;
-        const float offset = float(call.grid.lowest) - call.grid.zero_point;
-        for (int64_t i = 0; i < lanes * call.m; ++i) input.lane_sums[i] *= offset;
-    }
-    int64_t outputs = 0, tiles = 0;
+    int64_t outputs = 0;
     for (int64_t i = 0; i < call.count; ++i) outputs += call.weights[i].n;
     // long tiles are long streams from memory; each thread should have two at least
     const int64_t share = round_up(ceil_div(outputs, 2 * threads()), 16), tile = share > kTile ? kTile : share < 64 ? 64 : share;
-    for (int64_t i = 0; i < call.count; ++i) tiles += ceil_div(call.weights[i].n, tile);
+    const int64_t tiles = pieces_of_weights(call, tile);
     const int64_t tile_bytes = tile * ceil_div(call.k * call.grid.bits, 8) * (1 + call.m / 4);
-    // tiles are taken, not dealt: a core that others use as well then holds nobody up
-    std::atomic<int64_t> next{0};
-    for_range(smaller(threads(), ceil_div(tiles * tile_bytes, kThreadBytes)), 1, [&](int64_t, int64_t) {
-        for (int64_t taken = next++; taken < tiles; taken = next++) {
-            int64_t t = taken, i = 0;
-            while (t >= ceil_div(call.weights[i].n, tile)) t -= ceil_div(call.weights[i++].n, tile);
-            rows_of_outputs(call, input, call.weights[i], t * tile, smaller(tile, call.weights[i].n - t * tile));
-        }
+    take_tasks(tiles, ceil_div(tiles * tile_bytes, kThreadBytes), [](bool) {}, [&](int64_t t) {
+        const hb_weight& weight = weight_of(call, tile, &t);
+        rows_of_outputs(call, input, weight, t * tile, smaller(tile, weight.n - t * tile));
     });
     return HB_OK;
 }
 
 // ---- matrix form -------------------------------------------------------------------------------------------------
-
-// A slab of x, and what scales need. Codes [k0, k0 + kc) of all blocks of `mr` rows lie one after another, so that x streams by.
-struct Slab {
-    int64_t m0, rows, span, k, kpad, kc;  // span: rows in whole blocks
-    int8_t* blocks;
-    float* scales;  // (rows); of this slab
-    int32_t* sums;
-
-    int64_t size(int64_t k0) const { return smaller(kc, kpad - k0); }
-    int8_t* block(int64_t row, int64_t k0) const { return blocks + k0 * span + row * size(k0); }
-};
 
 bool lay_out(const Call& call, const Slab& slab) {
     const int mr = call.body.mr;
@@ -184,7 +175,7 @@ bool lay_out(const Call& call, const Slab& slab) {
                 const int8_t* x = codes_of_row(call, slab.m0 + m, strip + r * slab.kpad, row, &slab.scales[m], &slab.sums[m]);
                 if (x != strip + r * slab.kpad) memcpy(strip + r * slab.kpad, x, size_t(call.k));
             }
-            for (int64_t k0 = 0; k0 < slab.k; k0 += slab.kc)
+            for (int64_t k0 = 0; k0 < call.k; k0 += slab.kc)
                 call.body.pack_rows(strip + k0, slab.kpad, rows, smaller(slab.size(k0), call.k - k0), slab.size(k0), slab.block(b * mr, k0));
         }
     });
@@ -268,7 +259,7 @@ bool part_of_outputs(const Call& call, const Slab& slab, const hb_weight& weight
 int linear_blocks(const Call& call) {
     const ProductBodies& body = call.body;
     Slab slab;
-    slab.k = call.k, slab.kpad = round_up(call.k, 64);
+    slab.kpad = round_up(call.k, 64);
     slab.kc = call.weights[0].groups > 1 ? call.k / call.weights[0].groups : body.kc;
     const int64_t most = round_up(smaller(call.m, kSlabBytes / slab.kpad + 1), body.mr);
     slab.blocks = static_cast<int8_t*>(scratch(SLOT_CODES, size_t(most * slab.kpad + most * 8)));
@@ -276,35 +267,23 @@ int linear_blocks(const Call& call) {
     slab.scales = reinterpret_cast<float*>(slab.blocks + most * slab.kpad);
     slab.sums = reinterpret_cast<int32_t*>(slab.scales + most);
     const int64_t part = round_up(smaller(most, kPartBytes / slab.kpad + 1), body.mr);
-    int64_t panels = 0;
-    for (int64_t i = 0; i < call.count; ++i) panels += ceil_div(call.weights[i].n, body.nr);
+    const int64_t panels = pieces_of_weights(call, body.nr);
     std::atomic<bool> complete{true};
     for (slab.m0 = 0; slab.m0 < call.m; slab.m0 += most) {
         slab.rows = smaller(most, call.m - slab.m0), slab.span = round_up(slab.rows, body.mr);
         if (!lay_out(call, slab)) return HB_ERROR_MEMORY;
-        const int64_t parts = ceil_div(slab.rows, part);
-        std::atomic<int64_t> next{0};
-        for_range(smaller(threads(), parts * panels), 1, [&](int64_t, int64_t) {
-            body.begin();
-            for (int64_t task = next++; task < parts * panels; task = next++) {
-                const int64_t from = task / panels * part;
-                int64_t panel = task % panels, i = 0;
-                while (panel >= ceil_div(call.weights[i].n, body.nr)) panel -= ceil_div(call.weights[i++].n, body.nr);
-                if (!part_of_outputs(call, slab, call.weights[i], from, smaller(from + part, slab.rows), panel * body.nr))
-                    complete = false;
-            }
-            body.end();
+        const int64_t tasks = ceil_div(slab.rows, part) * panels;
+        take_tasks(tasks, tasks, [&](bool first) { first ? body.begin() : body.end(); }, [&](int64_t task) {
+            const int64_t from = task / panels * part;
+            int64_t panel = task % panels;
+            const hb_weight& weight = weight_of(call, body.nr, &panel);
+            if (!part_of_outputs(call, slab, weight, from, smaller(from + part, slab.rows), panel * body.nr)) complete = false;
         });
     }
     return complete ? HB_OK : HB_ERROR_MEMORY;
 }
 
 // ---- anything: zero points of x together with group scales, groups of odd size, no codes. Slow, and in double. ------
-
-int level(const Packed& w, int64_t row, int64_t k) {
-    const uint8_t byte = w.data[row * w.stride + k * w.bits / 8];
-    return w.bits == 8 ? byte ^ w.flip : (byte >> (k * w.bits % 8)) & ((1 << w.bits) - 1);
-}
 
 int linear_plain(const Call& call) {
     std::atomic<bool> complete{true};
@@ -324,7 +303,7 @@ int linear_plain(const Call& call) {
                     const AnyFloat* scale = w.scale + (w.scale_rows == 1 ? 0 : n * w.groups);
                     double y = 0;
                     for (int64_t k = 0; k < call.k; ++k) {
-                        const uint8_t u = uint8_t(level(packed, n, k));
+                        const uint8_t u = level_at(packed, n, k);
                         const double stored = call.body.is_signed && packed.bits == 8 ? double(int8_t(u)) : double(u);
                         const double code = stored * call.grid.step + call.grid.lowest;
                         y += (x[k] - zero) * (code - call.grid.zero_point) * scale[int64_t(double(k) / size)];

@@ -7,13 +7,15 @@
 
 namespace {
 
+using hb::at;
+using hb::is_float;
+using hb::smaller;
+
 // elements a thread should get at least: 128 KB of float32, some ten microseconds, several times what waking a thread costs.
 // A multiple of 8, so that pieces of packed rows start at whole bytes
 constexpr int64_t PIECE = 1 << 15;
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-int64_t pieces(int64_t n) { return n > PIECE ? (n + PIECE - 1) / PIECE : 1; }
+int64_t pieces(int64_t n) { return n > PIECE ? hb::ceil_div(n, PIECE) : 1; }
 
 int64_t rows_at_once(int64_t n) { return n >= PIECE ? 1 : PIECE / (n > 0 ? n : 1); }
 
@@ -29,13 +31,9 @@ void for_pieces(int64_t rows, int64_t n, const Body& body) {
     });
 }
 
-using hb::is_float;
 bool is_dtype(int dtype) { return is_float(dtype) || dtype == HB_I8; }
 bool is_layout(int bits, int step) { return (bits == 1 || bits == 2 || bits == 4 || bits == 8) && (step == 1 || step == 2); }
 
-int64_t bytes(int dtype, int64_t count) { return count * int64_t(hb::size_of(dtype)); }
-const void* at(const void* data, int dtype, int64_t i) { return static_cast<const char*>(data) + bytes(dtype, i); }
-void* at(void* data, int dtype, int64_t i) { return static_cast<char*>(data) + bytes(dtype, i); }
 // numbers at any address
 float number(const float* data, int64_t i) { return hb::load_float(data, HB_F32, i); }
 template <class Number>
