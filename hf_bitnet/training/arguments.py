@@ -7,15 +7,20 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .options import number, plain, read_options, whole
 from .schedules import SCHEDULES
+
+# fields that hold an object, and its dataclass; see `options.py`
+_OBJECTS: dict[str, type] = {}
 
 
 @dataclass
 class QATArguments(TrainingArguments):
     """Arguments of `QATTrainer`: everything of transformers' TrainingArguments, and the fields below.
 
-    All of them are flat, so that `HfArgumentParser(QATArguments)` makes a command line of them. Raises ValueError or TypeError
-    that say what came, what is legal and the corrected call.
+    `HfArgumentParser(QATArguments)` makes a command line of them. A feature with knobs of its own is one field, which takes an
+    object, a dict, JSON text or the path of a JSON file. Raises ValueError or TypeError that say what came, what is legal and
+    the corrected call.
     """
 
     strength_schedule: str = field(
@@ -82,37 +87,28 @@ class QATArguments(TrainingArguments):
         self._validate()
         super().__post_init__()
 
+    def to_dict(self) -> dict[str, Any]:
+        """As TrainingArguments', with objects as dicts."""
+        return {name: plain(value) for name, value in super().to_dict().items()}
+
     def _validate(self) -> None:
+        for name, kind in _OBJECTS.items():
+            setattr(self, name, read_options(kind, name, getattr(self, name)))
         SCHEDULES.get(self.strength_schedule)
         for name in ("strength_start", "strength_end"):
-            _number(name, getattr(self, name), 0.0, 1.0, hint=f"it is a fraction of the training steps: {name}=0.3")
+            number(name, getattr(self, name), 0.0, 1.0, hint=f"it is a fraction of the training steps: {name}=0.3")
         if self.strength_start > self.strength_end:
             raise ValueError(
                 f"strength_start={self.strength_start} lies behind strength_end={self.strength_end}; the strength rises from "
                 f"start to end: strength_start={self.strength_end}, strength_end={self.strength_start}"
             )
-        _whole("strength_steps", self.strength_steps)
+        whole("strength_steps", self.strength_steps)
         if self.distill_alpha is not None:
-            _number("distill_alpha", self.distill_alpha, 0.0, 1.0, hint="1 is KL only, 0 is cross entropy only")
-        if _number("distill_temperature", self.distill_temperature, 0.0) == 0.0:
+            number("distill_alpha", self.distill_alpha, 0.0, 1.0, hint="1 is KL only, 0 is cross entropy only")
+        if number("distill_temperature", self.distill_temperature, 0.0) == 0.0:
             raise ValueError("distill_temperature must be above 0, got 0; distill_temperature=1.0 compares the plain outputs")
-        _whole("distill_chunk_tokens", self.distill_chunk_tokens)
+        whole("distill_chunk_tokens", self.distill_chunk_tokens)
         for name in ("latent_learning_rate", "scale_learning_rate", "latent_weight_decay"):
             if getattr(self, name) is not None:
-                _number(name, getattr(self, name), 0.0)
-        _number("scale_weight_decay", self.scale_weight_decay, 0.0)
-
-
-def _number(name: str, value: Any, lowest: float, highest: float = float("inf"), hint: str = "") -> float:
-    legal = f"at least {lowest:g}" if highest == float("inf") else f"from {lowest:g} to {highest:g}"
-    hint = f"; {hint}" if hint else ""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number {legal}, got {value!r}{hint}")
-    if not lowest <= value <= highest or value == float("inf"):
-        raise ValueError(f"{name}={value!r} is out of range; legal: {legal}{hint}")
-    return float(value)
-
-
-def _whole(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}; for example {name}=4")
+                number(name, getattr(self, name), 0.0)
+        number("scale_weight_decay", self.scale_weight_decay, 0.0)
