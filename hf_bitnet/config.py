@@ -68,7 +68,8 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         ste: gradient estimator: "identity", "clipped", "tanh", "sigmoid" or "learnable".
         ste_threshold: for "clipped": levels beyond the outermost that still get a gradient.
         ste_temperature: steepness of the soft estimators; where the learnable one starts.
-        relaxation: what serves while a schedule holds the strength below 1.
+        relaxation: what serves while a schedule holds the strength below 1: "linear", "residual", "softmax" or "relay"
+            (`relaxations.py` has the formulas).
         sub_norm: regular expressions of layers that get an RMS norm in front, for example [r"o_proj", r"down_proj"].
         sub_norm_eps: what these norms add to the mean square.
         keep: regular expressions of modules that stay in full precision, beside the default ones (heads, routers, ...).

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from hf_bitnet import BitNetQuantizationConfig, harden, kept_codes, pack_model, quantize_model, set_strength
 from hf_bitnet.quantizers import ACTIVATION_SCHEMES, SCALE_RULES, WEIGHT_SCHEMES
+from hf_bitnet.relaxations import RELAXATIONS
 from hf_bitnet.ste import ESTIMATORS
 from hf_bitnet.surgery import trained_layers
 from tests.layers import IN, make_layer
@@ -57,11 +58,12 @@ def _assert_same_step(found: Any, expected: Any, rtol: float = 1e-5) -> None:
 
 
 def _one_of_everything() -> nn.Sequential:
-    """Every weight scheme, activation scheme, estimator and (on ternary weights) scale rule, in as few layers as possible."""
+    """Every weight scheme, activation scheme, estimator and relaxation and (on ternary weights) scale rule, in few layers."""
     size, layers = (WIDTH, WIDTH), []
     for scheme, activation, ste in zip(WEIGHT_SCHEMES, cycle(ACTIVATION_SCHEMES), cycle(ESTIMATORS), strict=False):
         layers.append(make_layer(scheme, activation=activation, ste=ste, size=size))
     assert max(len(ACTIVATION_SCHEMES.names()), len(ESTIMATORS.names())) <= len(layers)
+    layers += [make_layer(relaxation=RELAXATIONS.get(name), size=size) for name in RELAXATIONS]
     return nn.Sequential(*layers, make_layer(rule="learned", granularity="group", group_size=8, sub_norm=True, size=size))
 
 
@@ -72,6 +74,7 @@ def _product() -> nn.Sequential:
     layers += [make_layer("int4", "learned", activation=name, ste="learnable", size=size) for name in ACTIVATION_SCHEMES]
     layers += [make_layer("int2_seq", ste=ste, size=size) for ste in ESTIMATORS]
     layers += [make_layer(rule=rule, granularity="channel", size=size) for rule in SCALE_RULES]
+    layers += [make_layer(rule="learned", relaxation=RELAXATIONS.get(name), size=size) for name in RELAXATIONS]
     return nn.Sequential(*layers)
 
 

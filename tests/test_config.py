@@ -26,7 +26,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "ste": {"ste": "tanh"},
     "ste_threshold": {"ste_threshold": 0.25},
     "ste_temperature": {"ste_temperature": 2},
-    "relaxation": {},  # there is one member so far
+    "relaxation": {"relaxation": "relay"},
     "sub_norm": {"sub_norm": [r"o_proj", r"down_proj"]},
     "sub_norm_eps": {"sub_norm_eps": 1e-5},
     "keep": {"keep": [r"layers\.0\."]},

@@ -6,7 +6,7 @@ codes. Leaves out: packed weights (`packed_linear.py`), choosing layers (`surger
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..quantizers import ActivationScheme, Quantized, WeightQuantizer
-from ..relaxations import Relaxation, linear
+from ..relaxations import LINEAR, Relaxation
 from ..ste import STE
 from .base import QuantizedLayer
-from .functional import FakeQuantizeActivation, FakeQuantizeWeight, Latent, versions
+from .functional import FakeQuantizeActivation, Latent, versions
+from .relaxed import relaxed_input, relaxed_weight
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class LayerSpec:
     ste: STE
     threshold: float = 0.5
     temperature: float = 4.0
-    relaxation: Relaxation = linear
+    relaxation: Relaxation = LINEAR
     sub_norm: bool = False
     sub_norm_eps: float = 1e-6
 
@@ -47,6 +48,7 @@ class TrainedLayer(QuantizedLayer):
 
     Attributes:
         spec: how the layer is quantized.
+        source: what makes the codes of the moment; other than `spec` says only in an earlier stage (`set_stage`).
         weight_scale: float32 parameter, only when the scale is learned.
         ste_temperature: 0-dim float32; a parameter when the estimator learns it, else a buffer.
         strength: 0-dim float32 buffer, 0 full precision .. 1 quantized; read only while `relaxed`.
@@ -87,6 +89,17 @@ class TrainedLayer(QuantizedLayer):
         if self.weight_scale is not None:
             self.weight_scale.copy_(self.spec.weight.compute_scale(self.matrix))
 
+    def set_stage(self, quantizer: WeightQuantizer | None) -> None:
+        """Makes codes by `quantizer`, which computes its scales, from now on; None returns to the one of `spec`.
+
+        The weight stays. A learned scale waits meanwhile; who returns to it says when it starts anew (`reset_scale`).
+        """
+        idle = quantizer is not None and self.weight_scale is not None
+        source = replace(self.source, quantizer=quantizer or self.spec.weight, idle_scale=idle)
+        if source != self.source:
+            self.source = source
+            self.drop_codes()
+
     @property
     def matrix(self) -> Tensor:
         """The weight as (out_features, in_features)."""
@@ -98,7 +111,7 @@ class TrainedLayer(QuantizedLayer):
 
     @property
     def quantizer(self) -> WeightQuantizer:
-        return self.spec.weight
+        return self.source.quantizer
 
     def quantized_weight(self) -> Quantized:
         """Codes (out_features, in_features) and scale that forward uses, and that packing stores."""
@@ -116,12 +129,11 @@ class TrainedLayer(QuantizedLayer):
         return self.apply_codes(x, self.matrix, self.weight_scale, self.ste_temperature, self.source, self._held_codes())
 
     def _relaxed_forward(self, x: Tensor) -> Tensor:
-        mix = self.spec.relaxation
-        matrix = self.matrix
-        value = FakeQuantizeWeight.apply(matrix, self.weight_scale, self.ste_temperature, self.source)
+        state = self.weight_scale, self.ste_temperature, self.strength
+        matrix = relaxed_weight(self.matrix, *state, self.source, self.spec.relaxation)
         if self.activation.quantizes:
-            x = mix(x, FakeQuantizeActivation.apply(x, self.activation, self.act_scale), self.strength)
-        return self.float_linear(x, mix(matrix, value, self.strength))
+            x = relaxed_input(x, FakeQuantizeActivation.apply(x, self.activation, self.act_scale), self.strength)
+        return self.float_linear(x, matrix)
 
     def _held_codes(self) -> Quantized | None:
         """Codes kept for as long as the weight's version lasts; None outside `surgery.kept_codes`."""

@@ -41,19 +41,28 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True)
 class Latent:
-    """Codes are made from a float master weight (N, K), which is trained through an estimator."""
+    """Codes are made from a float master weight (N, K), which is trained through an estimator.
+
+    Attributes:
+        idle_scale: a learned scale is there but waits: the quantizer of the moment computes its own. It gets a gradient of 0,
+            because DDP wants one from every parameter.
+    """
 
     quantizer: WeightQuantizer
     ste: STE
     threshold: float
+    idle_scale: bool = False
 
     def codes(self, weight: Tensor, scale: Tensor | None) -> Quantized:
-        return self.quantizer.quantize(weight, scale)
+        return self.quantizer.quantize(weight, None if self.idle_scale else scale)
 
     def gradients(
         self, value_grad: Tensor, weight: Tensor, scale: Tensor | None, temperature: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(dL/dvalue (N, K)) -> dL/dweight (N, K), dL/dscale or None, dL/dtemperature or None."""
+        if self.idle_scale and scale is not None:
+            weight_grad, _, temperature_grad = self.gradients(value_grad, weight, None, temperature)
+            return weight_grad, torch.zeros_like(scale), temperature_grad
         slope = self.ste.slope
         if slope is None and scale is None:
             return value_grad, None, None
@@ -78,9 +87,13 @@ class Latent:
         if grid.levels > 2:  # the sign of a weight does not move with the scale
             inside = (position >= 0) & (position <= grid.levels - 1)
             by_scale = by_scale - (position * grid.step + (grid.lowest - grid.zero_point)) * inside
-        total = _over_groups(value_grad.float() * by_scale, quantized.scale).sum(dim=-1)
-        per_scale = value_grad.numel() / quantized.scale.numel()
-        return total.reshape(quantized.scale.shape) / (per_scale * grid.values[-1]) ** 0.5
+        return self.scale_gradient(value_grad, by_scale, quantized.scale)
+
+    def scale_gradient(self, value_grad: Tensor, by_scale: Tensor, scale: Tensor) -> Tensor:
+        """Sums dL/dvalue * dvalue/dscale, both (N, K), over the weights of each scale, weighted as LSQ does."""
+        total = _over_groups(value_grad.float() * by_scale, scale).sum(dim=-1)
+        per_scale = value_grad.numel() / scale.numel()
+        return total.reshape(scale.shape) / (per_scale * self.quantizer.grid.values[-1]) ** 0.5
 
 
 @dataclass(frozen=True)

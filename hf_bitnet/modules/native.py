@@ -24,6 +24,7 @@ from ..quantizers import ACTIVATION_SCHEMES, Quantized, make_weight_quantizer
 from .base import QuantizedLayer
 from .bit_linear import BitLinear, LayerSpec
 from .packed_linear import PackedBitLinear
+from .relaxed import mixed_weight, relaxed_input
 from .sub_norm import SubNorm
 
 _ROWS_PER_BYTE = 4
@@ -171,8 +172,9 @@ class NativeOnlineLinear(NativeLayer, BitLinear):  # pyright: ignore[reportIncom
             return self.float_linear(x, self.weight)
         weight, value = _QuantizedWeight.apply(self.weight), _QuantizedActivation.apply(x)
         if self.relaxed:
-            mix = self.spec.relaxation
-            weight, value = mix(self.weight, weight, self.strength), mix(x, value, self.strength)
+            relaxation, strength = self.spec.relaxation, self.strength
+            weight = mixed_weight(self.weight, weight, None, strength, self.source, relaxation)
+            value = relaxed_input(x, value, strength)
         return F.linear(value, weight, self.bias)
 
     def converted(self) -> BitLinear:

@@ -145,6 +145,11 @@ class WeightQuantizer:
         rows = self._rows(weight.detach())
         return WEIGHT_SCHEMES.get(self.scheme).scale(rows, self.scale_rule).reshape(self.scale_shape(*weight.shape))
 
+    @staticmethod
+    def usable_scale(scale: Tensor) -> Tensor:
+        """A learned scale as it is used: float32, detached, above 0."""
+        return scale.detach().float().clamp(min=SMALLEST_SCALE)
+
     def quantize(self, weight: Tensor, scale: Tensor | None = None) -> Quantized:
         """Codes and scale of a weight; no gradient.
 
@@ -152,7 +157,7 @@ class WeightQuantizer:
             weight: float (N, K). scale: float32 `scale_shape(N, K)`, given when the scale is learned.
         """
         with torch.no_grad():
-            scale = self.compute_scale(weight) if scale is None else scale.detach().float().clamp(min=SMALLEST_SCALE)
+            scale = self.compute_scale(weight) if scale is None else self.usable_scale(scale)
             rows = self._rows(weight.detach())
             codes = WEIGHT_SCHEMES.get(self.scheme).codes(rows, scale.reshape(-1, 1)).reshape(weight.shape)
             return Quantized(codes, scale, self.grid.zero_point)
@@ -165,7 +170,7 @@ class WeightQuantizer:
         """
         with torch.no_grad():
             weight = weight.detach().contiguous()  # once: a transposed one would be copied for each pass
-            scale = self.compute_scale(weight) if scale is None else scale.detach().float().clamp(min=SMALLEST_SCALE)
+            scale = self.compute_scale(weight) if scale is None else self.usable_scale(scale)
             return WEIGHT_SCHEMES.get(self.scheme).packed(weight, scale), scale
 
     def position(self, weight: Tensor, scale: Tensor) -> Tensor:
