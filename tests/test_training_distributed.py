@@ -78,6 +78,7 @@ _RUN: dict[str, Any] = {
     "teacher": "self",
     "strength_schedule": "linear",
     "strength_end": 0.7,
+    "regularizers": {"l2_to_grid": 0.05},
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .options import number, plain, read_options, whole
+from .regularizers import read_regularizers
 from .schedules import SCHEDULES
 
 # fields that hold an object, and its dataclass; see `options.py`
@@ -75,6 +76,13 @@ class QATArguments(TrainingArguments):
     scale_weight_decay: float = field(
         default=0.0, metadata={"help": "Weight decay of learned scales and learned temperatures."}
     )
+    regularizers: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Regularizers of the float weights behind the quantized ones, name to coefficient: "
+            '{"l2_to_grid": 1e-4}. Names: l2_to_grid, oscillation_damping, sparsity.'
+        },
+    )
     quant_logging: bool = field(
         default=True,
         metadata={
@@ -94,6 +102,7 @@ class QATArguments(TrainingArguments):
     def _validate(self) -> None:
         for name, kind in _OBJECTS.items():
             setattr(self, name, read_options(kind, name, getattr(self, name)))
+        self.regularizers = read_regularizers(self.regularizers)
         SCHEDULES.get(self.strength_schedule)
         for name in ("strength_start", "strength_end"):
             number(name, getattr(self, name), 0.0, 1.0, hint=f"it is a fraction of the training steps: {name}=0.3")

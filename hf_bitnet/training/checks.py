@@ -36,6 +36,11 @@ def check_arguments(args: Any, has_teacher: bool, named: dict[str, Any]) -> None
         )
     if has_teacher and named.get("compute_loss_func") is not None:
         raise ValueError("compute_loss_func and teacher both define the loss; give one of them")
+    if args.regularizers and args.deepspeed:
+        raise ValueError(
+            "regularizers add to the gradients after backward, and DeepSpeed keeps these to itself; leave regularizers out, or "
+            "shard with FSDP 2 instead"
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process, for which Trainer would take nn.DataParallel; its replicas cannot "

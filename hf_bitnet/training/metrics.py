@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .distillation import KL
 from .monitor import QuantMonitor
+from .regularizers import Regularization
 
 
 class TrainMetrics(TrainerCallback):
@@ -20,9 +21,13 @@ class TrainMetrics(TrainerCallback):
         monitor: of the quantized layers.
         alpha: weight of the distillation; 0 without a teacher.
         device: of the training.
+        regularization: whose terms are logged, if there is one.
     """
 
-    def __init__(self, monitor: QuantMonitor, alpha: float, device: torch.device) -> None:
+    def __init__(
+        self, monitor: QuantMonitor, alpha: float, device: torch.device, regularization: Regularization | None = None
+    ) -> None:
+        self._regularization = regularization
         self._monitor = monitor
         self._names = [] if alpha == 0.0 else ["distill/kl"] if alpha == 1.0 else ["distill/kl", "distill/ce"]
         self._sums = torch.zeros(2, device=device)
@@ -44,6 +49,9 @@ class TrainMetrics(TrainerCallback):
             means = self._sums[: len(self._names)] / max(step - self._since, 1)
             parts.append(means if accelerator.num_processes == 1 else accelerator.reduce(means, "mean"))
             self._sums.zero_()
+        if self._regularization is not None:  # the same on every rank
+            names += self._regularization.names
+            parts.append(self._regularization.take(step - self._since))
         self._since = step
         measured = self._monitor.measure(model)
         if measured is not None:

@@ -33,6 +33,7 @@ from .distiller import Distiller
 from .metrics import TrainMetrics
 from .monitor import QuantMonitor
 from .optimizers import refuse_rates, split_groups
+from .regularizers import Regularization
 from .resume import check_teacher, last_complete_checkpoint, write_teacher
 from .sharding import keep_weights_float32
 from .teacher import Teacher, fingerprint, make_teacher, prepare_teacher
@@ -87,7 +88,8 @@ class QATTrainer(Trainer):
         self._distiller: Distiller | None = None
         self._setup_teacher(teacher)
         self._strength, self._codes = StrengthCallback(), KeptCodesCallback()
-        self._metrics = TrainMetrics(QuantMonitor(args.quant_logging), self._alpha, args.device)
+        self._regularization = Regularization(args.regularizers, args.device) if args.regularizers else None
+        self._metrics = TrainMetrics(QuantMonitor(args.quant_logging), self._alpha, args.device, self._regularization)
         for callback in (self._strength, self._codes, self._metrics):
             self.add_callback(callback)
         self._make_logs_readable()
@@ -150,6 +152,14 @@ class QATTrainer(Trainer):
         return optimizer
 
     # ---- loss ----
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """As Trainer's; the last micro-batch of an optimizer step also brings the regularizers, in gradients and loss."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._regularization is not None and self.accelerator.sync_gradients:
+            assert isinstance(self.model, nn.Module)
+            loss = loss + self._regularization.add_gradients(self.model, self.accelerator.scaler)
+        return loss
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         """Around each loss. Trainer leaves it to accelerate, which does not autocast under FSDP 2."""
