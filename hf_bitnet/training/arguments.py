@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
+from .learning_rate import TwoStage
 from .options import number, plain, read_options, whole
 from .regularizers import read_regularizers
 from .schedules import SCHEDULES
 
 # fields that hold an object, and its dataclass; see `options.py`
-_OBJECTS: dict[str, type] = {}
+_OBJECTS: dict[str, type] = {"two_stage": TwoStage}
 
 
 @dataclass
@@ -76,6 +77,13 @@ class QATArguments(TrainingArguments):
     scale_weight_decay: float = field(
         default=0.0, metadata={"help": "Weight decay of learned scales and learned temperatures."}
     )
+    two_stage: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "BitNet's learning rate schedule in place of lr_scheduler_type: at half of the run the rate drops and "
+            'weight decay ends. {} takes the defaults: {"at": 0.5, "drop": 0.667, "decay": "linear"}.'
+        },
+    )
     regularizers: dict | str | None = field(
         default=None,
         metadata={
@@ -102,6 +110,11 @@ class QATArguments(TrainingArguments):
     def _validate(self) -> None:
         for name, kind in _OBJECTS.items():
             setattr(self, name, read_options(kind, name, getattr(self, name)))
+        schedule = SchedulerType(self.lr_scheduler_type)
+        if self.two_stage is not None and schedule is not SchedulerType.LINEAR:
+            raise ValueError(
+                f"two_stage and lr_scheduler_type={schedule.value!r} both name a schedule; leave lr_scheduler_type out"
+            )
         self.regularizers = read_regularizers(self.regularizers)
         SCHEDULES.get(self.strength_schedule)
         for name in ("strength_start", "strength_end"):

@@ -30,6 +30,7 @@ from .checks import (
 )
 from .distillation import TOTAL
 from .distiller import Distiller
+from .learning_rate import TwoStage, TwoStageScheduler
 from .metrics import TrainMetrics
 from .monitor import QuantMonitor
 from .optimizers import refuse_rates, split_groups
@@ -150,6 +151,17 @@ class QATTrainer(Trainer):
         split_groups(optimizer, self.model if model is None else model, self.args)
         self._made_optimizer = True
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """As Trainer's, or the schedule of `two_stage`."""
+        options = self.args.two_stage
+        if options is not None and self.lr_scheduler is not None and not self._created_lr_scheduler:
+            raise ValueError("two_stage cannot be used: a scheduler was passed in; leave one of them out")
+        if isinstance(options, TwoStage) and self.lr_scheduler is None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = TwoStageScheduler(optimizer or self.optimizer, options, warmup, num_training_steps)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     # ---- loss ----
 
