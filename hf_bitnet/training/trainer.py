@@ -159,7 +159,8 @@ class QATTrainer(Trainer):
             raise ValueError("two_stage cannot be used: a scheduler was passed in; leave one of them out")
         if isinstance(options, TwoStage) and self.lr_scheduler is None:
             warmup = self.args.get_warmup_steps(num_training_steps)
-            self.lr_scheduler = TwoStageScheduler(optimizer or self.optimizer, options, warmup, num_training_steps)
+            scheduled: Any = optimizer or self.optimizer
+            self.lr_scheduler = TwoStageScheduler(scheduled, options, warmup, num_training_steps)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
