@@ -89,7 +89,8 @@ class QATTrainer(Trainer):
         self._distiller: Distiller | None = None
         self._setup_teacher(teacher)
         self._strength, self._codes = StrengthCallback(), KeptCodesCallback()
-        self._regularization = Regularization(args.regularizers, args.device) if args.regularizers else None
+        terms: Any = args.regularizers
+        self._regularization = Regularization(terms, args.device) if terms else None
         self._metrics = TrainMetrics(QuantMonitor(args.quant_logging), self._alpha, args.device, self._regularization)
         for callback in (self._strength, self._codes, self._metrics):
             self.add_callback(callback)
