@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         warmup_steps=max(1, math.ceil(args.warmup * steps)),
         max_grad_norm=1.0,
         bf16=args.bf16,
-        distill_alpha=args.alpha,
+        distillation={"alpha": args.alpha},
         strength_schedule=args.schedule,
         strength_end=args.strength_end,
         logging_steps=25,

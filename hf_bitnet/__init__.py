@@ -41,7 +41,7 @@ if TYPE_CHECKING:
         set_strength,
         unpack_model,
     )
-    from .training import CONVERSION_DEFAULTS, QATArguments, QATTrainer, convert
+    from .training import CONVERSION_DEFAULTS, DistillationConfig, QATArguments, QATTrainer, cache_teacher_logits, convert
 
 __version__ = "0.1.0"
 
@@ -74,6 +74,8 @@ _HOME = {
     "set_strength": "surgery",
     "unpack_model": "surgery",
     "CONVERSION_DEFAULTS": "training",
+    "DistillationConfig": "training",
+    "cache_teacher_logits": "training",
     "QATArguments": "training",
     "QATTrainer": "training",
     "convert": "training",
@@ -85,10 +87,12 @@ __all__ = [
     "BitLinear",
     "BitNetQuantizationConfig",
     "Coverage",
+    "DistillationConfig",
     "PackedBitLinear",
     "QATArguments",
     "QATTrainer",
     "Quantized",
+    "cache_teacher_logits",
     "calibrate",
     "convert",
     "convert_native",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 from tests.tiny import tiny
 
@@ -24,6 +25,7 @@ def test_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     model.save_pretrained("model")
     tokens = batch["input_ids"]
     names: dict[str, Any] = {
+        "texts": Dataset.from_list([{"input_ids": row, "labels": row} for row in tokens.repeat(2, 1).tolist()]),
         "train_dataset": [{"input_ids": row, "labels": row} for row in tokens.repeat(4, 1)],
         "batches": [{"input_ids": tokens, "labels": tokens}],
     }

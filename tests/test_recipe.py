@@ -102,7 +102,12 @@ def test_run_leaves_complete_results(run: tuple[Path, dict[str, Any]]) -> None:
     assert json.loads((out / "results.json").read_text()) == results
     assert sorted(path.name for path in out.iterdir()) == ["packed", "results.json", "train"]
     training = results["training"]
-    assert (training["steps"], training["tokens"], training["teacher"], training["distill_alpha"]) == (4, 512, "self", 0.5)
+    assert (training["steps"], training["tokens"], training["teacher"], training["distillation"]["alpha"]) == (
+        4,
+        512,
+        "self",
+        0.5,
+    )
     assert (training["learning_rate"], training["strength_schedule"], training["adam_beta2"]) == (2e-3, "linear", 0.95)
     assert results["data"] == {
         "train": "train.txt",

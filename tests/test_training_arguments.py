@@ -11,11 +11,20 @@ from hf_bitnet import QATArguments
 
 
 def test_command_line(tmp_path: Path) -> None:
-    line = ["--output_dir", str(tmp_path), "--strength_schedule", "cosine", "--strength_end", "0.5", "--distill_alpha", "1"]
+    line = [
+        "--output_dir",
+        str(tmp_path),
+        "--strength_schedule",
+        "cosine",
+        "--strength_end",
+        "0.5",
+        "--distillation",
+        '{"alpha": 1}',
+    ]
     (args,) = HfArgumentParser(QATArguments).parse_args_into_dataclasses(
         [*line, "--latent_learning_rate", "1e-4", "--no_quant_logging", "--learning_rate", "2e-4"]
     )
-    assert (args.strength_schedule, args.strength_end, args.distill_alpha) == ("cosine", 0.5, 1.0)
+    assert (args.strength_schedule, args.strength_end, args.distillation.alpha) == ("cosine", 0.5, 1.0)
     assert (args.latent_learning_rate, args.learning_rate, args.quant_logging) == (1e-4, 2e-4, False)
 
 
@@ -33,9 +42,8 @@ def test_every_field_has_a_help_text() -> None:
         ({"strength_start": -0.1}, "strength_start=-0.1 is out of range"),
         ({"strength_start": 0.5, "strength_end": 0.2}, "strength_start=0.2, strength_end=0.5"),
         ({"strength_steps": 0}, "strength_steps must be a whole number of at least 1, got 0"),
-        ({"distill_alpha": 1.5}, "distill_alpha=1.5 is out of range; legal: from 0 to 1; 1 is KL only"),
-        ({"distill_temperature": 0}, "distill_temperature must be above 0"),
-        ({"distill_chunk_tokens": 0}, "distill_chunk_tokens must be a whole number"),
+        ({"distillation": {"alpha": 1.5}}, "distillation: alpha=1.5 is out of range; legal: from 0 to 1; 1 learns from the"),
+        ({"distillation": {"chunk_token": 1}}, "distillation has no key 'chunk_token'; .*Did you mean 'chunk_tokens'"),
         ({"latent_learning_rate": -1.0}, "latent_learning_rate=-1.0 is out of range"),
         ({"scale_weight_decay": float("nan")}, "scale_weight_decay=nan is out of range"),
     ],
@@ -49,8 +57,8 @@ def test_values_out_of_range(fields: dict, words: str, tmp_path: Path) -> None:
     ("fields", "words"),
     [
         ({"strength_end": "0.3"}, "strength_end must be a number from 0 to 1, got '0.3'"),
-        ({"distill_alpha": True}, "distill_alpha must be a number"),
-        ({"distil_alpha": 0.5}, "unexpected keyword argument 'distil_alpha'"),
+        ({"distillation": {"alpha": True}}, "distillation: alpha must be a number"),
+        ({"distilation": {}}, "unexpected keyword argument 'distilation'"),
     ],
 )
 def test_wrong_types_and_names(fields: dict, words: str, tmp_path: Path) -> None:

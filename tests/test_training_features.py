@@ -13,12 +13,12 @@ import transformers as tf
 from accelerate.utils import DistributedType
 from torch import nn
 
-from hf_bitnet import BitNetQuantizationConfig, QATArguments, QATTrainer, quantize_model
+from hf_bitnet import BitNetQuantizationConfig, DistillationConfig, QATArguments, QATTrainer, quantize_model
 from hf_bitnet.surgery import trained_layers
-from hf_bitnet.training.alignment import logits_of
 from hf_bitnet.training.checks import LossStyle, check_parallelism, loss_style
+from hf_bitnet.training.distillation.alignment import logits_of
+from hf_bitnet.training.distillation.teacher import prepare_teacher
 from hf_bitnet.training.optimizers import split_groups
-from hf_bitnet.training.teacher import prepare_teacher
 from tests.qat import arguments, assert_same, examples, losses, make_trainer, quantized, said, weights
 from tests.tiny import FAMILIES, tiny
 
@@ -220,8 +220,8 @@ def test_arguments_that_do_not_fit(tmp_path: Path) -> None:
     model = quantized()
     with pytest.raises(TypeError, match=r"takes QATArguments, got TrainingArguments"):
         QATTrainer(model=model, args=tf.TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
-    with pytest.raises(ValueError, match=r"distill_alpha=0.5 needs a teacher.*teacher='self'"):
-        make_trainer(tmp_path, model, distill_alpha=0.5)
+    with pytest.raises(ValueError, match=r"distillation needs a teacher.*teacher='self'"):
+        make_trainer(tmp_path, model, distillation={"alpha": 0.5})
     with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1 with a teacher"):
         make_trainer(tmp_path, model, teacher="self", label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match=r"compute_loss_func and teacher both"):
@@ -230,7 +230,7 @@ def test_arguments_that_do_not_fit(tmp_path: Path) -> None:
     args._n_gpu = 2
     with pytest.raises(ValueError, match=r"2 GPUs.*torchrun --nproc_per_node 2"):
         QATTrainer(model=model, args=args)
-    make_trainer(tmp_path, model, distill_alpha=0.0)
+    make_trainer(tmp_path, model, distillation={"alpha": 0.0})
     assert isinstance(make_trainer(tmp_path, model).args, QATArguments)
 
 
@@ -244,7 +244,7 @@ def test_teachers_that_do_not_fit(tmp_path: Path) -> None:
         make_trainer(tmp_path, model, teacher=part)
     with pytest.raises(ValueError, match=r"tells 128 classes \(tokens\) apart, the student 96.*resize_token_embeddings\(128\)"):
         make_trainer(tmp_path, model, teacher=tiny("llama", vocab_size=128)[0])
-    with pytest.raises(TypeError, match=r"teacher must be a model, a path or 'self', got int"):
+    with pytest.raises(TypeError, match=r"teacher must be a model, a path, 'self' or 'cached', got int"):
         make_trainer(tmp_path, model, teacher=7)
     with pytest.raises(ValueError, match="single output"):
         make_trainer(tmp_path, quantized("bert", model={"num_labels": 1}), "bert", teacher="self")
@@ -300,7 +300,7 @@ def test_ways_to_split_work_that_do_not_fit() -> None:
         check_parallelism(split(cp_enabled=True), True)
     fsdp1: Any = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False)
     with pytest.raises(ValueError, match=r"FSDP version 2 only.*fsdp_config=\{'version': 2\}"):
-        prepare_teacher(nn.Linear(1, 1), fsdp1)
+        prepare_teacher(nn.Linear(1, 1), fsdp1, DistillationConfig())
 
 
 def test_an_optimizer_that_manages_parameters_itself(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_bitnet import BitNetQuantizationConfig, quantize_model, set_norm_blend, set_strength
 from hf_bitnet.surgery import full_precision_copy, quantized_layers, trained_layers
-from hf_bitnet.training.alignment import labels_are_next
+from hf_bitnet.training.distillation.alignment import labels_are_next
 from tests.qat import arguments, assert_same, examples, losses, make_trainer, plain, quantized, said, weights
 from tests.tiny import FAMILIES, tiny
 
@@ -34,8 +34,8 @@ def _update(name: str, folder: Path, teacher: Any, batch: int, accumulate: int, 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5", "gpt2"])
 def test_accumulation_of_4x2_equals_8(name: str, alpha: float | None, tmp_path: Path) -> None:
     teacher = None if alpha is None else tiny(name, seed=1)[0]
-    whole = _update(name, tmp_path, teacher, 8, 1, distill_alpha=alpha)
-    parts = _update(name, tmp_path, teacher, 2, 4, distill_alpha=alpha)
+    whole = _update(name, tmp_path, teacher, 8, 1, distillation=None if alpha is None else {"alpha": alpha})
+    parts = _update(name, tmp_path, teacher, 2, 4, distillation=None if alpha is None else {"alpha": alpha})
     assert whole.norm() > 0
     assert (parts - whole).norm() < 1e-3 * whole.norm()
 
@@ -52,7 +52,7 @@ def test_distillation_equals_the_formula_in_the_trainer(tmp_path: Path) -> None:
     loss.backward()
 
     for chunk in (1024, 5):
-        fields = {"distill_alpha": alpha, "distill_temperature": temperature, "distill_chunk_tokens": chunk}
+        fields = {"distillation": {"alpha": alpha, "temperature": temperature, "chunk_tokens": chunk}}
         trainer = make_trainer(tmp_path, model, teacher=teacher, **fields)
         model.train()
         model.zero_grad()
@@ -66,7 +66,7 @@ def test_distillation_equals_the_formula_in_the_trainer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen3", "t5", "bert", "gemma3"])
 def test_head_and_logits_give_the_same_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = _update(name, tmp_path, "self", 4, 1)
-    monkeypatch.setattr("hf_bitnet.training.distiller.logits_are_plain", lambda *_: False)
+    monkeypatch.setattr("hf_bitnet.training.distillation.distiller.logits_are_plain", lambda *_: False)
     slow = _update(name, tmp_path, "self", 4, 1)
     assert (fast - slow).norm() < 1e-3 * slow.norm()
 
@@ -76,7 +76,7 @@ def test_every_family_distils(name: str, tmp_path: Path) -> None:
     """At strength 0 the model is its own teacher: no divergence, and half of the model's own loss is left."""
     model = quantized(name)
     batch = tiny(name, labels=True)[1]
-    trainer = make_trainer(tmp_path, model, name, teacher="self", distill_alpha=0.5)
+    trainer = make_trainer(tmp_path, model, name, teacher="self", distillation={"alpha": 0.5})
     set_strength(model, 0.0)
     own = model(**batch).loss
     model.train()
@@ -113,7 +113,7 @@ def test_soft_capped_logits_take_the_general_way(tmp_path: Path) -> None:
 def test_masked_tokens_do_not_count(tmp_path: Path) -> None:
     """Changing labels to -100 there and tokens behind them changes nothing of the loss."""
     model = quantized()
-    trainer = make_trainer(tmp_path, model, teacher=tiny("llama", seed=1)[0], distill_alpha=0.5)
+    trainer = make_trainer(tmp_path, model, teacher=tiny("llama", seed=1)[0], distillation={"alpha": 0.5})
     model.train()
     ids = torch.randint(3, 96, (1, 8))
     padded = torch.cat((ids, torch.randint(3, 96, (1, 4))), dim=1)
@@ -126,17 +126,19 @@ def test_masked_tokens_do_not_count(tmp_path: Path) -> None:
 def test_batch_without_labels(tmp_path: Path) -> None:
     model = quantized()
     batch = {"input_ids": torch.randint(3, 96, (2, 6))}
-    trainer = make_trainer(tmp_path, model, teacher=tiny("llama", seed=1)[0], distill_alpha=1.0)
+    trainer = make_trainer(tmp_path, model, teacher=tiny("llama", seed=1)[0], distillation={"alpha": 1.0})
     model.train()
     assert trainer.compute_loss(model, batch) > 0
     trainer = make_trainer(tmp_path, model, teacher=tiny("llama", seed=1)[0])
-    with pytest.raises(ValueError, match=r"no `labels`.*distill_alpha=1.0"):
+    with pytest.raises(ValueError, match=r"no `labels`.*distillation=\{'alpha': 1.0\}"):
         trainer.compute_loss(model, batch)
 
 
 def test_experts_keep_their_balancing_loss(tmp_path: Path) -> None:
     model = quantized("mixtral", model={"output_router_logits": True, "router_aux_loss_coef": 10.0})
-    trainer = make_trainer(tmp_path, model, teacher="self", max_steps=1, distill_alpha=1.0, strength_schedule="linear")
+    trainer = make_trainer(
+        tmp_path, model, teacher="self", max_steps=1, distillation={"alpha": 1.0}, strength_schedule="linear"
+    )
     trainer.train()
     (log,) = losses(trainer)
     assert log["distill/kl"] == 0.0

@@ -219,7 +219,9 @@ class _Demo:
     def train_ternary(self, model: LlamaForCausalLM, text: Text) -> dict[str, Curve]:
         settings = self.settings
         args = QATArguments(
-            **self.shared(settings.further_steps, settings.ternary_learning_rate), distill_alpha=0.5, quant_logging=False
+            **self.shared(settings.further_steps, settings.ternary_learning_rate),
+            distillation={"alpha": 0.5},
+            quant_logging=False,
         )
         return train(QATTrainer(model=model, args=args, teacher="self", **text.datasets()), "ternary")
 

@@ -4,6 +4,7 @@ from .attached import attach, attach_native, config_of, detach, kept_for_native
 from .coverage import Coverage, coverage
 from .full_precision import full_precision_copy, output_head
 from .generation import optimize_for_generation
+from .layers import attention_heads, attention_projections, transformer_layers
 from .prepare import prepare_model, prepare_native, start_from_weights, state_from_float
 from .probing import each_batch, probing, run
 from .select import choose
@@ -28,6 +29,8 @@ __all__ = [
     "Coverage",
     "attach",
     "attach_native",
+    "attention_heads",
+    "attention_projections",
     "check_calibrated",
     "choose",
     "config_of",
@@ -56,5 +59,6 @@ __all__ = [
     "start_from_weights",
     "state_from_float",
     "trained_layers",
+    "transformer_layers",
     "unpack_model",
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import nn
 
 from ..modules import TrainedLayer
@@ -16,11 +17,16 @@ from .swap import Model, _dense, _replace, trained_layers
 _LEFT_BY_ACCELERATE = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
-def full_precision_copy(model: Model) -> Model:
-    """A copy of `model` whose quantized layers are plain ones that hold the float weights; shares no memory with it.
+def full_precision_copy(model: Model, *, share_frozen: bool = False, dtype: torch.dtype | None = None) -> Model:
+    """A copy of `model` whose quantized layers are plain ones that hold the float weights.
 
-    It computes what the model computes at strength 0, bit for bit, without the cost of the mix. A sub-norm that is still
-    the identity (blend 0) is left out, any other stays in front of its layer inside an nn.Sequential.
+    It computes what the model computes at strength 0, bit for bit (but for `dtype`), without the cost of the mix. A sub-norm
+    that is still the identity (blend 0) is left out, any other stays in front of its layer inside an nn.Sequential.
+
+    Args:
+        share_frozen: True takes frozen parameters over instead of copying them; they must then stay frozen. False
+            shares no memory.
+        dtype: of the float parameters of the copy; None leaves each as it is.
 
     Raises ValueError when the model has no layer in train form.
     """
@@ -28,18 +34,25 @@ def full_precision_copy(model: Model) -> Model:
         raise ValueError(
             f"full_precision_copy: {type(model).__name__} has no layer in train form; call quantize_model(model, config) first"
         )
-    twin = _deepcopy(model)
+    twin = _deepcopy(model, {id(each): _copied(each, share_frozen, dtype) for each in model.parameters()})
     for _, layer in trained_layers(twin):
         _replace(twin, layer, _plain(layer))
     detach(twin)
     return twin
 
 
-def _deepcopy(model: Model) -> Model:
+def _copied(parameter: nn.Parameter, share_frozen: bool, dtype: torch.dtype | None) -> nn.Parameter:
+    wanted = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
+    if share_frozen and not parameter.requires_grad and wanted == parameter.dtype:
+        return parameter
+    return nn.Parameter(parameter.detach().to(wanted, copy=True), requires_grad=parameter.requires_grad)
+
+
+def _deepcopy(model: Model, parameters: dict[int, nn.Parameter]) -> Model:
     # accelerate leaves a forward in the instance that is bound to this very model: a copy of it would run the original
     bound = {name: model.__dict__.pop(name) for name in _LEFT_BY_ACCELERATE if name in model.__dict__}
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, dict(parameters))
     finally:
         model.__dict__.update(bound)
 

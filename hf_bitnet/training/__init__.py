@@ -2,7 +2,16 @@
 and the whole way from a full-precision model to a packed one."""
 
 from .arguments import QATArguments
-from .distillation import distill_from_hidden, distill_from_logits
+from .distillation import (
+    DistillationConfig,
+    HiddenStates,
+    Relations,
+    cache_teacher_logits,
+    distill_from_hidden,
+    distill_from_logits,
+    hidden_loss,
+    relation_loss,
+)
 from .pipeline import CONVERSION_DEFAULTS, convert
 from .schedules import SCHEDULES, strength_at
 from .trainer import QATTrainer
@@ -10,10 +19,16 @@ from .trainer import QATTrainer
 __all__ = [
     "CONVERSION_DEFAULTS",
     "SCHEDULES",
+    "DistillationConfig",
+    "HiddenStates",
     "QATArguments",
     "QATTrainer",
+    "Relations",
+    "cache_teacher_logits",
     "convert",
     "distill_from_hidden",
     "distill_from_logits",
+    "hidden_loss",
+    "relation_loss",
     "strength_at",
 ]

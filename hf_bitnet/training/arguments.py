@@ -7,13 +7,14 @@ from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
 
+from .distillation import DistillationConfig
 from .learning_rate import TwoStage
 from .options import number, plain, read_options, whole
 from .regularizers import read_regularizers
 from .schedules import SCHEDULES
 
 # fields that hold an object, and its dataclass; see `options.py`
-_OBJECTS: dict[str, type] = {"two_stage": TwoStage}
+_OBJECTS: dict[str, type] = {"distillation": DistillationConfig, "two_stage": TwoStage}
 
 
 @dataclass
@@ -48,19 +49,12 @@ class QATArguments(TrainingArguments):
             "that step. The metric eval_strength says which."
         },
     )
-    distill_alpha: float | None = field(
+    distillation: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Weight of the KL divergence to the teacher: 1 is KL only, 0 is cross entropy only. Default: 0.5 with a "
-            "teacher, 0 without."
+            "help": "What is learned from the teacher: a DistillationConfig, a dict of its fields, JSON text or the path of "
+            "a JSON file. Default: DistillationConfig() with a teacher, nothing without."
         },
-    )
-    distill_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of both distributions in the KL divergence (weighted by its square)."}
-    )
-    distill_chunk_tokens: int = field(
-        default=1024,
-        metadata={"help": "Tokens whose logits exist at a time in the distillation loss; fewer take less memory."},
     )
     latent_learning_rate: float | None = field(
         default=None,
@@ -125,11 +119,6 @@ class QATArguments(TrainingArguments):
                 f"start to end: strength_start={self.strength_end}, strength_end={self.strength_start}"
             )
         whole("strength_steps", self.strength_steps)
-        if self.distill_alpha is not None:
-            number("distill_alpha", self.distill_alpha, 0.0, 1.0, hint="1 is KL only, 0 is cross entropy only")
-        if number("distill_temperature", self.distill_temperature, 0.0) == 0.0:
-            raise ValueError("distill_temperature must be above 0, got 0; distill_temperature=1.0 compares the plain outputs")
-        whole("distill_chunk_tokens", self.distill_chunk_tokens)
         for name in ("latent_learning_rate", "scale_learning_rate", "latent_weight_decay"):
             if getattr(self, name) is not None:
                 number(name, getattr(self, name), 0.0)

@@ -104,7 +104,7 @@ def readable(logs: dict[str, Any], state: TrainerState) -> str:
     parts = [f"step {state.global_step}/{state.max_steps}"]
     for key, value in logs.items():
         name = key.removeprefix("quant/")
-        if key in ("total_flos", "step"):
+        if key in ("total_flos", "step") or (key.startswith("distill/") and key.endswith("_weight")):
             continue
         if name in _PERCENT:
             parts.append(f"{name} {value:.2%}")

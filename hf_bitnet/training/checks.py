@@ -12,6 +12,7 @@ from transformers.trainer_utils import unwrap_peft_model
 
 from ..surgery import quantized_layers, trained_layers
 from .arguments import QATArguments
+from .distillation import DistillationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +24,11 @@ def check_arguments(args: Any, has_teacher: bool, named: dict[str, Any]) -> None
             f"QATTrainer takes QATArguments, got {type(args).__name__}; it has all fields of TrainingArguments: "
             "args=QATArguments(output_dir='out', ...)"
         )
-    if args.distill_alpha and not has_teacher:
+    if isinstance(args.distillation, DistillationConfig) and args.distillation.needs_teacher and not has_teacher:
         raise ValueError(
-            f"distill_alpha={args.distill_alpha} needs a teacher and none was given; write "
-            "QATTrainer(model=model, args=args, teacher='self') for the model's own full-precision weights, or leave "
-            "distill_alpha out"
+            "distillation needs a teacher and none was given; write QATTrainer(model=model, args=args, teacher='self') for the "
+            "model's own full-precision weights, teacher='cached' for a data set of cache_teacher_logits, or leave "
+            "distillation out"
         )
     if has_teacher and args.label_smoothing_factor:
         raise ValueError(
@@ -120,9 +121,3 @@ def loss_style(model: nn.Module) -> LossStyle:
         if "super().forward(" not in source:
             break
     return LossStyle.OTHER
-
-
-def auxiliary_weight(model: nn.Module) -> float:
-    """Weight of the load-balancing loss of a mixture of experts."""
-    config = getattr(model, "config", None)
-    return float(getattr(model, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0)))

@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .distillation import KL
 from .monitor import QuantMonitor
 from .regularizers import Regularization
 
@@ -19,18 +18,19 @@ class TrainMetrics(TrainerCallback):
 
     Args:
         monitor: of the quantized layers.
-        alpha: weight of the distillation; 0 without a teacher.
+        terms: names of the losses of the distillation; none without a teacher.
         device: of the training.
         regularization: whose terms are logged, if there is one.
     """
 
     def __init__(
-        self, monitor: QuantMonitor, alpha: float, device: torch.device, regularization: Regularization | None = None
+        self, monitor: QuantMonitor, terms: list[str], device: torch.device, regularization: Regularization | None = None
     ) -> None:
         self._regularization = regularization
         self._monitor = monitor
-        self._names = [] if alpha == 0.0 else ["distill/kl"] if alpha == 1.0 else ["distill/kl", "distill/ce"]
-        self._sums = torch.zeros(2, device=device)
+        self._names = [f"distill/{name}" for name in terms]
+        self._sums = torch.zeros(len(terms), device=device)
+        self._weights = torch.zeros_like(self._sums)
         self._since = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -38,16 +38,17 @@ class TrainMetrics(TrainerCallback):
         self._sums.zero_()
         self._monitor.start(kwargs["model"])
 
-    def add(self, losses: Tensor) -> None:
-        """float32 (3,) total, KL, CE of one micro-batch, as it enters the mean of its step."""
-        self._sums += losses[KL:]
+    def add(self, losses: Tensor, weights: Tensor) -> None:
+        """float32 (terms,) losses of one micro-batch, as they enter the mean of their step, and what they count."""
+        self._sums += losses
+        self._weights = weights
 
     def collect(self, model: nn.Module, step: int, strength: float | None, accelerator: Accelerator) -> dict[str, float]:
         """Everything since the last call. Every rank has to call it."""
-        names, parts = list(self._names), []
+        names, parts = [*self._names, *(f"{name}_weight" for name in self._names)], []
         if self._names:
-            means = self._sums[: len(self._names)] / max(step - self._since, 1)
-            parts.append(means if accelerator.num_processes == 1 else accelerator.reduce(means, "mean"))
+            means = self._sums / max(step - self._since, 1)
+            parts += [means if accelerator.num_processes == 1 else accelerator.reduce(means, "mean"), self._weights]
             self._sums.zero_()
         if self._regularization is not None:  # the same on every rank
             names += self._regularization.names

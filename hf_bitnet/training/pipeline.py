@@ -33,8 +33,9 @@ from ..config import BitNetQuantizationConfig
 from ..hub import hub_id, library_versions, without_bars
 from ..surgery import coverage, quantize_model, quantized_layers
 from .arguments import QATArguments
+from .distillation.teacher import SELF, Teacher
 from .measured_run import BEFORE, FULL, PACKED_FOLDER, RESULTS_FILE, TRAIN_FOLDER, MeasuredRun
-from .teacher import SELF, Teacher
+from .options import plain
 from .trainer import QATTrainer
 
 # For pretrained language models. Published conversions train at 1e-4 (1.58 bit) to 1e-5 (4 bit) with a warm-up of some per
@@ -59,7 +60,7 @@ _CALIBRATION_WINDOWS = 64
 _ALWAYS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2"),
     *("max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
-    *("strength_schedule", "distill_alpha", "distill_temperature"),
+    *("strength_schedule",),
 )
 # where things are, who may write there, and what is only looked at
 _NEVER = ("output_dir", "run_name", "deepspeed", "fsdp", "push_to_hub", "resume_from_checkpoint", "report_to", "disable_tqdm")
@@ -158,7 +159,7 @@ def convert(
         "quantization": {key: value for key, value in config.fields().items() if value is not None},
         "coverage": {key: value for key, value in coverage(packed).to_dict().items() if key != "parameters"},
         "data": _described(train, train_text, valid, valid_text),
-        "training": {**amounts, "teacher": _called(teacher), **_settings(args), "distill_alpha": trainer._alpha},
+        "training": {**amounts, "teacher": _called(teacher), **_settings(args), "distillation": plain(trainer.distillation)},
         # the seconds of a resumed run are those of its last part
         **run.figures(amounts["tokens"] if _resume(args) is None else None),
         "versions": library_versions(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +22,16 @@ from .arguments import QATArguments
 from .callbacks import KeptCodesCallback, ReadablePrinter, ReadableProgress, StrengthCallback, kept_where_whole
 from .checks import (
     LossStyle,
-    auxiliary_weight,
     check_arguments,
     check_model,
     check_parallelism,
     loss_style,
     warn_half_precision,
 )
-from .distillation import TOTAL
-from .distiller import Distiller
+from .distillation import DistillationConfig, Distiller, LossBalance
+from .distillation.alignment import auxiliary_weight
+from .distillation.cached import COLUMNS, CachedCollator, check_cached, without_cached
+from .distillation.teacher import CACHED, Teacher, classes_of, fingerprint, make_teacher, prepare_teacher
 from .learning_rate import TwoStage, TwoStageScheduler
 from .metrics import TrainMetrics
 from .monitor import QuantMonitor
@@ -37,9 +39,6 @@ from .optimizers import refuse_rates, split_groups
 from .regularizers import Regularization
 from .resume import check_teacher, last_complete_checkpoint, write_teacher
 from .sharding import keep_weights_float32
-from .teacher import Teacher, fingerprint, make_teacher, prepare_teacher
-
-_DEFAULT_ALPHA = 0.5
 
 
 class QATTrainer(Trainer):
@@ -49,9 +48,9 @@ class QATTrainer(Trainer):
         model: the quantized model.
         args: QATArguments; None takes the defaults.
         teacher: None; a model; the path or Hub name of one; or "self", a copy of the model's own full-precision weights as
-            they are now (one more full-precision model in memory). See `QATArguments.distill_alpha`. The loss is then
-            alpha T^2 KL + (1 - alpha) cross entropy over the tokens whose label is not -100, divided like Trainer's own.
-            Evaluation always measures the model's own loss.
+            they are now (parameters that are trained cost memory a second time); or "cached", the columns that
+            `cache_teacher_logits` added to the training data. What is learned from it is `QATArguments.distillation`, over the
+            tokens whose label is not -100, divided like Trainer's own loss. Evaluation always measures the model's own loss.
         others: as Trainer's, by position or by name.
 
     A run that was stopped or killed continues with `train(resume_from_checkpoint=True)`, bit for bit: same losses, same
@@ -62,6 +61,8 @@ class QATTrainer(Trainer):
     """
 
     args: QATArguments
+    distillation: DistillationConfig | None
+    """What is learned from the teacher; None without."""
 
     def __init__(
         self,
@@ -87,31 +88,35 @@ class QATTrainer(Trainer):
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and self._loss_style is LossStyle.SUM
         self._made_optimizer = False
         self._distiller: Distiller | None = None
+        self.distillation: DistillationConfig | None = None
+        self._balance: LossBalance | None = None
         self._setup_teacher(teacher)
         self._strength, self._codes = StrengthCallback(), KeptCodesCallback()
         terms: Any = args.regularizers
         self._regularization = Regularization(terms, args.device) if terms else None
-        self._metrics = TrainMetrics(QuantMonitor(args.quant_logging), self._alpha, args.device, self._regularization)
-        for callback in (self._strength, self._codes, self._metrics):
+        learned = [] if self._balance is None else self._balance.names
+        self._metrics = TrainMetrics(QuantMonitor(args.quant_logging), learned, args.device, self._regularization)
+        for callback in (self._strength, self._codes, self._metrics, *([self._balance] if self._balance else [])):
             self.add_callback(callback)
         self._make_logs_readable()
 
     def _setup_teacher(self, teacher: Teacher | None) -> None:
-        self._alpha = 0.0 if teacher is None else _DEFAULT_ALPHA
-        if self.args.distill_alpha is not None:
-            self._alpha = self.args.distill_alpha
-        if teacher is None or self._alpha == 0.0:
+        # the arguments hold a DistillationConfig, whatever form it was written in
+        config: Any = DistillationConfig() if self.args.distillation is None else self.args.distillation
+        if teacher is None or not config.needs_teacher:
             return
-        made = make_teacher(teacher, self.accelerator.unwrap_model(self.model))
-        self._fingerprint = fingerprint(made)
-        self._distiller = Distiller(
-            prepare_teacher(made, self.accelerator),
-            made,
-            self._alpha,
-            self.args.distill_temperature,
-            self.args.distill_chunk_tokens,
-            compiled=self.args.torch_compile,
-        )
+        student = self.accelerator.unwrap_model(self.model)
+        assert isinstance(student, nn.Module)
+        self.distillation, self._balance = config, LossBalance(config, self.accelerator)
+        made = wrapped = None
+        if isinstance(teacher, str) and teacher == CACHED:
+            self._fingerprint = check_cached(self.train_dataset, config, classes_of(student))
+            self.data_collator = CachedCollator(self.data_collator)
+        else:
+            made = make_teacher(teacher, student, config, self.accelerator)
+            self._fingerprint = fingerprint(made)
+            wrapped = prepare_teacher(made, self.accelerator, config)
+        self._distiller = Distiller(config, wrapped, made, compiled=self.args.torch_compile)
 
     def _make_logs_readable(self) -> None:
         for stock, ours in ((ProgressCallback, ReadableProgress), (PrinterCallback, ReadablePrinter)):
@@ -131,10 +136,12 @@ class QATTrainer(Trainer):
             # True again where there is none: Trainer has an error for that
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir), self.args.world_size) or True
         if self._distiller is not None:
-            self._distiller.reset()
+            self._distiller.reset(self.accelerator.unwrap_model(self.model))
             # other ranks may hold an empty copy until sharding hands the weights out
             if isinstance(resume_from_checkpoint, str) and self.is_world_process_zero():
                 check_teacher(resume_from_checkpoint, self._fingerprint)
+        if self._balance is not None:
+            self._balance.start(resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None)
         try:
             return super().train(resume_from_checkpoint, *others, **named)
         finally:
@@ -220,18 +227,18 @@ class QATTrainer(Trainer):
     def _distill(
         self, distiller: Distiller, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None
     ) -> tuple[Tensor, Any]:
-        assert isinstance(self.model, nn.Module)
+        assert isinstance(self.model, nn.Module) and self._balance is not None
         micro_batches = getattr(self, "current_gradient_accumulation_steps", 1)
-        sums, count, outputs = distiller(model, self.model, inputs)
-        means = sums / (max(count, 1) * micro_batches if items is None else items)
-        loss = self._over_ranks(means) if items is not None else means
-        self._metrics.add(loss.detach())
-        loss = loss[TOTAL]
-        auxiliary = outputs.get("aux_loss") if isinstance(outputs, dict) else None
+        result = distiller(model, self.model, inputs)
+        sums = torch.cat((result.main, torch.stack(result.inner).to(result.main.dtype))) if result.inner else result.main
+        means = sums / (max(result.tokens, 1) * micro_batches if items is None else items)
+        loss, *terms = self._balance.weigh(self._over_ranks(means) if items is not None else means)
+        self._metrics.add(*terms)
+        auxiliary = result.outputs.get("aux_loss") if isinstance(result.outputs, dict) else None
         if auxiliary is not None:  # load balancing of experts, which models add to their own loss only
             loss = loss + auxiliary_weight(self.model) * auxiliary / micro_batches
         self.loss_is_scaled_for_ga = True
-        return loss, outputs
+        return loss, result.outputs
 
     def _over_ranks(self, loss: Tensor) -> Tensor:
         """DDP averages gradients over ranks; a loss divided by the items of all ranks has to be summed."""
@@ -250,6 +257,10 @@ class QATTrainer(Trainer):
             self.model_accepts_loss_kwargs = accepts
 
     # ---- evaluation, logs, checkpoints ----
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *others: Any, **named: Any) -> Any:
+        """As Trainer's, without what the teacher said."""
+        return super().prediction_step(model, without_cached(inputs)[0], *others, **named)
 
     def evaluation_loop(
         self,
@@ -301,6 +312,15 @@ class QATTrainer(Trainer):
             del model.__dict__["save_pretrained"]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # first, because a checkpoint counts as complete with what Trainer writes last
+        if self._balance is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_teacher(folder, self._fingerprint)
+            self._balance.save(folder)
         super()._save_checkpoint(model, trial)
-        if self._distiller is not None and self.args.should_save:
-            write_teacher(f"{self._get_output_dir(trial)}/checkpoint-{self.state.global_step}", self._fingerprint)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if isinstance(self.data_collator, CachedCollator):  # not arguments of the model's forward, yet used
+            self._signature_columns = list({*self._signature_columns, *COLUMNS})

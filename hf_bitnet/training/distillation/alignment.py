@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..surgery import output_head, probing
-from .checks import auxiliary_weight
+from ...surgery import output_head, probing
 
 logger = logging.getLogger(__name__)
 IGNORED = -100
@@ -101,3 +100,50 @@ def without_labels(student: nn.Module, inputs: dict[str, Any], shift: bool) -> t
         make = getattr(student, "prepare_decoder_input_ids_from_labels", None)
         inputs |= {"labels": labels} if make is None else {"decoder_input_ids": make(labels=labels)}
     return inputs, labels
+
+
+def auxiliary_weight(model: nn.Module) -> float:
+    """Weight of the load-balancing loss of a mixture of experts."""
+    config = getattr(model, "config", None)
+    return float(getattr(model, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0)))
+
+
+def rows_of(values: Tensor, rows: Tensor, labels: Tensor | None) -> Tensor:
+    """(..., C) -> (N, C), the rows that count."""
+    flat = values.reshape(-1, values.shape[-1])
+    if labels is not None and flat.shape[0] != labels.numel():
+        raise ValueError(
+            f"logits of shape {tuple(values.shape)} do not match labels of shape {tuple(labels.shape)}: distillation needs one "
+            "label for each row of logits, classes last; leave `teacher` out for this model"
+        )
+    return flat if rows.numel() == flat.shape[0] else flat[rows]
+
+
+def token_weights(labels: Tensor | None, inputs: dict[str, Any], state: Tensor) -> tuple[Tensor, Tensor | None]:
+    """How much each token of an inner state counts, and which tokens exist.
+
+    A token counts 1 where its label counts. Where a whole sequence has one label, its tokens share its 1.
+
+    Args:
+        labels: aligned with the logits; None counts all tokens. state: (B, S, F).
+
+    Returns:
+        float32 (B, S), and bool (B, S) or None where all exist.
+    """
+    shape = state.shape[:2]
+    decoder = "decoder_input_ids" in inputs
+    mask = inputs.get("decoder_attention_mask" if decoder else "attention_mask")
+    if mask is None and decoder and labels is not None:
+        mask = labels.ne(IGNORED)  # targets are masked where they are padded
+    exists = mask.bool() if isinstance(mask, Tensor) and mask.shape == shape else None
+    if labels is not None and labels.shape == shape:
+        return labels.ne(IGNORED).float(), exists
+    each = torch.ones(shape, device=state.device) if exists is None else exists.float()
+    if labels is not None and labels.shape == shape[:1]:
+        each = each * (labels.ne(IGNORED) / each.sum(dim=1).clamp_min(1.0)).unsqueeze(1)
+    elif labels is not None:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} do not match inner states of {tuple(shape)} tokens; leave `hidden` and "
+            "`relations` out for this model"
+        )
+    return each, exists

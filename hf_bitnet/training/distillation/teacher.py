@@ -14,44 +14,55 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 
-from ..surgery import full_precision_copy, output_head
+from ...surgery import full_precision_copy, output_head
+from .config import DistillationConfig
 
 Teacher = nn.Module | str | os.PathLike[str]
-SELF = "self"
+SELF, CACHED = "self", "cached"
 # enough of each tensor to tell two models apart, cheap for any size
 _FINGERPRINTED = 256
 
 
-def make_teacher(teacher: Teacher, student: nn.Module) -> nn.Module:
+def make_teacher(teacher: Teacher, student: nn.Module, config: DistillationConfig, accelerator: Accelerator) -> nn.Module:
     """The teacher module, in eval mode.
 
     Args:
-        teacher: a module (used as it is; it is put into eval mode and onto the student's device), the path or Hub name of a
-            saved model, or "self": a copy of the student's present full-precision weights. The copy costs the memory of one
-            full-precision model.
+        teacher: a module (used as it is; it is put into eval mode and onto its device), the path or Hub name of a saved model,
+            or "self": the student's present full-precision weights. Of these, what is frozen is shared with the student, so
+            that only trained parameters cost memory a second time; nothing is shared where models are sharded, or where the
+            teacher has another device, or (for a tensor) another dtype.
+        config: says the teacher's dtype and device.
 
     Raises:
         TypeError: none of these.
         ValueError: the teacher is the student or shares trained parameters with it; the outputs have different sizes.
     """
     if isinstance(teacher, nn.Module):
-        _refuse_shared(teacher, student)
-        made = teacher
+        refuse_shared(teacher, student)
+        made = teacher if config.dtype is None else teacher.to(config.dtype)
     elif isinstance(teacher, str | os.PathLike):
-        made = full_precision_copy(student) if teacher == SELF else _load(teacher, student)
+        if teacher == SELF:
+            share = config.teacher_device is None and not _shards(accelerator)
+            made = full_precision_copy(student, share_frozen=share, dtype=config.dtype)
+        else:
+            made = _load(teacher, student, config.dtype)
         made.requires_grad_(False)
     else:
         raise TypeError(
-            f"teacher must be a model, a path or 'self', got {type(teacher).__name__}; for example "
+            f"teacher must be a model, a path, 'self' or 'cached', got {type(teacher).__name__}; for example "
             "QATTrainer(model=model, args=args, teacher='self')"
         )
     _check_sizes(made, student)
     return made.eval()
 
 
-def _load(path: str | os.PathLike[str], student: nn.Module) -> nn.Module:
+def _shards(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def _load(path: str | os.PathLike[str], student: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     config = transformers.AutoConfig.from_pretrained(path)
     names = getattr(config, "architectures", None) or [type(student).__name__]
     kind = getattr(transformers, names[0], None)
@@ -60,20 +71,29 @@ def _load(path: str | os.PathLike[str], student: nn.Module) -> nn.Module:
             f"the teacher {str(path)!r} is a {names[0]}, which transformers does not have; load it and pass the model: "
             "teacher=MyModel.from_pretrained(...)"
         )
-    return kind.from_pretrained(path)
+    return kind.from_pretrained(path) if dtype is None else kind.from_pretrained(path, dtype=dtype)
 
 
-def _refuse_shared(teacher: nn.Module, student: nn.Module) -> None:
-    trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
-    if teacher is student or any(id(parameter) in trained for parameter in teacher.parameters()):
+def refuse_shared(teacher: nn.Module, student: nn.Module) -> None:
+    """Raises ValueError when the student trains a parameter of its teacher."""
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    # a quantized weight and its plain twin are two parameters over one storage
+    ids, storages = set(map(id, trained)), set(map(_storage, trained)) - {0}
+    if teacher is student or any(id(each) in ids or _storage(each) in storages for each in teacher.parameters()):
         raise ValueError(
             "the teacher is the model that is trained, or shares parameters with it, so it would change at every step; "
             "write teacher='self' for a copy of its present full-precision weights, or load the teacher separately"
         )
 
 
+def _storage(parameter: Tensor) -> int:
+    """Where its numbers lie; 0 where sharding has taken them away."""
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[operator]
+    return local.untyped_storage().data_ptr() if local.numel() else 0
+
+
 def _check_sizes(teacher: nn.Module, student: nn.Module) -> None:
-    ours, theirs = _classes(student), _classes(teacher)
+    ours, theirs = classes_of(student), classes_of(teacher)
     if ours is not None and theirs is not None and ours != theirs:
         raise ValueError(
             f"the teacher tells {theirs} classes (tokens) apart, the student {ours}; distillation compares them one by one. "
@@ -86,7 +106,7 @@ def _check_sizes(teacher: nn.Module, student: nn.Module) -> None:
         )
 
 
-def _classes(model: nn.Module) -> int | None:
+def classes_of(model: nn.Module) -> int | None:
     """Size of the vocabulary of a model with output embeddings, number of labels of a classifier, None if unknown."""
     find = getattr(model, "get_output_embeddings", None)
     head = None if find is None else find()
@@ -95,8 +115,18 @@ def _classes(model: nn.Module) -> int | None:
     return getattr(getattr(model, "config", None), "num_labels", None)
 
 
-def prepare_teacher(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Places (and under FSDP2 or DeepSpeed shards) a teacher as the student will be. Raises ValueError under FSDP 1."""
+def prepare_teacher(teacher: nn.Module, accelerator: Accelerator, config: DistillationConfig) -> nn.Module:
+    """Places (and under FSDP2 or DeepSpeed shards) a teacher as the student will be, or on its own device.
+
+    Raises ValueError under FSDP 1, and for a device of its own where models are sharded.
+    """
+    if config.teacher_device is not None:
+        if _shards(accelerator):
+            raise ValueError(
+                f"teacher_device={config.teacher_device!r}: under FSDP and DeepSpeed the teacher is sharded over the devices "
+                "of the student; leave teacher_device out"
+            )
+        return teacher.to(config.teacher_device)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return _prepare_deepspeed(teacher, accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
