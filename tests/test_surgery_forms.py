@@ -23,7 +23,7 @@ from hf_bitnet import (
 )
 from hf_bitnet.modules import PackedBitLinear, QuantizedLayer, SubNorm
 from hf_bitnet.quantizers import Quantized
-from hf_bitnet.surgery import quantized_layers, reset_state, trained_layers
+from hf_bitnet.surgery import full_precision_copy, quantized_layers, reset_state, trained_layers
 from tests.layers import SCHEMES
 from tests.tiny import tiny
 
@@ -284,3 +284,42 @@ def test_state_dict_round_trip(form: str) -> None:
     set_norm_blend(model, 0.5)
     other.load_state_dict(model.state_dict())
     assert torch.equal(_logits(other, batch), _logits(model, batch))
+
+
+# ---- where layers hang ----
+
+
+def _chain(layers: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
+
+
+def test_the_model_is_not_walked_once_for_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    walk, walks = nn.Module.named_modules, [0]
+
+    def counting(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        walks[-1] += type(self) is nn.Sequential
+        return walk(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "named_modules", counting)
+    found = []
+    for layers in (2, 20):
+        walks.clear()
+        model = _chain(layers)
+        forms = (lambda m: quantize_model(m, BitNetQuantizationConfig()), full_precision_copy, pack_model, unpack_model)
+        for change in (*forms, dequantize_model):
+            walks.append(0)
+            change(model)
+            assert walks[-1] > 0
+        found.append(list(walks))
+    assert found[0] == found[1]
+
+
+def test_a_layer_that_hangs_in_two_places_is_replaced_in_both() -> None:
+    model = _chain(2)
+    model.append(model[0])
+    quantize_model(model, BitNetQuantizationConfig())
+    assert isinstance(model[0], QuantizedLayer) and model[2] is model[0] and model[1] is not model[0]
+    pack_model(model)
+    assert isinstance(model[0], PackedBitLinear) and model[2] is model[0]
+    dequantize_model(model)
+    assert type(model[0]) is nn.Linear and model[2] is model[0]

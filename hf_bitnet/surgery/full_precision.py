@@ -12,7 +12,8 @@ from torch import nn
 
 from ..modules import TrainedLayer
 from .attached import detach
-from .swap import Model, _dense, _replace, trained_layers
+from .places import Places
+from .swap import Model, _dense, trained_layers
 
 _LEFT_BY_ACCELERATE = ("forward", "_original_forward", "_is_accelerate_prepared")
 
@@ -35,8 +36,9 @@ def full_precision_copy(model: Model, *, share_frozen: bool = False, dtype: torc
             f"full_precision_copy: {type(model).__name__} has no layer in train form; call quantize_model(model, config) first"
         )
     twin = _deepcopy(model, {id(each): _copied(each, share_frozen, dtype) for each in model.parameters()})
+    places = Places(twin)
     for _, layer in trained_layers(twin):
-        _replace(twin, layer, _plain(layer))
+        places.put(layer, _plain(layer))
     detach(twin)
     return twin
 

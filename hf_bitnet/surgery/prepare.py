@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .. import kernels
 from ..config import BitNetQuantizationConfig, NativeBitNetConfig
 from ..modules import (
     BitConv1D,
@@ -26,7 +25,7 @@ from ..quantizers import ACTIVATION_SCHEMES
 from .attached import attach, attach_native, is_listed
 from .coverage import check_finite
 from .select import Choice, choose
-from .swap import check_coverage, check_layer, chosen_layers, make_spec, quantized_layers, swap_layer
+from .swap import check_coverage, check_layer, chosen_layers, make_spec, quantized_layers, swap_layers
 
 
 def prepare_model(model: nn.Module, config: BitNetQuantizationConfig, *, saved: bool) -> None:
@@ -48,8 +47,7 @@ def prepare_model(model: nn.Module, config: BitNetQuantizationConfig, *, saved: 
             )
     if not saved:
         check_coverage(model, chosen, config)
-    for choice in chosen:
-        swap_layer(model, choice, config)
+    swap_layers(model, chosen, config)
     attach(model, config)
 
 
@@ -110,9 +108,8 @@ def state_from_float(name: str, layer: QuantizedLayer, weight: Tensor) -> dict[s
     check_finite(name, weight)
     matrix = weight.t() if is_conv1d else weight
     if isinstance(layer, PackedBitLinear):
-        quantized = layer.quantizer.quantize(matrix)
-        packed = kernels.pack(quantized.codes, layer.bits, layer.grid.lowest, layer.grid.step)
-        state = {"weight": packed, "weight_scale": quantized.scale}
+        packed, scale = layer.quantizer.pack(matrix)
+        state = {"weight": packed, "weight_scale": scale}
     else:
         state = {"weight": weight}
         if layer._parameters.get("weight_scale") is not None:

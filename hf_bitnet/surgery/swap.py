@@ -32,6 +32,7 @@ from ..relaxations import RELAXATIONS
 from ..ste import ESTIMATORS
 from .attached import attach, config_of, copied, detach
 from .coverage import check_finite, coverage, float_dtype
+from .places import Places
 from .select import Choice, choose
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -83,16 +84,17 @@ def quantize_model(model: Model, config: BitNetQuantizationConfig, *, progress: 
     for choice in _with_progress(chosen, "checking", progress):
         check_layer(choice, model, config)
     check_coverage(model, chosen, config)
-    for choice in _with_progress(chosen, "quantizing", progress):
-        swap_layer(model, choice, config)
+    swap_layers(model, _with_progress(chosen, "quantizing", progress), config)
     attach(model, config)
     return model
 
 
-def swap_layer(model: nn.Module, choice: Choice, config: BitNetQuantizationConfig) -> None:
-    """Puts the quantized layer of the config's form in the place of a chosen one."""
-    layer = _trained_layer(choice, config)
-    _replace(model, choice.module, PackedBitLinear.from_trained(layer) if config.form == "packed" else layer)
+def swap_layers(model: nn.Module, chosen: Iterable[Choice], config: BitNetQuantizationConfig) -> None:
+    """Puts the quantized layer of the config's form in the place of each chosen one."""
+    places = Places(model)
+    for choice in chosen:
+        layer = _trained_layer(choice, config)
+        places.put(choice.module, PackedBitLinear.from_trained(layer) if config.form == "packed" else layer)
 
 
 def chosen_layers(model: nn.Module, config: BitNetQuantizationConfig) -> list[Choice]:
@@ -161,8 +163,9 @@ def convert_native(model: Model) -> Model:
 
     Raises ValueError when the model has no such layer.
     """
-    for _, layer in _layers(model, NativeLayer, "convert_native", "hf_bitnet.load_native(path)"):
-        _replace(model, layer, layer.converted())
+    layers, places = _layers(model, NativeLayer, "convert_native", "hf_bitnet.load_native(path)"), Places(model)
+    for _, layer in layers:
+        places.put(layer, layer.converted())
     attach(model, config_of(model))
     return model
 
@@ -178,8 +181,9 @@ def pack_model(model: Model, *, progress: bool | None = None) -> Model:
     for name, layer in layers:
         check_finite(name, layer.weight)
         check_calibrated(name, layer)
+    places = Places(model)
     for _, layer in _with_progress(layers, "packing", progress):
-        _replace(model, layer, PackedBitLinear.from_trained(layer))
+        places.put(layer, PackedBitLinear.from_trained(layer))
     attach(model, config, form="packed")
     return model
 
@@ -208,8 +212,9 @@ def unpack_model(model: Model, *, weight_scale: str | None = None) -> Model:
         spec = make_spec(config.layer(name), config)
         spec = replace(spec, sub_norm=False)
         made.append((packed, _unpacked(name, packed, spec, dtype)))
+    places = Places(model)
     for packed, layer in made:
-        _replace(model, packed, layer)
+        places.put(packed, layer)
     attach(model, config, form="train")
     return model
 
@@ -239,10 +244,10 @@ def dequantize_model(model: Model, *, dtype: torch.dtype | None = None) -> Model
         dtype: of the new weights; None takes the model's own.
     """
     layers = _layers(model, QuantizedLayer, "dequantize_model", "quantize_model(model, config)")
-    dtype = dtype or float_dtype(model)
+    dtype, places = dtype or float_dtype(model), Places(model)
     for _, layer in layers:
         dense = _dense(layer, layer.quantized_weight().dequantize(dtype))
-        _replace(model, layer, dense if layer.sub_norm is None else nn.Sequential(layer.sub_norm, dense))
+        places.put(layer, dense if layer.sub_norm is None else nn.Sequential(layer.sub_norm, dense))
     detach(model)
     return model
 
@@ -360,14 +365,6 @@ def check_calibrated(name: str, layer: QuantizedLayer) -> None:
             f"{name} has a static activation range that was never calibrated; call "
             "hf_bitnet.calibrate(model, batches) before training or packing"
         )
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts `new` wherever `old` stands: a module may hang in several places."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
 
 
 def _with_progress(items: list[Any], what: str, progress: bool | None) -> Iterable[Any]:
