@@ -19,6 +19,7 @@ from ..ste import STE
 from .base import QuantizedLayer
 from .functional import FakeQuantizeActivation, Latent, versions
 from .relaxed import relaxed_input, relaxed_weight
+from .transformed import is_transforming
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,11 @@ class TrainedLayer(QuantizedLayer):
         x = input if self.sub_norm is None else self.sub_norm(input)
         if self.bypassed:
             return self.float_linear(x, self.matrix)
+        if is_transforming():
+            raise RuntimeError(
+                f"{type(self).__name__} got a call under a transform of torch.func (vmap, grad, jacrev, ...), which cannot "
+                "follow its surrogate gradients; use loss.backward(), or hf_bitnet.pack_model(model): packed layers allow it"
+            )
         if self.relaxed:
             return self._relaxed_forward(x)
         return self.apply_codes(x, self.matrix, self.weight_scale, self.ste_temperature, self.source, self._held_codes())

@@ -18,6 +18,7 @@ from .bit_linear import BitConv1D, TrainedLayer
 from .functional import Packed
 from .shared_activation import quantize_shared
 from .shared_product import Readers, product
+from .transformed import is_transforming, transformed_product
 
 
 class PackedBitLinear(QuantizedLayer, nn.Linear):
@@ -109,6 +110,8 @@ class PackedBitLinear(QuantizedLayer, nn.Linear):
         """
         self.check_input(input)
         x = input if self.sub_norm is None else self.sub_norm(input)
+        if is_transforming():
+            return transformed_product(x, self.quantized_weight(), self.bias, self.activation, self.act_scale)
         if not self.activation.quantizes or (torch.is_grad_enabled() and self._needs_gradient(x)):
             return self.apply_codes(x, self.weight, self.weight_scale, None, self.source)
         return self._serve(x).view(*x.shape[:-1], self.out_features)
