@@ -1,4 +1,4 @@
-"""What every test shares: no network, a fixed seed, where the shared data lies, tiny models."""
+"""What every test shares: no network, a fixed seed, where the shared data lies, tiny models, levels of the CPU kernels."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from hf_bitnet.kernels.cpu import library
+from tests.cpu_kernels import LEVELS
 from tests.tiny import FAMILIES, tiny
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -49,3 +51,15 @@ def tiny_model() -> Callable[..., tuple]:
 def family(request: pytest.FixtureRequest) -> str:
     """The name of each model family in turn."""
     return request.param
+
+
+@pytest.fixture(params=LEVELS or (None,))
+def level(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """Each instruction set of the C++ kernels in turn, chosen during the test; None where there are no such kernels."""
+    if request.param is None:
+        yield None
+        return
+    before = library.level()
+    library.choose_level(request.param)
+    yield request.param
+    library.choose_level(before)

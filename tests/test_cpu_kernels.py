@@ -8,8 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +19,15 @@ from torch import Tensor
 from hf_bitnet import kernels
 from hf_bitnet.kernels import Layout, RowQuantization, cases, dispatch, eager, reference
 from hf_bitnet.kernels.cpu import library, operators, products
+from tests.cpu_kernels import LEVELS, failures_in_threads, needs_cpu_kernels
 from tests.test_kernels import _assert_equal
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-REASON = library.why_unavailable()
-LEVELS = library.legal_levels() if REASON is None else ()
 OPERATIONS = tuple(dispatch._BODIES)
 INT8 = RowQuantization(-128, 127, 1e-5)
 TERNARY = Layout(2, -1)
 
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-
-
-@pytest.fixture
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = library.level()
-    library.choose_level(request.param)
-    yield request.param
-    library.choose_level(before)
-
-
-each_level = pytest.mark.parametrize("level", LEVELS, indirect=True)
+pytestmark = needs_cpu_kernels
 
 
 def ternary_layer(k: int = 64, n: int = 24, m: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -58,7 +45,6 @@ def cpu_body(operation: str) -> Callable[..., Any]:
 # ---- what they compute ----
 
 
-@each_level
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_level_equals_the_definition(level: str, operation: str) -> None:
     assert library.level() == level
@@ -77,7 +63,6 @@ TORCH_BODIES = {
 }
 
 
-@each_level
 @pytest.mark.parametrize("operation", TORCH_BODIES)
 def test_bits_are_those_of_the_torch_body(level: str, operation: str) -> None:
     """But for scales of groups, where the torch body sums floats."""
@@ -94,7 +79,6 @@ def test_bits_are_those_of_the_torch_body(level: str, operation: str) -> None:
 
 
 @pytest.mark.slow
-@each_level
 def test_ten_thousand_random_products_are_exact(level: str) -> None:
     """Integer sums against int64, one in four at the extreme codes that overflow narrow accumulators."""
     generator = torch.Generator().manual_seed(5)
@@ -285,19 +269,11 @@ def test_torch_export_with_a_free_number_of_rows() -> None:
 def test_several_python_threads_at_once(rows: int) -> None:
     layers = [ternary_layer(k=512, n=300, m=rows, seed=seed) for seed in range(4)]
     expected = [products.packed_linear(*layer, TERNARY, INT8, torch.float32) for layer in layers]
-    wrong: list[int] = []
 
-    def work(i: int) -> None:
-        for _ in range(100):
-            if not torch.equal(products.packed_linear(*layers[i], TERNARY, INT8, torch.float32), expected[i]):
-                wrong.append(i)
+    def is_right(i: int) -> bool:
+        return torch.equal(products.packed_linear(*layers[i], TERNARY, INT8, torch.float32), expected[i])
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert not failures_in_threads(is_right, rounds=100)
 
 
 def run_python(script: str, folder: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:

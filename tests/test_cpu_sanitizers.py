@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hf_bitnet.kernels.cpu import library
+from tests.cpu_kernels import LEVELS, needs_cpu_kernels
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-REASON = library.why_unavailable()
-LEVELS = library.legal_levels() if REASON is None else ()
 CROSS = "aarch64-linux-gnu-g++", "qemu-aarch64"
 GUARD = 0xA5
 
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = needs_cpu_kernels
 
 
 # ---- programs ----
@@ -113,14 +111,6 @@ def test_arm_level_under_emulation(tmp_path: Path) -> None:
 # ---- without a compiler ----
 
 
-@pytest.fixture
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = library.level()
-    library.choose_level(request.param)
-    yield request.param
-    library.choose_level(before)
-
-
 class Guarded:
     """`size` bytes at an odd address, between bytes that a call must leave alone."""
 
@@ -145,7 +135,6 @@ def extent(rows: int, columns: int, stride: int) -> int:
     return (rows - 1) * stride + columns if rows else 0
 
 
-@pytest.mark.parametrize("level", LEVELS, indirect=True)
 def test_random_products_at_odd_addresses(level: str) -> None:
     random = np.random.default_rng(7)
     functions = library.functions()
@@ -165,7 +154,6 @@ def test_random_products_at_odd_addresses(level: str) -> None:
         assert out.is_kept(), f"{level}, case {case}: bytes beside the result were written"
 
 
-@pytest.mark.parametrize("level", LEVELS, indirect=True)
 def test_random_packing_at_odd_addresses(level: str) -> None:
     random = np.random.default_rng(8)
     functions = library.functions()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +17,7 @@ from hf_bitnet import BitNetQuantizationConfig, kernels, optimize_for_generation
 from hf_bitnet.modules import PackedBitLinear
 from hf_bitnet.modules.faster import Faster
 from hf_bitnet.quantizers import ACTIVATION_SCHEMES, WEIGHT_SCHEMES
+from tests.cpu_kernels import failures_in_threads
 from tests.layers import IN, OUT, PLACES, make_layer
 from tests.tiny import CAUSAL, FAMILIES, tiny
 
@@ -222,20 +222,12 @@ def test_copies_learn_their_own_readers(readers: Readers, calls: list[int]) -> N
 def test_threads_do_not_share_what_waits(readers: Readers) -> None:
     inputs = [torch.randn(2, IN) for _ in range(4)]
     expected = [[by_autograd(layer, x) for layer in readers.layers] for x in inputs]
-    wrong: list[int] = []
 
     @torch.no_grad()
-    def work(i: int) -> None:
-        for _ in range(50):
-            if not all(map(torch.equal, readers(inputs[i]), expected[i])):
-                wrong.append(i)
+    def is_right(i: int) -> bool:
+        return all(map(torch.equal, readers(inputs[i]), expected[i]))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert not failures_in_threads(is_right, rounds=50)
 
 
 @pytest.mark.parametrize("family", CAUSAL)

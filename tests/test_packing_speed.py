@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from hf_bitnet import kernels
 from hf_bitnet.kernels import reference
-from hf_bitnet.kernels.cpu import library
 from hf_bitnet.modules import PackedBitLinear
 from hf_bitnet.quantizers import WEIGHT_SCHEMES
 from hf_bitnet.surgery.coverage import check_finite
 from tests.layers import PLACES, as_conv1d, make_layer, scale_rules
 
-LEVELS: tuple[str | None, ...] = (None,) if library.why_unavailable() else library.legal_levels()
 CASES = [(scheme, rule, *place) for scheme in WEIGHT_SCHEMES for rule in scale_rules(scheme) for place in PLACES]
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str | None]:
-    """Each instruction set of the C++ kernels; None where there are none."""
-    if request.param is None:
-        yield None
-        return
-    before = library.level()
-    library.choose_level(request.param)
-    yield request.param
-    library.choose_level(before)
 
 
 # ---- quantizing and packing ----
