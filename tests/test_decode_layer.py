@@ -12,11 +12,11 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import hf_bitnet as hb
 from hf_bitnet import kernels
-from hf_bitnet.kernels.cpu import library
 from hf_bitnet.modules import faster_layer
 from tests import tiny
+from tests.cpu_kernels import needs_cpu_kernels
 
-pytestmark = pytest.mark.skipif(library.why_unavailable() is not None, reason=f"no CPU kernels: {library.why_unavailable()}")
+pytestmark = needs_cpu_kernels
 LAYOUT, ROWS = kernels.Layout(2, -1, 1, 0.0), kernels.RowQuantization(-128, 127, 1e-5)
 
 
@@ -194,6 +194,49 @@ def test_hooks_see_the_calls_of_the_user_only() -> None:
     model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda _, given, __: batches.append(given[0].shape[0]))
     model.generate(torch.tensor([[5, 90, 41, 17]]), max_new_tokens=3, min_new_tokens=3, pad_token_id=0, do_sample=False)
     assert batches == [1, 1, 1]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@torch.no_grad()
+def test_transforms_and_traces_see_the_parts() -> None:
+    model = hb.optimize_for_generation(packed_llama())
+    layer = model.model.layers[0]
+    generator = torch.Generator().manual_seed(1)
+    keys, values, xs = (torch.randn(*size, generator=generator) for size in ((1, 2, 3, 16), (1, 2, 3, 16), (4, 1, 1, 64)))
+    angles = model.model.rotary_emb(xs[0], torch.tensor([[3]]))
+
+    def next_token(x: torch.Tensor) -> torch.Tensor:
+        cache = DynamicCache()
+        cache.update(keys, values, 0)
+        return layer(x, past_key_values=cache, position_embeddings=angles)
+
+    expected = torch.stack([next_token(x) for x in xs])
+    assert plans(model)[0], "the layer did not take the one call"
+    torch.testing.assert_close(torch.func.vmap(next_token)(xs), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(make_fx(next_token)(xs[0])(xs[1]), expected[1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_an_empty_place_among_the_parts_is_no_watcher() -> None:
+    model = hb.optimize_for_generation(packed_llama())
+    for layer in model.model.layers:
+        layer.mlp.register_module("dropout", None)
+    model.generate(torch.tensor([[5, 90, 41, 17]]), max_new_tokens=3, min_new_tokens=3, pad_token_id=0, do_sample=False)
+    assert all(plans(model))
+
+
+@torch.no_grad()
+def test_a_layer_that_is_packed_again_takes_the_one_call_again() -> None:
+    model = hb.optimize_for_generation(packed_llama())
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
+    prompt = torch.tensor([[5, 90, 41, 17]])
+    expected = model.generate(prompt, **settings)
+    before = plans(model)
+    hb.unpack_model(model)
+    model.generate(prompt, **settings)
+    hb.pack_model(model, progress=False)
+    assert torch.equal(model.generate(prompt, **settings), expected)
+    assert all(plan and plan is not old for plan, old in zip(plans(model), before, strict=True))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_bitnet import kernels
 from hf_bitnet.kernels import cases, dispatch, eager, reference
@@ -113,6 +114,56 @@ def test_fresh_memory_is_never_read(operation: str, body: dispatch.Body) -> None
             _assert_equal(function(*args), definition(*args), case, operation)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# ---- what stock torch does on other devices; on `meta` nothing is computed ----
+
+
+class _Recorder(TorchDispatchMode):
+    """Gathers (operation, dtype of its first operand)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], Tensor):
+            self.seen.append((func.overloadpacket.__name__, args[0].dtype))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("operation", ["quantize_rows", "norm_quantize_rows", "scale_rows", "sign_pack", "int_linear"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_blocks_serve_the_cpu_only(operation: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut: list[tuple[int, int]] = []
+    row_blocks = eager._row_blocks
+    monkeypatch.setattr(eager, "_BLOCK", 8)
+    monkeypatch.setattr(eager, "_row_blocks", lambda rows, columns: cut.append((rows, columns)) or row_blocks(rows, columns))
+    body = eager.make_int_linear(reference.int_matmul) if operation == "int_linear" else getattr(eager, operation)
+    _, args = next(case for case in cases.CASES[operation]() if max(case[1][0].shape) > 8)
+    body(*(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args))
+    assert len(cut) == (device == "cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_one_factor_for_all_is_multiplied_in_float32(device: str) -> None:
+    with _Recorder() as recorder:
+        y = eager._scale_all(
+            torch.empty(4, 3, dtype=torch.bfloat16, device=device), torch.ones(1, 1, device=device), torch.bfloat16
+        )
+    assert y.dtype == torch.bfloat16 and y.device.type == device
+    # the CPU multiplies by a 0-dim float32 factor in float32 whatever the dtype of the other operand
+    assert ("mul_", torch.bfloat16 if device == "cpu" else torch.float32) in recorder.seen
+
+
+def test_one_factor_for_all_is_rounded_once() -> None:
+    a, codes, scale = torch.randn(5, 7), torch.randint(-1, 2, (7, 3)).to(torch.int8), torch.tensor([[0.0371]])
+    exact = (a @ codes.float()) * scale
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(eager.fixed_matmul(a, None, codes, 0.0, scale, dtype), exact.to(dtype))
+    y = torch.randn(64, 64).bfloat16()
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(eager._scale_all(y.clone(), scale, dtype), (y.float() * scale).to(dtype))
 
 
 # ---- the definitions, by hand ----

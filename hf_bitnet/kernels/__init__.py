@@ -1,5 +1,6 @@
 """Floor 1: operations on plain tensors. `reference` defines them, `dispatch` picks a body, `cpu/` has the C++ ones."""
 
+from .cpu.common import is_recording
 from .cpu.decoder import Described as DescribedLayer
 from .decoder import DecoderLayer, decode_layer
 from .dispatch import (
@@ -23,7 +24,6 @@ from .dispatch import (
     quantize_weight,
     rms_norm,
     rotate,
-    scale_all,
     scale_rows,
     sign_pack,
     unpack,
@@ -45,6 +45,7 @@ __all__ = [
     "fixed_matmul",
     "int_linear",
     "int_matmul",
+    "is_recording",
     "mean_magnitudes",
     "norm_quantize_rows",
     "pack",
@@ -58,7 +59,6 @@ __all__ = [
     "quantize_weight",
     "rms_norm",
     "rotate",
-    "scale_all",
     "scale_rows",
     "sign_pack",
     "unpack",

@@ -135,15 +135,6 @@ def scale_rows_cases(seed: int = 0) -> Iterator[Case]:
         yield f"codes {name}", ((rows * 20).clamp(-128, 127).to(torch.int8), scale, torch.bfloat16)
 
 
-def scale_all_cases(seed: int = 0) -> Iterator[Case]:
-    """x, scale, dtype."""
-    for name, rows, _ in _flat_rows(seed):
-        for shape in ((), (1,), (1, 1)):
-            scale = torch.full(shape, 0.0371)
-            yield f"{name}, scale {shape}", (rows, scale, rows.dtype)
-            yield f"{name}, scale {shape}, wider", (rows.to(torch.bfloat16), scale, torch.float32)
-
-
 def pack_cases(seed: int = 0) -> Iterator[Case]:
     """codes, bits, lowest, step."""
     generator = torch.Generator().manual_seed(seed)
@@ -319,7 +310,6 @@ CASES: dict[str, Callable[..., Iterator[Case]]] = {
     "quantize_weight": quantize_weight_cases,
     "quantize_sign": quantize_sign_cases,
     "scale_rows": scale_rows_cases,
-    "scale_all": scale_all_cases,
     "pack": pack_cases,
     "unpack": unpack_cases,
     "packed_linear": packed_linear_cases,

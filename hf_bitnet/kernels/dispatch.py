@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -57,44 +58,27 @@ def _why_no_blocks(device: str) -> str | None:
     return None if device == "cpu" else f"blocks serve the CPU's caches; on {device} they would only be more launches"
 
 
-def _why_no_scalar(device: str) -> str | None:
-    return None if device == "cpu" else f"{device} may round a 0-dim float32 factor to the dtype of the other operand"
-
-
-def _products(operation: str, make: Callable[[Callable[..., Tensor]], Callable[..., Any]]) -> list[Body]:
-    """The bodies of an operation that is made from an `int_linear`."""
-    onednn, float32 = (eager.make_int_linear(product) for product in (eager.int_matmul_onednn, eager.int_matmul_float32))
+def _compiled(operation: str, *between: Body, module: ModuleType = operators) -> list[Body]:
+    """The C++ body, found in `module`, what stock torch has to offer, and the definition."""
     return [
-        Body("cpu", getattr(operators, operation), library.why_unavailable),
-        Body("onednn", make(onednn), _why_no_onednn),
-        Body("float32", make(float32), _always),
-        Body("reference", getattr(reference, operation), _always),
-    ]
-
-
-def _elementwise(operation: str, *between: Body) -> list[Body]:
-    """The C++ body, what stock torch has to offer, and the definition."""
-    return [
-        Body("cpu", getattr(operators, operation), library.why_unavailable),
+        Body("cpu", getattr(module, operation), library.why_unavailable),
         *between,
         Body("reference", getattr(reference, operation), _always),
     ]
 
 
-def _between_products(operation: str) -> list[Body]:
-    """The C++ body of a step of a decoder layer, and the definition."""
-    return [
-        Body("cpu", getattr(decode, operation), library.why_unavailable),
-        Body("reference", getattr(reference, operation), _always),
-    ]
+def _products(operation: str, make: Callable[[Callable[..., Tensor]], Callable[..., Any]]) -> list[Body]:
+    """The bodies of an operation that is made from an `int_linear`."""
+    onednn, float32 = (eager.make_int_linear(product) for product in (eager.int_matmul_onednn, eager.int_matmul_float32))
+    return _compiled(operation, Body("onednn", make(onednn), _why_no_onednn), Body("float32", make(float32), _always))
 
 
 def _blocked(operation: str) -> list[Body]:
-    return _elementwise(operation, Body("blocked", getattr(eager, operation), _why_no_blocks))
+    return _compiled(operation, Body("blocked", getattr(eager, operation), _why_no_blocks))
 
 
 _BODIES: dict[str, list[Body]] = {
-    "int_matmul": _elementwise(
+    "int_matmul": _compiled(
         "int_matmul",
         Body("onednn", eager.int_matmul_onednn, _why_no_onednn),
         Body("float32", eager.int_matmul_float32, _always),
@@ -103,22 +87,21 @@ _BODIES: dict[str, list[Body]] = {
     "packed_linear": _products("packed_linear", eager.make_packed_linear),
     "packed_linears": _products("packed_linears", eager.make_packed_linears),
     "packed_int_linear": _products("packed_int_linear", eager.make_packed_int_linear),
-    "fixed_matmul": _elementwise("fixed_matmul", Body("float", eager.fixed_matmul, _always)),
+    "fixed_matmul": _compiled("fixed_matmul", Body("float", eager.fixed_matmul, _always)),
     "quantize_rows": _blocked("quantize_rows"),
     "norm_quantize_rows": _blocked("norm_quantize_rows"),
-    "mean_magnitudes": _elementwise("mean_magnitudes"),
+    "mean_magnitudes": _compiled("mean_magnitudes"),
     "quantize_weight": _blocked("quantize_weight"),
-    "quantize_sign": _elementwise("quantize_sign"),
-    "rms_norm": _between_products("rms_norm"),
-    "rotate": _between_products("rotate"),
+    "quantize_sign": _compiled("quantize_sign"),
+    "rms_norm": _compiled("rms_norm", module=decode),
+    "rotate": _compiled("rotate", module=decode),
     "quantize_pack": _blocked("quantize_pack"),
     "sign_pack": _blocked("sign_pack"),
     "scale_rows": _blocked("scale_rows"),
-    "scale_all": _elementwise("scale_all", Body("scalar", eager.scale_all, _why_no_scalar)),
-    "pack": _elementwise("pack"),
-    "unpack": _elementwise("unpack"),
-    "pack_trits": _elementwise("pack_trits"),
-    "unpack_trits": _elementwise("unpack_trits"),
+    "pack": _compiled("pack"),
+    "unpack": _compiled("unpack"),
+    "pack_trits": _compiled("pack_trits"),
+    "unpack_trits": _compiled("unpack_trits"),
 }
 
 
@@ -285,11 +268,6 @@ def sign_pack(weight: Tensor, threshold: Tensor) -> Tensor:
 def scale_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """int8 or float (M, K) times float32 (M, 1), rounded once to `dtype`."""
     return _body("scale_rows", x)(x, scale, dtype)
-
-
-def scale_all(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """float (M, K) times one float32 number, rounded once to `dtype`."""
-    return _body("scale_all", x)(x, scale, dtype)
 
 
 def pack(codes: Tensor, bits: int, lowest: int, step: int) -> Tensor:

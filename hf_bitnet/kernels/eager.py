@@ -27,8 +27,9 @@ def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
-def _small(tensor: Tensor) -> bool:
-    return torch.compiler.is_compiling() or tensor.numel() <= _BLOCK
+def _whole(x: Tensor, elements: int) -> bool:
+    """Whether so many elements are computed at once. Blocks serve the CPU's caches; elsewhere they are only more launches."""
+    return elements <= _BLOCK or torch.compiler.is_compiling() or not x.is_cpu
 
 
 def int_matmul_onednn(a: Tensor, b: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ def make_int_linear(int_matmul: Callable[[Tensor, Tensor], Tensor]) -> Callable[
             return (y if bias is None else y.add_(bias)).to(dtype)
 
         rows, columns = x_codes.shape[0], w_codes.shape[0]
-        if torch.compiler.is_compiling() or rows * columns <= _BLOCK:
+        if _whole(x_codes, rows * columns):
             return block(x_codes, x_scale, x_zero)
         out = torch.empty(rows, columns, dtype=dtype, device=x_codes.device)
         for part in _row_blocks(rows, columns):
@@ -110,7 +111,7 @@ def _grouped_linear(
 
 def quantize_rows(x: Tensor, qmin: int, qmax: int, eps: float) -> tuple[Tensor, Tensor]:
     """Blocked `reference.quantize_rows`."""
-    if _small(x):
+    if _whole(x, x.numel()):
         return reference.quantize_rows(x, qmin, qmax, eps)
     flat = x.reshape(-1, x.shape[-1])
     codes = torch.empty(flat.shape, dtype=torch.int8, device=x.device)
@@ -124,7 +125,7 @@ def quantize_weight(
     rows: Tensor, scale: Tensor, zero_point: float, qmin: int, qmax: int, dtype: torch.dtype = torch.int8
 ) -> Tensor:
     """Blocked `reference.quantize_weight`; one long row is cut along its length."""
-    if _small(rows):
+    if _whole(rows, rows.numel()):
         return reference.quantize_weight(rows, scale, zero_point, qmin, qmax, dtype)
     codes = torch.empty(rows.shape, dtype=dtype, device=rows.device)
     if rows.shape[0] == 1:
@@ -138,7 +139,7 @@ def quantize_weight(
 
 def scale_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Blocked `reference.scale_rows`."""
-    if _small(x):
+    if _whole(x, x.numel()):
         return reference.scale_rows(x, scale, dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     for part in _row_blocks(*x.shape):
@@ -146,10 +147,12 @@ def scale_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def scale_all(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`reference.scale_all` without a float32 copy: on the CPU a 0-dim float32 factor is multiplied in float32."""
-    factor = scale.reshape(())
-    return x * factor if x.dtype == dtype else x.to(dtype).mul_(factor)
+def _scale_all(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """float (M, N), overwritten, times one float32 number, multiplied in float32 or wider and rounded once to `dtype`."""
+    wide = torch.promote_types(x.dtype, dtype)
+    if not x.is_cpu:  # other devices may round a 0-dim factor to the dtype of x before they multiply
+        wide = torch.promote_types(wide, torch.float32)
+    return x.to(wide).mul_(scale.reshape(())).to(dtype)
 
 
 def fixed_matmul(
@@ -165,7 +168,7 @@ def fixed_matmul(
         a = (a * a_scale.reshape(1, -1)).to(a.dtype)
     with torch.autocast(a.device.type, enabled=False):  # it would round a float32 product to bfloat16
         y = a @ levels.to(a.dtype)
-    return y.to(dtype) if scale is None else scale_all(y, scale, dtype)
+    return y.to(dtype) if scale is None else _scale_all(y, scale, dtype)
 
 
 def make_packed_int_linear(int_linear: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -221,7 +224,7 @@ def make_packed_linears(int_linear: Callable[..., Tensor]) -> Callable[..., list
 
 def quantize_pack(weight: Tensor, scale: Tensor, qmin: int, qmax: int, layout: Layout) -> Tensor:
     """Blocked `reference.quantize_pack`."""
-    if _small(weight):
+    if _whole(weight, weight.numel()):
         return reference.quantize_pack(weight, scale, qmin, qmax, layout)
     scale = scale.expand(weight.shape[0], -1)
     parts = _row_blocks(*weight.shape)
@@ -230,7 +233,7 @@ def quantize_pack(weight: Tensor, scale: Tensor, qmin: int, qmax: int, layout: L
 
 def sign_pack(weight: Tensor, threshold: Tensor) -> Tensor:
     """Blocked `reference.sign_pack`."""
-    if _small(weight):
+    if _whole(weight, weight.numel()):
         return reference.sign_pack(weight, threshold)
     threshold = threshold.expand(weight.shape[0], -1)
     return torch.cat([reference.sign_pack(weight[part], threshold[part]) for part in _row_blocks(*weight.shape)])
@@ -240,7 +243,7 @@ def norm_quantize_rows(
     x: Tensor, norm_weight: Tensor, norm_eps: float, qmin: int, qmax: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Blocked `reference.norm_quantize_rows`."""
-    if _small(x):
+    if _whole(x, x.numel()):
         return reference.norm_quantize_rows(x, norm_weight, norm_eps, qmin, qmax, eps)
     flat = x.reshape(-1, x.shape[-1])
     codes = torch.empty(flat.shape, dtype=torch.int8, device=x.device)

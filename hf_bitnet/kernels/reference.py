@@ -199,15 +199,6 @@ def scale_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (x * scale).to(dtype)
 
 
-def scale_all(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x * scale` with one float32 scale for everything, rounded once to `dtype`.
-
-    Args:
-        x: float (M, K). scale: float32, one element.
-    """
-    return (x.float() * scale.reshape(())).to(dtype)
-
-
 def packed_int_linear(
     x_codes: Tensor,
     x_scale: Tensor,

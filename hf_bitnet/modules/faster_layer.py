@@ -83,7 +83,7 @@ class FasterLayer(Faster):
             and attention_mask is None
             and position_embeddings is not None
             and type(past_key_values) is DynamicCache
-            and not torch.compiler.is_compiling()
+            and not kernels.is_recording()
             and not torch.is_grad_enabled()
             and not kwargs.get("output_attentions")
         ):
@@ -109,21 +109,19 @@ def forget(module: nn.Module) -> None:
 def is_decoder_layer(module: nn.Module) -> bool:
     """Whether a module has the parts of a layer that could be decoded in one call."""
     parts = module._modules
-    attention, mlp = parts.get("self_attn"), parts.get("mlp")
-    if attention is None or mlp is None or any(parts.get(name) is None for name in _NORMS):
+    if any(parts.get(name) is None for name in ("self_attn", "mlp", *_NORMS)):
         return False
-    linears = [attention._modules.get(name) for name in _ATTENTION] + [mlp._modules.get(name) for name in _MLP]
-    return all(type(linear) is PackedBitLinear for linear in linears)
+    return all(type(linear) is PackedBitLinear for linear in _linears(module))
+
+
+def _linears(module: Any) -> list[Any]:
+    """The linear maps in the order of `_ATTENTION` and `_MLP`; None for one that is not there."""
+    attention, mlp = module._modules["self_attn"]._modules, module._modules["mlp"]._modules
+    return [attention.get(name) for name in _ATTENTION] + [mlp.get(name) for name in _MLP]
 
 
 def _decode(module: nn.Module, x: Tensor, cache: DynamicCache, angles: tuple[Tensor, Tensor]) -> Tensor | None:
-    if not x.is_cpu or torch.is_autocast_enabled("cpu") or not is_decoder_layer(module) or _is_watched(module):
-        return None
-    plan = _PLANS.get(module)
-    if plan is None and module in _PLANS:
-        return None
-    if plan is None or not plan.holds(module):
-        plan = _PLANS[module] = _make(module)
+    plan = _plan_of(module) if x.is_cpu and not torch.is_autocast_enabled("cpu") else None
     if plan is None:
         return None
     size = plan.described.layer.head_dim
@@ -144,6 +142,20 @@ def _decode(module: nn.Module, x: Tensor, cache: DynamicCache, angles: tuple[Ten
     return y
 
 
+def _plan_of(module: nn.Module) -> _Plan | None:
+    """The plan by which a layer may be computed now. It is made when first asked for, and again when it no longer holds."""
+    plan = _PLANS.get(module)
+    if plan is None and module in _PLANS:
+        return None
+    if plan is not None and plan.holds(module):
+        return None if _is_watched(module) else plan
+    # nothing is remembered of a layer that is unpacked or watched just now: the proof would call the watchers
+    if not is_decoder_layer(module) or _is_watched(module):
+        return None
+    plan = _PLANS[module] = _make(module)
+    return plan
+
+
 def _is_watched(module: Any) -> bool:
     """Whether the calls of the parts have to happen: hooks see them, instances have forwards of their own, dropout is on."""
     everywhere = nn.modules.module
@@ -153,13 +165,14 @@ def _is_watched(module: Any) -> bool:
     if attention.training and getattr(attention, "attention_dropout", 0.0):
         return True
     parts = (attention, mlp, *(module._modules[name] for name in _NORMS), *attention._modules.values(), *mlp._modules.values())
-    return any(part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in parts)
+    return any(
+        part is not None and (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__) for part in parts
+    )
 
 
 def _settings(module: Any) -> tuple[Any, ...]:
     attention, norms = module._modules["self_attn"], [module._modules[name] for name in _NORMS]
-    linears = [attention._modules[name] for name in _ATTENTION] + [module._modules["mlp"]._modules[name] for name in _MLP]
-    schemes = tuple((each.activation, each.layout, each.sub_norm is None) for each in linears)
+    schemes = tuple((each.activation, each.layout, each.sub_norm is None) for each in _linears(module))
     return (*(epsilon(norm) for norm in norms), norms[0].weight.dtype, attention.scaling, attention.head_dim, schemes)
 
 
@@ -187,48 +200,50 @@ def _with_room(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
 
 
 def _make(module: Any) -> _Plan | None:
-    """The plan of a layer; None where the parts are other ones, or compute something else together."""
-    attention, mlp = module.self_attn, module.mlp
-    linears: dict[str, PackedBitLinear] = {name: attention._modules[name] for name in _ATTENTION}
-    linears |= {name: mlp._modules[name] for name in _MLP}
-    layout, activation = attention.q_proj.layout, attention.q_proj.activation
-    if activation.rows is None or any(
-        type(each) is not PackedBitLinear
-        or each.layout != layout
-        or each.activation is not activation
-        or each.sub_norm is not None
-        for each in linears.values()
-    ):
+    """The plan of a layer; None where its parts compute something else together. `is_decoder_layer` has to hold."""
+    linears: list[PackedBitLinear] = _linears(module)
+    layout, activation = linears[0].layout, linears[0].activation
+    same = all(each.layout == layout and each.activation is activation and each.sub_norm is None for each in linears)
+    if activation.rows is None or not same:
         return None
-    operands = {name: each.operands() for name, each in linears.items()}
-    norms = [module._modules[name] for name in _NORMS]
+    operands = [each.operands() for each in linears]
+    described = _describe(module, operands, layout, activation.rows)
+    if described is None or not _agrees(module, described):
+        return None
+    attention, mlp = module.self_attn._modules, module.mlp._modules
+    modules = [(module._modules, name, module._modules[name]) for name in (*_NORMS, "self_attn", "mlp")]
+    modules += [(attention, name, attention[name]) for name in _ATTENTION]
+    modules += [(mlp, name, part) for name, part in mlp.items() if part is not None]
+    tensors: list[tuple[dict[str, Any], str, Tensor | None]]
+    tensors = [(norm._parameters, "weight", norm.weight) for norm in (module._modules[name] for name in _NORMS)]
+    for each, parts in zip(linears, operands, strict=True):
+        tensors += [(each._parameters, key, part) for key, part in zip(_OPERANDS, parts, strict=True)]
+    return _Plan(described, modules, tensors, _settings(module))
+
+
+def _describe(
+    module: Any, operands: list[kernels.PackedWeight], layout: kernels.Layout, rows: kernels.RowQuantization
+) -> kernels.DescribedLayer | None:
+    """A layer in the terms of the kernels; None where it lacks what they need, or where no kernel takes it."""
+    attention, norms = module.self_attn, [module._modules[name] for name in _NORMS]
+    q, k, v, out, gate, up, down = operands
     try:
         layer = kernels.DecoderLayer(
             *(norms[0].weight, norms[1].weight, epsilon(norms[0]), epsilon(norms[1])),
-            qkv=(operands["q_proj"], operands["k_proj"], operands["v_proj"]),
-            attention_out=operands["o_proj"],
-            gate_up=(operands["gate_proj"], operands["up_proj"]),
-            down=operands["down_proj"],
+            qkv=(q, k, v),
+            attention_out=out,
+            gate_up=(gate, up),
+            down=down,
             layout=layout,
-            rows=activation.rows,
+            rows=rows,
             heads=attention.q_proj.out_features // attention.head_dim,
             kv_heads=attention.k_proj.out_features // attention.head_dim,
             head_dim=attention.head_dim,
             scaling=float(attention.scaling),
         )
-        described = kernels.describe_layer(layer)
+        return kernels.describe_layer(layer)
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
-    if described is None or not _agrees(module, described):
-        return None
-    parts = [(module._modules, name, module._modules[name]) for name in (*_NORMS, "self_attn", "mlp")]
-    parts += [(attention._modules, name, linears[name]) for name in _ATTENTION]
-    parts += [(mlp._modules, name, linears[name]) for name in _MLP]
-    parts += [(mlp._modules, name, other) for name, other in mlp._modules.items() if name not in _MLP and other is not None]
-    tensors: list[tuple[dict[str, Any], str, Tensor | None]] = [(norm._parameters, "weight", norm.weight) for norm in norms]
-    for name, each in linears.items():
-        tensors += [(each._parameters, key, part) for key, part in zip(_OPERANDS, operands[name], strict=True)]
-    return _Plan(described, parts, tensors, _settings(module))
 
 
 _OPERANDS = ("weight", "weight_scale", "bias")

@@ -62,18 +62,6 @@ def scale_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def scale_all(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`reference.scale_all`."""
-    if dtype not in FLOATS or not x.numel() or scale.numel() != 1:
-        return reference.scale_all(x, scale, dtype)
-    require_cpu(scale)
-    flat, factor = as_float(x).contiguous(), as_float32(scale)
-    out = torch.empty(x.shape, dtype=dtype)
-    given = flat.data_ptr(), FLOATS[flat.dtype], 1, flat.numel(), flat.numel(), factor.data_ptr()
-    check(functions().hb_scale_rows(*given, out.data_ptr(), FLOATS[dtype]))
-    return out
-
-
 # ---- weights ----
 
 

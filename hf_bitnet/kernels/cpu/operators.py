@@ -229,11 +229,6 @@ def scale_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (reference if _traced(x) else bodies).scale_rows(x, scale, dtype)
 
 
-def scale_all(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`reference.scale_all`."""
-    return (reference if _traced(x) else bodies).scale_all(x, scale, dtype)
-
-
 # ---- bytes ----
 
 _quantize_pack = _operator(

@@ -173,6 +173,16 @@ def _keep(block: _Block, weights: Sequence[PackedWeight], spec: tuple[Any, ...])
     _KEPT[key] = block
 
 
+def _kept(x: Tensor, weights: Sequence[PackedWeight], spec: tuple[Any, ...]) -> _Block | None:
+    """The block that was kept for this very call, if nothing has changed since."""
+    first = weights[0][0]
+    block = _KEPT.get(id(first))
+    if block is None or block.owner() is not first or block.spec != spec or not x.is_contiguous():
+        return None
+    # the number of weights counts: a block of q, k and v is kept under q
+    return block if block.made_of == [_traits(*weight) for weight in weights] else None
+
+
 def packed_linear(
     x: Tensor,
     packed: Tensor,
@@ -183,14 +193,13 @@ def packed_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """`reference.packed_linear`."""
-    spec = (x.shape, x.dtype, layout, rows, dtype)
-    block = _KEPT.get(id(packed))
-    if block is not None and block.owner() is packed and block.spec == spec and x.is_contiguous():  # noqa: SIM102
-        if block.made_of == [_traits(packed, scale, bias)]:  # one weight: a block of q, k and v is kept under q
-            return block.one(x)
+    weights, spec = ((packed, scale, bias),), (x.shape, x.dtype, layout, rows, dtype)
+    block = _kept(x, weights, spec)
+    if block is not None:
+        return block.one(x)
     if x.shape[-1] == 0:
         return reference.packed_linear(x, packed, scale, bias, layout, rows, dtype)
-    block, read, _alive = _make(x, [(packed, scale, bias)], spec)
+    block, read, _alive = _make(x, weights, spec)
     return block.one(read)
 
 
@@ -201,11 +210,9 @@ def packed_linears(
     if not weights:
         return []
     spec = (x.shape, x.dtype, layout, rows, dtype)
-    first = weights[0][0]
-    block = _KEPT.get(id(first))
-    if block is not None and block.owner() is first and block.spec == spec and x.is_contiguous():  # noqa: SIM102
-        if block.made_of == [_traits(*weight) for weight in weights]:
-            return block.all(x)
+    block = _kept(x, weights, spec)
+    if block is not None:
+        return block.all(x)
     if x.shape[-1] == 0:
         return reference.packed_linears(x, weights, layout, rows, dtype)
     block, read, _alive = _make(x, weights, spec)
