@@ -26,6 +26,13 @@ struct FixedCall {
 
 bool lay_out(const FixedCall& call, const Slab& slab) {
     const int mr = call.body.mr, pairs = mr / 2;
+    if (call.a.stride == 1 && call.a.step != 1 && call.body.fixed_columns) {
+        take_tasks(ceil_div(slab.rows, kColumnGroup), ceil_div(slab.rows * slab.kpad, 16384), [](bool) {}, [&](int64_t task) {
+            const int64_t from = task * kColumnGroup;
+            call.body.fixed_columns(call.a, slab.m0 + from, int(smaller(kColumnGroup, slab.rows - from)), slab, from, pairs);
+        });
+        return true;
+    }
     // rows of a transposed operand are neighbours in memory: so many at a time use the cache lines that they touch
     const int group = int(call.a.step == 1 ? pairs : round_up(kTransposedRows, pairs));
     std::atomic<bool> complete{true};
@@ -60,21 +67,26 @@ bool part_of_outputs(const FixedCall& call, const Slab& slab, int64_t from, int6
     auto* panels = static_cast<uint8_t*>(scratch(SLOT_PANEL, size_t(body.kc * nr)));
     auto* c = static_cast<int32_t*>(scratch(SLOT_SUMS, size_t(2 * span * nr) * 4));
     if (!panels || !c) return false;
+    const auto finish_rows = [&](int64_t r, int rows, const int32_t* sums) {
+        for (int i = 0; i < rows; ++i) {
+            const int32_t* high = sums + 2 * i * nr;
+            const int64_t first = (slab.m0 + r + i) * call.out_stride + n0;
+            body.fixed_finish(high, high + nr, columns, slab.sums + 2 * (r + i), call.lowest, call.zero_point, slab.scales[r + i],
+                              call.scale, at(call.out, call.out_dtype, first), call.out_dtype);
+        }
+    };
     for (int64_t k0 = 0; k0 < slab.kpad; k0 += body.kc) {
         const int64_t size = slab.size(k0);
         for (int p = 0; p < nr / 16; ++p)
             body.panel_columns(call.b, call.b_stride, call.a.k, call.flip, k0, size, n0 + 16 * p,
                                int(columns > 16 * p ? smaller(16, columns - 16 * p) : 0), panels + p * size * 16);
+        const bool last = k0 + body.kc >= slab.kpad;
         for (int64_t r = from; r < to; r += pairs) {
-            const int rows = 2 * int(smaller(pairs, slab.rows - r));
-            body.kernel(slab.block(2 * r, k0), size, rows, panels, 8, c + 2 * (r - from) * nr, k0 > 0);
+            const int rows = int(smaller(pairs, slab.rows - r));
+            int32_t* sums = c + (last && k0 == 0 ? 0 : 2 * (r - from) * nr);  // see part_of_outputs of product_api.cpp
+            body.kernel(slab.block(2 * r, k0), size, 2 * rows, panels, 8, sums, k0 > 0);
+            if (last) finish_rows(r, rows, sums);
         }
-    }
-    for (int64_t r = from; r < smaller(to, slab.rows); ++r) {
-        const int32_t* high = c + 2 * (r - from) * nr;
-        const int64_t first = (slab.m0 + r) * call.out_stride + n0;
-        body.fixed_finish(high, high + nr, columns, slab.sums + 2 * r, call.lowest, call.zero_point, slab.scales[r], call.scale,
-                          at(call.out, call.out_dtype, first), call.out_dtype);
     }
     return true;
 }

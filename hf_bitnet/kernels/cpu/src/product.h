@@ -31,6 +31,28 @@ static inline uint8_t level_at(const Packed& w, int64_t row, int64_t k) {
     return w.bits == 8 ? byte ^ w.flip : uint8_t((byte >> (k * w.bits % 8)) & ((1 << w.bits) - 1));
 }
 
+// The float operand of hb_fixed_matmul: element (row, i) at row * stride + i * step, times scale[i] where there is one.
+struct FixedOperand {
+    const void* data;
+    int dtype;
+    int64_t stride, step, k;
+    const float* scale;
+};
+
+// The left operand of a matrix form, laid out in int8 from row m0 on, and what scales need. Codes [k0, k0 + kc) of all blocks of
+// `mr` rows lie one after another, so that it streams by. hb_fixed_matmul has two rows of bytes for each of its rows.
+struct Slab {
+    int64_t m0, rows, span, kpad, kc;  // span: rows of bytes in whole blocks
+    int8_t* blocks;
+    float* scales;  // (rows); of this slab
+    int32_t* sums;
+
+    int64_t size(int64_t k0) const { return smaller(kc, kpad - k0); }
+    int8_t* block(int64_t byte_row, int64_t k0) const { return blocks + k0 * span + byte_row * size(k0); }
+};
+
+constexpr int kColumnGroup = 48;  // a multiple of the pairs of rows in every body's blocks
+
 struct ProductBodies {
     bool is_signed;  // 8-bit levels are wanted as int8, not as uint8
     int mr, nr;      // block of the matrix form
@@ -58,8 +80,11 @@ struct ProductBodies {
                         int64_t c_stride);
     // ---- for hb_fixed_matmul, see fixed.inc ----
     // rows [row, row + count) of the float operand -> two strips of int8 for each, `kpad` apart, with their sums and scale
-    void (*fixed_rows)(const struct FixedOperand& a, int64_t row, int count, int64_t kpad, float* values, int8_t* strips, float* scales,
+    void (*fixed_rows)(const FixedOperand& a, int64_t row, int count, int64_t kpad, float* values, int8_t* strips, float* scales,
                        int32_t* sums);
+    // the same for columns that are neighbours in memory (stride 1), straight into the blocks of a slab from its row `first` on,
+    // `pairs` of them in a block; width <= kColumnGroup. NULL where blocks do not lie as pack_rows_plain makes them.
+    void (*fixed_columns)(const FixedOperand& a, int64_t row, int width, const Slab& slab, int64_t first, int pairs);
     // b (k, n) int8, codes [k0, k0 + size) of outputs n0 .. n0 + columns (<= 16) -> [size / 4][16][4], xor flip
     void (*panel_columns)(const int8_t* b, int64_t stride, int64_t k, uint8_t flip, int64_t k0, int64_t size, int64_t n0, int columns,
                           uint8_t* out);
@@ -68,26 +93,6 @@ struct ProductBodies {
                          float row_scale, float scale, void* out, int out_dtype);
     // `count` sums of one row of x -> results, see Epilogue
     void (*finish)(const struct Epilogue& e, int64_t m, int64_t n, int64_t count, const int32_t* c, const float* grouped);
-};
-
-// The float operand of hb_fixed_matmul: element (row, i) at row * stride + i * step, times scale[i] where there is one.
-struct FixedOperand {
-    const void* data;
-    int dtype;
-    int64_t stride, step, k;
-    const float* scale;
-};
-
-// The left operand of a matrix form, laid out in int8 from row m0 on, and what scales need. Codes [k0, k0 + kc) of all blocks of
-// `mr` rows lie one after another, so that it streams by. hb_fixed_matmul has two rows of bytes for each of its rows.
-struct Slab {
-    int64_t m0, rows, span, kpad, kc;  // span: rows of bytes in whole blocks
-    int8_t* blocks;
-    float* scales;  // (rows); of this slab
-    int32_t* sums;
-
-    int64_t size(int64_t k0) const { return smaller(kc, kpad - k0); }
-    int8_t* block(int64_t byte_row, int64_t k0) const { return blocks + k0 * span + byte_row * size(k0); }
 };
 
 // task(i) for all i < count, on as many threads. Tasks are taken, not dealt: a core that others use as well holds nobody up.

@@ -61,7 +61,7 @@ const ProductBodies& bodies() {
         ProductBodies all = *product_avx512vnni();  // the row form and the end of both
         all.mr = kBlockRows, all.nr = kBlockColumns, all.kc = 512, all.k_unit = 64;
         all.begin = configure_tiles, all.end = release_tiles;
-        all.pack_rows = pack_rows, all.panel = panel_avx512, all.kernel = kernel;
+        all.pack_rows = pack_rows, all.panel = panel_avx512, all.kernel = kernel, all.fixed_columns = nullptr;
         return all;
     }();
     return made;

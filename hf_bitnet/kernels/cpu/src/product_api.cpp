@@ -218,6 +218,16 @@ bool part_of_outputs(const Call& call, const Slab& slab, const hb_weight& weight
     if (grouped) memset(total, 0, size_t(span * nr) * 4);
     auto* ones = c + span * nr;  // sums of u alone, for zero points of x
     if (call.x.zero) memset(ones, 0, size_t(nr) * 4);
+    Epilogue e = epilogue(call, &weight, slab.scales - slab.m0, slab.sums - slab.m0);
+    // right behind the last sums of these rows: what is written goes to memory while the next rows are multiplied
+    const auto finish_rows = [&](int64_t r, int rows, const int32_t* sums, const float* of_groups) {
+        for (int i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < columns; j += kFinish) {
+                e.ones = ones + j;
+                body.finish(e, slab.m0 + r + i, n0 + j, smaller(kFinish, columns - j), sums + i * nr + j,
+                            of_groups ? of_groups + i * nr + j : nullptr);
+            }
+    };
     const Packed packed = call.packed(weight);
     for (int64_t k0 = 0, group = 0; k0 < call.k; k0 += kc, ++group) {
         const int64_t size = slab.size(k0);
@@ -231,28 +241,22 @@ bool part_of_outputs(const Call& call, const Slab& slab, const hb_weight& weight
                         const uint8_t u = panels[p * size * 16 + (i / 4) * 64 + j * 4 + i % 4];
                         ones[p * 16 + j] += body.is_signed ? int8_t(u) : u;
                     }
+        const bool last = k0 + kc >= call.k;
         for (int64_t r = from; r < to; r += mr) {
             const int rows = int(smaller(mr, slab.rows - r));
             const int8_t* block = slab.block(r, k0);
-            int32_t* sums = c + (r - from) * nr;
-            if (!grouped) {
-                body.kernel(block, size, rows, panels, call.grid.bits, sums, k0 > 0);
-                continue;
+            // sums of a single part of K stay in the first-level cache: the next rows write over them
+            int32_t* sums = c + (last && k0 == 0 ? 0 : (r - from) * nr);
+            float* of_groups = grouped ? total + (r - from) * nr : nullptr;
+            body.kernel(block, size, rows, panels, call.grid.bits, sums, !grouped && k0 > 0);
+            if (grouped) {
+                float group_sums[64];
+                sums_of_group(call, block, size, rows, panels + round_up(kc, 64) * nr, c + 2 * span * nr, group_sums);
+                add_group(call, weight, n0, columns, group, sums, of_groups, rows, group_sums);
             }
-            float group_sums[64];
-            body.kernel(block, size, rows, panels, call.grid.bits, sums, false);
-            sums_of_group(call, block, size, rows, panels + round_up(kc, 64) * nr, c + 2 * span * nr, group_sums);
-            add_group(call, weight, n0, columns, group, sums, total + (r - from) * nr, rows, group_sums);
+            if (last) finish_rows(r, rows, sums, of_groups);
         }
     }
-    Epilogue e = epilogue(call, &weight, slab.scales - slab.m0, slab.sums - slab.m0);
-    e.ones = ones;
-    for (int64_t r = from; r < smaller(to, slab.rows); ++r)
-        for (int64_t j = 0; j < columns; j += kFinish) {
-            e.ones = ones + j;
-            body.finish(e, slab.m0 + r, n0 + j, smaller(kFinish, columns - j), c + (r - from) * nr + j,
-                        grouped ? total + (r - from) * nr + j : nullptr);
-        }
     return true;
 }
 
