@@ -8,7 +8,10 @@ from typing import Any
 
 PRESETS = ("bitnet_b158", "w1a8", "w2a8", "w4a8", "w8a8")
 # names of config fields that options give as they are
-_FIELDS = ("weight", "weight_scale", "granularity", "group_size", "activation", "ste", "sub_norm", "keep", "min_coverage")
+_FIELDS = (
+    *("weight", "weight_scale", "granularity", "group_size", "activation", "ste", "sub_norm", "keep", "min_coverage"),
+    *("embeddings", "output_head"),
+)
 
 
 class UsageError(Exception):
@@ -166,6 +169,15 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sub-norm", action="append", metavar="REGEX", help="layers that get an RMS norm in front; repeatable")
     group.add_argument("--keep", action="append", metavar="REGEX", help="modules to leave in full precision; repeatable")
     group.add_argument(
+        "--embeddings",
+        type=_vocabulary,
+        metavar="SCHEME",
+        help="pack the token embeddings too, and a head tied to them: int8, int4, or 'weight:int4,group_size:32' (default: no)",
+    )
+    group.add_argument(
+        "--output-head", type=_vocabulary, metavar="SCHEME", help="the same for an output head of its own (default: no)"
+    )
+    group.add_argument(
         "--override",
         action="append",
         type=_override,
@@ -199,7 +211,16 @@ def _override(text: str) -> tuple[str, str | dict[str, Any]]:
         raise argparse.ArgumentTypeError(f"{text!r} is not REGEX=CHANGE; for example 'down_proj=weight:int4' or 'k_proj=keep'")
     if ":" not in change:
         return pattern, change
-    return pattern, {name: _value(value) for name, _, value in (part.partition(":") for part in change.split(","))}
+    return pattern, _pairs(change)
+
+
+def _vocabulary(text: str) -> str | dict[str, Any]:
+    """'scheme' or 'field:value,field:value'."""
+    return _pairs(text) if ":" in text else text
+
+
+def _pairs(text: str) -> dict[str, Any]:
+    return {name: _value(value) for name, _, value in (part.partition(":") for part in text.split(","))}
 
 
 def _value(text: str) -> Any:

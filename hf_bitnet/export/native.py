@@ -25,7 +25,7 @@ from ..config import NATIVE_METHOD
 from ..modules import BitConv1D, PackedBitLinear, QuantizedLayer
 from ..modules.native import pack_rows
 from ..quantizers import ACTIVATION_SCHEMES
-from ..surgery import kept_for_native, quantized_layers
+from ..surgery import kept_for_native, quantized_layers, quantized_tables
 
 
 def export_native(
@@ -61,6 +61,12 @@ def export_native(
     layers = dict(quantized_layers(model))
     if not layers:
         raise ValueError("export_native: the model has no quantized layer; call quantize_model(model, config) first")
+    tables = quantized_tables(model)
+    if tables:
+        raise ValueError(
+            f"export_native: the native 'bitnet' format has no packed embeddings, and {tables[0][0]} is quantized; save with "
+            "save_pretrained, or quantize without `embeddings`"
+        )
     for name, layer in layers.items():
         _check(name, layer)
     target = Path(path)

@@ -2,13 +2,16 @@
 
 from .base import QuantizedLayer
 from .bit_linear import BitConv1D, BitLinear, LayerSpec, TrainedLayer
+from .embedding import BitEmbedding, EmbeddingSpec, PackedEmbedding, QuantizedEmbedding, plain_embedding
 from .native import NativeBitLinear, NativeLayer, NativeOfflineLinear, NativeOnlineLinear, NativePackedLinear
 from .packed_linear import PackedBitLinear
 from .sub_norm import SubNorm
 
 __all__ = [
     "BitConv1D",
+    "BitEmbedding",
     "BitLinear",
+    "EmbeddingSpec",
     "LayerSpec",
     "NativeBitLinear",
     "NativeLayer",
@@ -16,7 +19,10 @@ __all__ = [
     "NativeOnlineLinear",
     "NativePackedLinear",
     "PackedBitLinear",
+    "PackedEmbedding",
+    "QuantizedEmbedding",
     "QuantizedLayer",
     "SubNorm",
     "TrainedLayer",
+    "plain_embedding",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -97,15 +98,21 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """As nn.Module's (`.to`, `.bfloat16`, ...), but the tensors in `PROTECTED` stay float32."""
-        before = {
-            name: tensor.data
-            for name in PROTECTED
-            if (tensor := self._parameters.get(name, self._buffers.get(name))) is not None
-        }
-        super()._apply(fn, recurse)
-        for name, original in before.items():
-            after = self._parameters.get(name, self._buffers.get(name))
-            assert after is not None
-            if after.dtype != original.dtype:
-                after.data = original.to(after.device)
-        return self
+        with keep_float32(self):
+            return super()._apply(fn, recurse)
+
+
+@contextlib.contextmanager
+def keep_float32(module: nn.Module) -> Iterator[None]:
+    """Inside, `module._apply` may cast what it wants; afterwards the module's tensors in `PROTECTED` are float32 again."""
+    before = {
+        name: tensor.data
+        for name in PROTECTED
+        if (tensor := module._parameters.get(name, module._buffers.get(name))) is not None
+    }
+    yield
+    for name, original in before.items():
+        after = module._parameters.get(name, module._buffers.get(name))
+        assert after is not None
+        if after.dtype != original.dtype:
+            after.data = original.to(after.device)

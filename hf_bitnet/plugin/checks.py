@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -64,14 +64,22 @@ def before_initialization(model: Any, check: Callable[[Any, Any], None]) -> None
     setattr(model, name, checked)
 
 
-def check_loaded(info: Any, layers: set[str], errors: list[Exception], config: BitNetQuantizationConfig, saved: bool) -> None:
+def check_loaded(
+    info: Any,
+    layers: set[str],
+    errors: list[Exception],
+    config: BitNetQuantizationConfig,
+    saved: bool,
+    coming: Set[str] = frozenset(),
+) -> None:
     """Raises on anything that would leave a quantized layer with other numbers than the checkpoint's.
 
     Args:
         info: transformers' `LoadStateDictInfo`. layers: dotted names of the quantized layers.
         errors: what was raised while quantizing. saved: the checkpoint was quantized already.
+        coming: names of tensors that are going to be tied to others.
     """
-    problem = errors[0] if errors else _problem(info, layers, config, saved)
+    problem = errors[0] if errors else _problem(info, layers, config, saved, coming)
     if problem is not None:
         # transformers reports from a `finally`, and would raise its own error over ours
         for collected in (info.missing_keys, info.unexpected_keys, info.mismatched_keys, info.error_msgs):
@@ -80,14 +88,14 @@ def check_loaded(info: Any, layers: set[str], errors: list[Exception], config: B
         raise problem
 
 
-def _problem(info: Any, layers: set[str], config: BitNetQuantizationConfig, saved: bool) -> ValueError | None:
+def _problem(info: Any, layers: set[str], config: BitNetQuantizationConfig, saved: bool, coming: Set[str]) -> ValueError | None:
     for key, stored, expected in sorted(info.mismatched_keys):
         if _owner(key, layers):
             return ValueError(
                 f"{key} has shape {tuple(stored)} in the checkpoint, but {tuple(expected)} by its config.json "
                 f"(weight={config.weight!r}, form={config.form!r}); they are not of the same checkpoint, or one was edited"
             )
-    missing = sorted(key for key in info.missing_keys if _owner(key, layers))
+    missing = sorted(key for key in info.missing_keys - coming if _owner(key, layers))
     if missing and (saved or config.form == "packed"):
         advice = "copy or save it again" if saved else "keep these layers (`keep`), or load with form='train'"
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 # as a module: transformers may import us in the middle of an import of surgery, which imports transformers
 from .. import surgery
 from ..config import BitNetQuantizationConfig, NativeBitNetConfig
-from ..modules import PackedBitLinear
+from ..modules import PackedBitLinear, PackedEmbedding
 from .checks import before_initialization, check_files, check_loaded, check_stored_dtype
 from .operations import PackNativeRows, QuantizeOnLoad, layers_converter, without_our_converters
 
@@ -42,9 +42,9 @@ class BitNetQuantizer(HfQuantizer):
         self._prepare(part)
         # it attached a copy with the list of layers
         self.quantization_config = part.config.quantization_config
-        layers = dict(surgery.quantized_layers(model))
+        layers = {**dict(surgery.quantized_layers(model)), **dict(surgery.quantized_tables(model))}
         self.layers = set(layers)
-        self.packed = {name for name, layer in layers.items() if isinstance(layer, PackedBitLinear)}
+        self.packed = {name for name, layer in layers.items() if isinstance(layer, PackedBitLinear | PackedEmbedding)}
         before_initialization(model, self._after_tensors)
 
     def _part(self, model: Any) -> Any:
@@ -59,8 +59,11 @@ class BitNetQuantizer(HfQuantizer):
         surgery.prepare_model(model, self.quantization_config, saved=self.pre_quantized)
 
     def _after_tensors(self, model: nn.Module, info: Any) -> None:
-        check_loaded(info, self.layers, self.errors, self.quantization_config, self.pre_quantized)
-        self.new = {name for name in self.layers if f"{name}.weight" in info.missing_keys}
+        # what transformers will tie to a tensor that is there, in either direction, is not missing
+        tied = [{target, source} for target, source in model.all_tied_weights_keys.items()]
+        coming = {key for pair in tied if pair - info.missing_keys for key in pair}
+        check_loaded(info, self.layers, self.errors, self.quantization_config, self.pre_quantized, coming)
+        self.new = {name for name in self.layers if f"{name}.weight" in info.missing_keys - coming}
         for name in self.layers - self.new:
             # parameters that went to the disk are empty here, and would be given random values: of bytes, which fails
             for module in model.get_submodule(name).modules():

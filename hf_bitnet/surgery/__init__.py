@@ -8,22 +8,9 @@ from .layers import attention_heads, attention_projections, transformer_layers
 from .prepare import prepare_model, prepare_native, start_from_weights, state_from_float
 from .probing import each_batch, probing, run
 from .select import choose
-from .swap import (
-    check_calibrated,
-    convert_native,
-    dequantize_model,
-    harden,
-    kept_codes,
-    make_spec,
-    pack_model,
-    quantize_model,
-    quantized_layers,
-    reset_state,
-    set_norm_blend,
-    set_strength,
-    trained_layers,
-    unpack_model,
-)
+from .swap import check_calibrated, convert_native, dequantize_model, make_spec, pack_model, quantize_model, unpack_model
+from .switches import harden, kept_codes, reset_state, set_norm_blend, set_strength
+from .walk import quantized_layers, quantized_tables, trained_layers, trained_tables
 
 __all__ = [
     "Coverage",
@@ -52,6 +39,7 @@ __all__ = [
     "probing",
     "quantize_model",
     "quantized_layers",
+    "quantized_tables",
     "reset_state",
     "run",
     "set_norm_blend",
@@ -59,6 +47,7 @@ __all__ = [
     "start_from_weights",
     "state_from_float",
     "trained_layers",
+    "trained_tables",
     "transformer_layers",
     "unpack_model",
 ]

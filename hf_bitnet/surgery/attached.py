@@ -14,9 +14,10 @@ from transformers import PreTrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..config import BitNetQuantizationConfig, NativeBitNetConfig
-from ..modules import BitLinear, QuantizedLayer
+from ..modules import BitLinear, QuantizedEmbedding, QuantizedLayer
 from .coverage import config_place
-from .select import HEADS, is_linear
+from .select import HEADS, is_linear, is_table
+from .vocabulary import declare_ties, head_layers
 
 # what from_pretrained leaves on a model it quantized
 _LOADER_STATE = ("hf_quantizer", "quantization_method", "is_quantized")
@@ -52,6 +53,7 @@ def _put(model: nn.Module, config: BitNetQuantizationConfig) -> None:
     config.quantized_modules = _patterns(model)
     detach(model, loader=config.form != "packed")
     setattr(*config_place(model), config)
+    declare_ties(model)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.quantization_config = config
@@ -63,6 +65,7 @@ def _put(model: nn.Module, config: BitNetQuantizationConfig) -> None:
 
 def detach(model: nn.Module, *, loader: bool = True) -> None:
     """Takes every mark of quantization off the model, the traces of from_pretrained (`loader`) included."""
+    declare_ties(model)
     holder, attribute = config_place(model)
     if isinstance(getattr(holder, attribute, None), BitNetQuantizationConfig):
         delattr(holder, attribute)
@@ -82,12 +85,12 @@ def _configs(model: nn.Module) -> list[PreTrainedConfig]:
 
 
 def _patterns(model: nn.Module) -> list[str]:
-    """Names of the quantized modules; numbers are written as "*" where that covers no linear map that is kept."""
+    """Names of the quantized modules; numbers are written as "*" where that covers no linear map and no table that is kept."""
     quantized, kept = [], set()
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer):
+        if isinstance(module, QuantizedLayer | QuantizedEmbedding):
             quantized.append(name)
-        elif is_linear(module):
+        elif is_linear(module) or is_table(module):
             kept.add(_NUMBER.sub("*", name))
     return list(dict.fromkeys(name if (pattern := _NUMBER.sub("*", name)) in kept else pattern for name in quantized))
 
@@ -107,6 +110,8 @@ def _native_settings(model: nn.Module, config: BitNetQuantizationConfig) -> dict
     if config.form != "train" or base_prefix is None or not _has_head(model):
         return None
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
+    if any(isinstance(module, QuantizedEmbedding) for module in model.modules()) or head_layers(model, config):
+        return None
     if any(type(layer) is not BitLinear or not config.layer(name).is_native for name, layer in layers):
         return None
     kept = kept_for_native(model)

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from .. import kernels
 from ..config import BitNetQuantizationConfig
-from ..modules import PackedBitLinear, QuantizedLayer
+from ..modules import PackedBitLinear, PackedEmbedding, QuantizedEmbedding, QuantizedLayer
 from ..modules.base import PROTECTED
 from .select import choose, is_linear
 
@@ -47,7 +47,7 @@ class Coverage:
     def fraction(self) -> float:
         """Share of the weights of linear maps that is quantized, 0..1."""
         linear = sum(row.weights for row in self.rows if row.linear)
-        return sum(row.weights for row in self.rows if row.status == "quantized") / max(linear, 1)
+        return sum(row.weights for row in self.rows if row.linear and row.status == "quantized") / max(linear, 1)
 
     @property
     def bytes_float(self) -> int:
@@ -101,6 +101,7 @@ def coverage(model: nn.Module) -> Coverage:
     }
     rows: list[Row] = []
     seen: set[int] = set()
+    of_heads = {id(layer._parameters["weight"]) for layer in model.modules() if isinstance(layer, QuantizedLayer)}
     packed_bytes = float_dtype(model).itemsize
     for prefix, module in model.named_modules():
         for key, parameter in module._parameters.items():
@@ -108,11 +109,16 @@ def coverage(model: nn.Module) -> Coverage:
                 continue
             seen.add(id(parameter))
             name = f"{prefix}.{key}" if prefix else key
-            if isinstance(module, QuantizedLayer) and key == "weight":
-                element = packed_bytes if isinstance(module, PackedBitLinear) else parameter.element_size()
-                rows.append(_quantized_row(name, module, element))
+            if isinstance(module, QuantizedLayer | QuantizedEmbedding) and key == "weight":
+                is_packed = isinstance(module, PackedBitLinear | PackedEmbedding)
+                element = packed_bytes if is_packed else parameter.element_size()
+                rows.append(_quantized_row(name, module, element, id(parameter) in of_heads))
                 continue
-            if isinstance(module, QuantizedLayer) and key == "weight_scale":
+            if isinstance(module, PackedEmbedding) and key == "like":
+                size = parameter.element_size()
+                rows.append(Row(name, 0, 8 * size, 0, size, "kept", "one number that holds the dtype of a table", False))
+                continue
+            if isinstance(module, QuantizedLayer | QuantizedEmbedding) and key == "weight_scale":
                 rows.append(Row(name, 0, 32, 0, 0, "kept", "scale, counted with its weight", False))
                 continue
             reason = (
@@ -125,16 +131,17 @@ def coverage(model: nn.Module) -> Coverage:
     return Coverage(rows)
 
 
-def _quantized_row(name: str, module: QuantizedLayer, element: int) -> Row:
-    """`element`: bytes a weight has in the full-precision model."""
-    quantizer = module.quantizer
-    shape = (module.out_features, module.in_features)
+def _quantized_row(name: str, module: QuantizedLayer | QuantizedEmbedding, element: int, is_head: bool) -> Row:
+    """`element`: bytes a weight has in the full-precision model. `is_head`: a linear map has this weight."""
+    quantizer, is_table = module.quantizer, isinstance(module, QuantizedEmbedding)
+    shape = (module.num_embeddings, module.embedding_dim) if is_table else (module.out_features, module.in_features)
     weights = shape[0] * shape[1]
     rows, groups = quantizer.scale_shape(*shape)
     packed = shape[0] * -(-shape[1] * quantizer.storage_bits // 8) + 4 * rows * groups
     scale = f"{quantizer.granularity}{f' of {quantizer.group_size}' if quantizer.group_size else ''}"
-    reason = f"{quantizer.scheme}, {quantizer.scale_rule} per {scale}"
-    return Row(name, weights, quantizer.bits, weights * element, packed, "quantized", reason, True)
+    what = ("embedding and tied head: " if is_head else "embedding: ") if is_table else ""
+    reason = f"{what}{quantizer.scheme}, {quantizer.scale_rule} per {scale}"
+    return Row(name, weights, quantizer.bits, weights * element, packed, "quantized", reason, not is_table)
 
 
 def _kind(module: nn.Module, key: str) -> str:

@@ -10,10 +10,12 @@ import copy
 import torch
 from torch import nn
 
-from ..modules import TrainedLayer
+from ..modules import TrainedLayer, plain_embedding
 from .attached import detach
 from .places import Places
-from .swap import Model, _dense, trained_layers
+from .swap import Model, _dense
+from .vocabulary import ties_kept
+from .walk import trained_layers, trained_tables
 
 _LEFT_BY_ACCELERATE = ("forward", "_original_forward", "_is_accelerate_prepared")
 
@@ -36,9 +38,12 @@ def full_precision_copy(model: Model, *, share_frozen: bool = False, dtype: torc
             f"full_precision_copy: {type(model).__name__} has no layer in train form; call quantize_model(model, config) first"
         )
     twin = _deepcopy(model, {id(each): _copied(each, share_frozen, dtype) for each in model.parameters()})
-    places = Places(twin)
-    for _, layer in trained_layers(twin):
-        places.put(layer, _plain(layer))
+    with ties_kept(twin):
+        places = Places(twin)
+        for _, layer in trained_layers(twin):
+            places.put(layer, _plain(layer))
+        for table in trained_tables(twin):
+            places.put(table, plain_embedding(table, table.weight))
     detach(twin)
     return twin
 

@@ -18,14 +18,17 @@ from ..modules import (
     NativeOfflineLinear,
     NativeOnlineLinear,
     PackedBitLinear,
+    PackedEmbedding,
+    QuantizedEmbedding,
     QuantizedLayer,
     TrainedLayer,
 )
 from ..quantizers import ACTIVATION_SCHEMES
 from .attached import attach, attach_native, is_listed
 from .coverage import check_finite
-from .select import Choice, choose
-from .swap import check_coverage, check_layer, chosen_layers, make_spec, quantized_layers, swap_layers
+from .select import Choice, choose, choose_tables
+from .swap import check_coverage, check_layer, chosen_layers, make_spec, swap_layers
+from .walk import quantized_layers, quantized_tables
 
 
 def prepare_model(model: nn.Module, config: BitNetQuantizationConfig, *, saved: bool) -> None:
@@ -40,7 +43,7 @@ def prepare_model(model: nn.Module, config: BitNetQuantizationConfig, *, saved: 
     chosen = _saved_layers(model, config) if saved and config.quantized_modules is not None else chosen_layers(model, config)
     for choice in chosen:
         check_layer(choice, model, config)
-        if not saved and config.form == "packed" and ACTIVATION_SCHEMES.get(config.layer(choice.name).activation).static:
+        if not saved and config.form == "packed" and ACTIVATION_SCHEMES.get(choice.layer.activation).static:
             raise ValueError(
                 f"{choice.name}: form='packed' needs a calibrated activation range, which a float checkpoint has not; load "
                 "with form='train', call hf_bitnet.calibrate(model, batches), then pack_model(model)"
@@ -81,7 +84,8 @@ def prepare_native(model: nn.Module, config: NativeBitNetConfig, skip: list[str]
 
 def _saved_layers(model: nn.Module, config: BitNetQuantizationConfig) -> list[Choice]:
     patterns, base_prefix = config.quantized_modules or [], getattr(model, "base_model_prefix", "")
-    chosen = [choice for choice in choose(model, config) if is_listed(choice.name, patterns, base_prefix)]
+    found = [*choose_tables(model, config), *choose(model, config)]
+    chosen = [choice for choice in found if is_listed(choice.name, patterns, base_prefix)]
     if not chosen:
         raise ValueError(
             f"none of the quantized layers that the checkpoint lists ({', '.join(patterns[:5])}, ...) is in "
@@ -91,8 +95,8 @@ def _saved_layers(model: nn.Module, config: BitNetQuantizationConfig) -> list[Ch
 
 
 @torch.no_grad()
-def state_from_float(name: str, layer: QuantizedLayer, weight: Tensor) -> dict[str, Tensor]:
-    """Every tensor of a layer, made from the float weight of the layer it replaces.
+def state_from_float(name: str, layer: QuantizedLayer | QuantizedEmbedding, weight: Tensor) -> dict[str, Tensor]:
+    """Every tensor of a layer (or table), made from the float weight of the layer it replaces.
 
     Args:
         name: dotted module name, for errors.
@@ -100,6 +104,8 @@ def state_from_float(name: str, layer: QuantizedLayer, weight: Tensor) -> dict[s
 
     Raises ValueError or TypeError when the weight has another shape, or cannot be quantized (`check_finite`).
     """
+    if isinstance(layer, QuantizedEmbedding):
+        return _table_from_float(name, layer, weight)
     shape = (layer.out_features, layer.in_features)
     is_conv1d = isinstance(layer, BitConv1D) or (isinstance(layer, PackedBitLinear) and layer.was_conv1d)
     expected = shape[::-1] if is_conv1d else shape
@@ -117,6 +123,17 @@ def state_from_float(name: str, layer: QuantizedLayer, weight: Tensor) -> dict[s
     return state | _fresh_state(layer, weight.device)
 
 
+def _table_from_float(name: str, table: QuantizedEmbedding, weight: Tensor) -> dict[str, Tensor]:
+    expected = (table.num_embeddings, table.embedding_dim)
+    if weight.shape != expected:
+        raise ValueError(f"the weight of {name} has shape {tuple(weight.shape)} in the checkpoint, the model needs {expected}")
+    check_finite(name, weight)
+    if not isinstance(table, PackedEmbedding):
+        return {"weight": weight}
+    packed, scale = table.quantizer.pack(weight)
+    return {"like": torch.ones(1, dtype=weight.dtype, device=weight.device), "weight": packed, "weight_scale": scale}
+
+
 def _fresh_state(layer: QuantizedLayer, device: torch.device) -> dict[str, Tensor]:
     """What a float checkpoint does not have and no weight is needed for, as the constructors would make it."""
     state = {}
@@ -132,6 +149,6 @@ def _fresh_state(layer: QuantizedLayer, device: torch.device) -> dict[str, Tenso
 
 def start_from_weights(model: nn.Module, names: set[str]) -> None:
     """Starts the state of the named layers in train form, whose weights were newly made instead of loaded."""
-    for name, layer in quantized_layers(model):
+    for name, layer in [*quantized_layers(model), *quantized_tables(model)]:
         if name in names:
             layer.load_state_dict(state_from_float(name, layer, layer.get_parameter("weight")), strict=False)

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..modules import TrainedLayer
 from ..quantizers import ACTIVATION_SCHEMES
-from .swap import quantized_layers, trained_layers
+from .walk import quantized_layers, trained_layers, trained_tables
 
 # below this many batches a progress bar only flickers
 _PROGRESS_FROM = 16
@@ -34,7 +34,8 @@ def probing(model: nn.Module, *, quantized: bool = True) -> Iterator[None]:
             form are bypassed, packed ones keep their codes and leave their input as it is.
     """
     modes = [(module, module.training) for module in model.modules()]
-    trained = [(layer, layer.relaxed, layer.bypassed) for _, layer in trained_layers(model)]
+    switched = [*(layer for _, layer in trained_layers(model)), *trained_tables(model)]
+    trained = [(layer, layer.relaxed, layer.bypassed) for layer in switched]
     packed = [(layer, layer.activation) for _, layer in quantized_layers(model) if not isinstance(layer, TrainedLayer)]
     random_state = _random_state()
     try:

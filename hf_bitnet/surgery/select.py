@@ -12,7 +12,7 @@ import functools
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from types import CodeType
@@ -21,8 +21,9 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..config import BitNetQuantizationConfig
-from ..modules import PackedBitLinear, TrainedLayer
+from ..config import BitNetQuantizationConfig, LayerConfig
+from ..modules import PackedBitLinear, QuantizedEmbedding, TrainedLayer
+from .vocabulary import check_vocabulary, head_layers, token_tables
 
 HEADS = (
     *("lm_head", "lm_head_decoder", "embed_out", "output_projection", "proj_out", "logits_proj"),
@@ -32,20 +33,25 @@ HEADS = (
 _HEADS = re.compile(rf"(^|\.)({'|'.join(HEADS)})(\.|$)")
 _ROUTERS = re.compile(r"(^|\.)(router|gate|gating|wg|shared_expert_gate|expert_gate|layer_router)(\.|$)")
 
+# methods that read weights once, before there are quantized ones
+_SETTING_UP = ("_init_weights", "tie_weights", "_tie_weights")
+
 
 @dataclass(frozen=True)
 class Choice:
-    """One linear map found in a model.
+    """One linear map, or one table of token embeddings, found in a model.
 
     Attributes:
         name: dotted module name (the first, where several names lead to one module).
         module: the module.
         kept: None when it is to be quantized, else the reason.
+        layer: how it is quantized when it is.
     """
 
     name: str
     module: nn.Module
     kept: str | None
+    layer: LayerConfig
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -53,20 +59,49 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D) and not isinstance(module, TrainedLayer | PackedBitLinear)
 
 
+def is_table(module: nn.Module) -> bool:
+    """A table of embeddings that is not quantized."""
+    return isinstance(module, nn.Embedding) and not isinstance(module, QuantizedEmbedding)
+
+
 def choose(model: nn.Module, config: BitNetQuantizationConfig) -> list[Choice]:
     """Every linear map of the model with its fate, in the order of `named_modules`."""
-    why = _Reasons(model)
+    why, heads = _Reasons(model), head_layers(model, config)
     return [
-        Choice(name, module, _decide(name, module, config, why)) for name, module in model.named_modules() if is_linear(module)
+        Choice(
+            name, module, _decide(name, module, config, why, id(module) in heads), heads.get(id(module)) or config.layer(name)
+        )
+        for name, module in model.named_modules()
+        if is_linear(module)
     ]
 
 
-def _decide(name: str, module: nn.Module, config: BitNetQuantizationConfig, why: _Reasons) -> str | None:
+def choose_tables(model: nn.Module, config: BitNetQuantizationConfig) -> list[Choice]:
+    """The tables of token embeddings that the config quantizes."""
+    layer = config.vocabulary_layer("embeddings")
+    if layer is None:
+        return []
+    return [Choice(name, table, None, layer) for name, table in token_tables(model) if is_table(table)]
+
+
+def check_tables(model: nn.Module, config: BitNetQuantizationConfig) -> None:
+    """Raises ValueError as `check_vocabulary` does, and when the raw weight of a chosen table is read."""
+    check_vocabulary(model, config)
+    raw = set(_raw_readers(model, is_table))
+    for choice in choose_tables(model, config):
+        if id(choice.module) in raw:
+            raise ValueError(
+                f"embeddings={config.embeddings!r}: the parent of {choice.name} reads its raw weight, which would be bytes; "
+                "leave embeddings out"
+            )
+
+
+def _decide(name: str, module: nn.Module, config: BitNetQuantizationConfig, why: _Reasons, is_head: bool) -> str | None:
     if config.is_kept(name):
         return "kept by the config"
     if type(module) not in (nn.Linear, Conv1D):
         return f"{type(module).__name__} has a forward of its own"
-    if config.is_forced(name):
+    if is_head or config.is_forced(name):
         return None
     return why.of(name, module)
 
@@ -90,7 +125,7 @@ class _Reasons:
             for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
             for pattern in (getattr(module, attribute, None) or ())
         ]
-        self.raw = set(_raw_readers(model))
+        self.raw = set(_raw_readers(model, is_linear))
 
     def of(self, name: str, module: nn.Module) -> str | None:
         if id(module) == self.output:
@@ -116,11 +151,11 @@ def _tied_keys(module: nn.Module) -> list[str]:
     return list(keys)
 
 
-def _raw_readers(model: nn.Module) -> Iterator[int]:
-    """ids of linear maps whose parent's code reads `self.<name>.weight`."""
+def _raw_readers(model: nn.Module, of: Callable[[nn.Module], bool]) -> Iterator[int]:
+    """ids of the modules of a kind whose parent's code reads `self.<name>.weight`."""
     for parent in model.modules():
         for name, child in parent._modules.items():
-            if child is not None and is_linear(child) and any(name in _weights_read(kind) for kind in type(parent).__mro__):
+            if child is not None and of(child) and any(name in _weights_read(kind) for kind in type(parent).__mro__):
                 yield id(child)
 
 
@@ -129,7 +164,8 @@ def _weights_read(kind: type) -> frozenset[str]:
     """Every x for which a method defined in this very class says `something.x.weight`."""
     if kind in (nn.Module, object):
         return frozenset()
-    return frozenset(name for member in vars(kind).values() for name in _weights_read_by(member))
+    members = (member for name, member in vars(kind).items() if name not in _SETTING_UP)
+    return frozenset(name for member in members for name in _weights_read_by(member))
 
 
 def _weights_read_by(member: Any) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..surgery import trained_layers
+from ..surgery import trained_layers, trained_tables
 from .arguments import QATArguments
 
 _OPTIONS = ("latent_learning_rate", "scale_learning_rate", "latent_weight_decay")
@@ -58,7 +58,7 @@ def _kinds(model: nn.Module) -> dict[int, str]:
         for parameter in (layer.weight_scale, layer.ste_temperature):
             if isinstance(parameter, nn.Parameter):
                 kinds[id(parameter)] = "scale"
-    return kinds
+    return kinds | {id(table.weight): "latent" for table in trained_tables(model)}
 
 
 def _settings(kind: str, args: QATArguments) -> dict[str, float]:

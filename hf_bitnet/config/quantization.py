@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
-from transformers.utils.quantization_config import BitNetQuantConfig, QuantizationConfigMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .quantizers import ACTIVATION_SCHEMES, WEIGHT_SCHEMES, WeightQuantizer, make_weight_quantizer
-from .relaxations import RELAXATIONS
-from .ste import ESTIMATORS
+from ..quantizers import WEIGHT_SCHEMES
+from ..relaxations import RELAXATIONS
+from .layer import (
+    LAYER_FIELDS,
+    VOCABULARY_FIELDS,
+    LayerConfig,
+    all_strings,
+    check_number,
+    check_pattern,
+    list_of_patterns,
+    validate_layer,
+    validate_vocabulary,
+    vocabulary_layer,
+)
 
 QUANT_METHOD = "hf_bitnet"
 NATIVE_METHOD = "bitnet"
@@ -29,31 +40,7 @@ FOREIGN_LINEAR_CLASS = "hf_bitnet: this checkpoint needs `pip install hf_bitnet`
 # raised when a saved field changes its meaning; an older or newer file is then refused instead of misread
 CONFIG_VERSION = 1
 
-_LAYER_FIELDS = ("weight", "weight_scale", "granularity", "group_size", "activation", "ste", "sub_norm")
 KEEP = "keep"
-
-
-@dataclass(frozen=True)
-class LayerConfig:
-    """How one layer is quantized, as plain data; see `BitNetQuantizationConfig` for the fields."""
-
-    weight: str
-    weight_scale: str | None
-    granularity: str | None
-    group_size: int | None
-    activation: str
-    ste: str
-    sub_norm: bool
-
-    def quantizer(self) -> WeightQuantizer:
-        return make_weight_quantizer(self.weight, self.weight_scale, self.granularity, self.group_size)
-
-    @property
-    def is_native(self) -> bool:
-        """Whether transformers' own AutoBitLinear computes the same from the same float weight, and has no further state."""
-        same_weight = self.quantizer() == make_weight_quantizer("ternary", "absmean", "tensor")
-        stateless = not self.sub_norm and ESTIMATORS.get(self.ste).temperature_slope is None
-        return same_weight and self.activation == "int8" and stateless
 
 
 class BitNetQuantizationConfig(QuantizationConfigMixin):
@@ -73,6 +60,10 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         sub_norm: regular expressions of layers that get an RMS norm in front, for example [r"o_proj", r"down_proj"].
         sub_norm_eps: what these norms add to the mean square.
         keep: regular expressions of modules that stay in full precision, beside the default ones (heads, routers, ...).
+        embeddings: what packs the tables of token embeddings too, and every head that is tied to one: a scheme ("int8", "int4",
+            ...) with one scale a row, or a dict of weight, weight_scale and group_size. None leaves them in full precision.
+        output_head: the same for an output head with a weight of its own; the dict may name activation and ste as well. Beside
+            `embeddings`, in a model that ties the two, it must name the same codes.
         overrides: {regular expression: "keep" | {field: value}}, first match wins. Fields: weight, weight_scale,
             granularity, group_size, activation, ste, sub_norm (True or False). An override quantizes a layer that would be
             kept by default.
@@ -99,6 +90,8 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         sub_norm: list[str] | None = None,
         sub_norm_eps: float = 1e-6,
         keep: list[str] | None = None,
+        embeddings: str | dict[str, Any] | None = None,
+        output_head: str | dict[str, Any] | None = None,
         overrides: dict[str, str | dict[str, Any]] | None = None,
         form: str = "train",
         min_coverage: float = 0.0,
@@ -125,8 +118,9 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         self.activation, self.ste = activation, ste
         self.ste_threshold, self.ste_temperature = ste_threshold, ste_temperature
         self.relaxation = relaxation
-        self.sub_norm, self.sub_norm_eps = _list_of_patterns("sub_norm", sub_norm), sub_norm_eps
-        self.keep = _list_of_patterns("keep", keep)
+        self.sub_norm, self.sub_norm_eps = list_of_patterns("sub_norm", sub_norm), sub_norm_eps
+        self.keep = list_of_patterns("keep", keep)
+        self.embeddings, self.output_head = embeddings, output_head
         self.overrides = dict(overrides or {}) if isinstance(overrides, dict | None) else overrides
         self.form, self.min_coverage = form, min_coverage
         self.quantized_modules = quantized_modules
@@ -164,28 +158,54 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         if self.form not in FORMS:
             raise ValueError(f"form={self.form!r}; legal: 'train' (float weights) or 'packed'")
         RELAXATIONS.get(self.relaxation)
-        _number("ste_threshold", self.ste_threshold, lowest=0.0)
-        if _number("ste_temperature", self.ste_temperature, lowest=0.0) == 0.0:
+        check_number("ste_threshold", self.ste_threshold, lowest=0.0)
+        if check_number("ste_temperature", self.ste_temperature, lowest=0.0) == 0.0:
             raise ValueError("ste_temperature must be above 0; 4.0 is a good start")
-        _number("sub_norm_eps", self.sub_norm_eps, lowest=0.0)
-        _number("min_coverage", self.min_coverage, lowest=0.0, highest=1.0)
-        if not (self.quantized_modules is None or _all_strings(self.quantized_modules)):
+        check_number("sub_norm_eps", self.sub_norm_eps, lowest=0.0)
+        check_number("min_coverage", self.min_coverage, lowest=0.0, highest=1.0)
+        if not (self.quantized_modules is None or all_strings(self.quantized_modules)):
             raise TypeError(f"quantized_modules must be a list of module names or None, got {self.quantized_modules!r}")
-        _validate_layer(self._base())
+        validate_layer(self._base())
+        for field in VOCABULARY_FIELDS:
+            if (value := getattr(self, field)) is not None:
+                validate_vocabulary(field, value, self._base())
         if not isinstance(self.overrides, dict):
             raise TypeError(
                 f"overrides must be a dict of patterns, got {type(self.overrides).__name__}; for example "
                 "overrides={r'down_proj': {'weight': 'int4'}, r'layers\\.0\\.': 'keep'}"
             )
         for pattern, change in self.overrides.items():
-            _pattern("overrides", pattern)
+            check_pattern("overrides", pattern)
             layer = self._overridden(pattern, change)
             if layer is None:
                 continue
             try:
-                _validate_layer(layer)
+                validate_layer(layer)
             except (ValueError, TypeError) as error:
                 raise type(error)(f"overrides[{pattern!r}]: {error}") from None
+
+    def tied_head_layer(self) -> LayerConfig | None:
+        """How a head is quantized that is tied to a table: with the table's codes. None when tables are kept.
+
+        Raises ValueError when `output_head` asks for other codes, or for codes that `embeddings` does not have.
+        """
+        table, head = self.vocabulary_layer("embeddings"), self.vocabulary_layer("output_head")
+        if table is None and head is None:
+            return None
+        if table is None or (head is not None and head.quantizer() != table.quantizer()):
+            raise ValueError(
+                "the output head of this model is tied to its embeddings, so the two have the same codes, but "
+                f"embeddings={self.embeddings!r} and output_head={self.output_head!r}; write embeddings="
+                f"{(self.output_head if table is None else self.embeddings)!r} alone, which quantizes both"
+            )
+        base = self._base() if head is None else head
+        weight = {name: getattr(table, name) for name in ("weight", "weight_scale", "granularity", "group_size")}
+        return replace(base, **weight, sub_norm=False)
+
+    def vocabulary_layer(self, field: str) -> LayerConfig | None:
+        """What `embeddings` or `output_head` (the `field`) says; None where it says nothing."""
+        value = getattr(self, field)
+        return None if value is None else vocabulary_layer(field, value, self._base())
 
     def fields(self) -> dict[str, Any]:
         """The arguments that make an equal config: `BitNetQuantizationConfig(**config.fields())`. A deep copy."""
@@ -233,9 +253,9 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         if not isinstance(change, dict):
             raise TypeError(f"overrides[{pattern!r}] is {change!r}; legal: 'keep' or a dict such as {{'weight': 'int4'}}")
         for field in change:
-            if field not in _LAYER_FIELDS:
-                raise ValueError(f"overrides[{pattern!r}] names {field!r}; fields of a layer: {', '.join(_LAYER_FIELDS)}")
-        fields = {name: getattr(self._base(), name) for name in _LAYER_FIELDS}
+            if field not in LAYER_FIELDS:
+                raise ValueError(f"overrides[{pattern!r}] names {field!r}; fields of a layer: {', '.join(LAYER_FIELDS)}")
+        fields = {name: getattr(self._base(), name) for name in LAYER_FIELDS}
         if "weight" in change and change["weight"] != self.weight:
             # another scheme comes with its own scale rule and granularity, unless they are named too
             fields |= {"weight_scale": None, "granularity": None, "group_size": None}
@@ -263,7 +283,7 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
             if "sub_norm" in change:
                 return layer
         normed = any(re.search(pattern, name) for pattern in self.sub_norm)
-        return LayerConfig(**{**{f: getattr(layer, f) for f in _LAYER_FIELDS}, "sub_norm": normed})
+        return LayerConfig(**{**{f: getattr(layer, f) for f in LAYER_FIELDS}, "sub_norm": normed})
 
     def _override(self, name: str) -> str | dict[str, Any] | None:
         return next((change for pattern, change in self.overrides.items() if re.search(pattern, name)), None)
@@ -297,79 +317,3 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
     def w8a8(cls, **fields: Any) -> BitNetQuantizationConfig:
         """8-bit weights, one absmax scale a channel."""
         return cls(**{"weight": "int8", "granularity": "channel", **fields})
-
-
-class NativeBitNetConfig(BitNetQuantizationConfig):
-    """Of a model whose layers compute in the arithmetic of transformers' own `bitnet` method; see `load_native`.
-
-    It is saved as that method's config, without a word of ours. A copy by `fields()` is an ordinary config.
-
-    Args:
-        settings: the `quantization_config` of the checkpoint's config.json. Raises ValueError when transformers would.
-    """
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        stock = BitNetQuantConfig(**{key: value for key, value in settings.items() if key != "quant_method"})
-        self.divides = stock.linear_class == "bitlinear"
-        self.online = not self.divides and stock.quantization_mode == "online"
-        super().__init__(
-            weight="ternary",
-            weight_scale="absmean",
-            granularity="tensor",
-            sub_norm=["."] if stock.use_rms_norm else [],
-            sub_norm_eps=1e-6 if stock.rms_norm_eps is None else stock.rms_norm_eps,
-            form="train" if self.online else "packed",
-        )
-        self.native = {key: value for key, value in vars(stock).items() if key != "quant_method"}
-        self.quant_method = NATIVE_LOADING  # type: ignore[assignment]
-
-    def to_dict(self) -> dict[str, Any]:
-        """transformers' own settings."""
-        return {"quant_method": NATIVE_METHOD, **copy.deepcopy(self.native or {})}
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        config = cls(config_dict)
-        return (config, kwargs) if return_unused_kwargs else config
-
-    def fields(self) -> dict[str, Any]:
-        """The fields of an ordinary config with the same meaning."""
-        return super().fields() | {"quant_method": QUANT_METHOD}
-
-
-def _all_strings(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, str) for value in values)
-
-
-def _validate_layer(layer: LayerConfig) -> None:
-    layer.quantizer()
-    ACTIVATION_SCHEMES.get(layer.activation)
-    ESTIMATORS.get(layer.ste)
-    if not isinstance(layer.sub_norm, bool):
-        raise TypeError(f"an override's sub_norm must be True or False, got {layer.sub_norm!r}")
-
-
-def _pattern(field: str, pattern: Any) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(
-            f"{field}: {pattern!r} is not a regular expression ({error}); write for example r'layers\\.0\\.'"
-        ) from None
-
-
-def _list_of_patterns(field: str, patterns: Any) -> list[str]:
-    if isinstance(patterns, str) or not isinstance(patterns, list | tuple | None):
-        raise TypeError(f"{field} must be a list of regular expressions, got {patterns!r}; write {field}=[{patterns!r}]")
-    for pattern in patterns or []:
-        _pattern(field, pattern)
-    return list(patterns or [])
-
-
-def _number(field: str, value: Any, lowest: float, highest: float | None = None) -> float:
-    legal = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{field} must be a number {legal}, got {value!r}")
-    if not value >= lowest or (highest is not None and value > highest) or value == float("inf"):
-        raise ValueError(f"{field}={value!r} is out of range; legal: {legal}")
-    return float(value)
