@@ -30,6 +30,8 @@ OTHER: dict[str, dict[str, Any]] = {
     "sub_norm": {"sub_norm": [r"o_proj", r"down_proj"]},
     "sub_norm_eps": {"sub_norm_eps": 1e-5},
     "keep": {"keep": [r"layers\.0\."]},
+    "embeddings": {"embeddings": {"weight": "int4", "group_size": 32}},
+    "output_head": {"output_head": "int8"},
     "overrides": {"overrides": {r"z\.down": {"weight": "int8"}, r"down": {"weight": "int4", "sub_norm": True}, r"a": "keep"}},
     "form": {"form": "packed"},
     "min_coverage": {"min_coverage": 0.5},

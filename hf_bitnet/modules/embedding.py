@@ -6,6 +6,7 @@ same float Parameter, or a PackedBitLinear over the same bytes and scales. Leave
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,11 @@ class QuantizedEmbedding(nn.Embedding):
         if input.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{type(self).__name__} takes token ids (int64 or int32), got {input.dtype}")
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """As nn.Module's, but scales and strength stay float32."""
+        with keep_float32(self):
+            return super()._apply(fn, recurse)
+
     def extra_repr(self) -> str:
         quantizer = self.quantizer
         group = f"/{quantizer.group_size}" if quantizer.group_size else ""
@@ -98,6 +104,9 @@ class BitEmbedding(QuantizedEmbedding):
     """
 
     strength: Tensor
+    source: Latent
+    relaxed: bool
+    bypassed: bool
 
     @classmethod
     def from_float(cls, table: nn.Embedding, spec: EmbeddingSpec) -> BitEmbedding:
@@ -110,10 +119,6 @@ class BitEmbedding(QuantizedEmbedding):
         layer.register_buffer("strength", torch.ones((), dtype=torch.float32, device=table.weight.device), persistent=False)
         layer.relaxed = layer.bypassed = False
         return layer
-
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        with keep_float32(self):
-            return super()._apply(fn, recurse)
 
     def quantized_weight(self) -> Quantized:
         return self.quantizer.quantize(self.weight)
@@ -146,7 +151,10 @@ class PackedEmbedding(QuantizedEmbedding):
         bits: stored bits per weight: 1, 2, 4 or 8.
     """
 
+    like: nn.Parameter
     weight_scale: nn.Parameter
+    source: Packed
+    bits: int
 
     @classmethod
     def from_trained(cls, table: BitEmbedding) -> PackedEmbedding:
@@ -157,19 +165,14 @@ class PackedEmbedding(QuantizedEmbedding):
         layer.bits = quantizer.storage_bits
         layer.source = Packed(layer.bits, quantizer.grid, table.embedding_dim)
         layer.like = _frozen(torch.ones(1, dtype=table.weight.dtype, device=device))
-        if device == torch.device("meta"):  # an empty table, which a checkpoint will fill
-            packed = torch.empty(
-                table.num_embeddings, -(-table.embedding_dim * layer.bits // 8), dtype=torch.uint8, device=device
-            )
-            scale = torch.empty(quantizer.scale_shape(table.num_embeddings, table.embedding_dim), device=device)
+        rows, columns = table.num_embeddings, table.embedding_dim
+        if table.weight.is_meta:  # an empty table, which a checkpoint will fill
+            packed = torch.empty(rows, -(-columns * layer.bits // 8), dtype=torch.uint8, device=device)
+            scale = torch.empty(quantizer.scale_shape(rows, columns), dtype=torch.float32, device=device)
         else:
             packed, scale = quantizer.pack(table.weight)
-        layer.weight, layer.weight_scale = _frozen(packed), _frozen(scale.float())
+        layer.weight, layer.weight_scale = _frozen(packed), _frozen(scale)
         return layer
-
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        with keep_float32(self):
-            return super()._apply(fn, recurse)
 
     def quantized_weight(self) -> Quantized:
         return self.source.codes(self.weight, self.weight_scale)
@@ -183,16 +186,16 @@ class PackedEmbedding(QuantizedEmbedding):
         return self.spec.scaled(value).view(*input.shape, self.embedding_dim)
 
 
-def plain_embedding(table: QuantizedEmbedding, weight: nn.Parameter) -> nn.Embedding:
-    """The plain table that `table` stands for, over `weight` (num_embeddings, embedding_dim)."""
+def plain_embedding(table: QuantizedEmbedding, weight: Tensor) -> nn.Embedding:
+    """The plain table that `table` stands for, over the parameter `weight` (num_embeddings, embedding_dim)."""
     spec = table.spec
-    factor = {} if spec.factor is None else {"embed_scale": spec.factor}
+    factor: dict[str, Any] = {} if spec.factor is None else {"embed_scale": spec.factor}
     with torch.device("meta"):
         plain = spec.kind(table.num_embeddings, table.embedding_dim, table.padding_idx, **factor)
     for name in plain._buffers:  # the factor
         plain._buffers[name] = torch.tensor(spec.factor, device=weight.device)
     plain.scale_grad_by_freq, plain.norm_type = table.scale_grad_by_freq, table.norm_type
-    plain.weight = weight
+    plain.register_parameter("weight", weight)  # type: ignore[arg-type]
     return plain.train(table.training)
 
 

@@ -58,7 +58,7 @@ class BitNetQuantizer(HfQuantizer):
     def _prepare(self, model: Any) -> None:
         surgery.prepare_model(model, self.quantization_config, saved=self.pre_quantized)
 
-    def _after_tensors(self, model: nn.Module, info: Any) -> None:
+    def _after_tensors(self, model: Any, info: Any) -> None:
         # what transformers will tie to a tensor that is there, in either direction, is not missing
         tied = [{target, source} for target, source in model.all_tied_weights_keys.items()]
         coming = {key for pair in tied if pair - info.missing_keys for key in pair}

@@ -134,7 +134,10 @@ def coverage(model: nn.Module) -> Coverage:
 def _quantized_row(name: str, module: QuantizedLayer | QuantizedEmbedding, element: int, is_head: bool) -> Row:
     """`element`: bytes a weight has in the full-precision model. `is_head`: a linear map has this weight."""
     quantizer, is_table = module.quantizer, isinstance(module, QuantizedEmbedding)
-    shape = (module.num_embeddings, module.embedding_dim) if is_table else (module.out_features, module.in_features)
+    if isinstance(module, QuantizedEmbedding):
+        shape = (module.num_embeddings, module.embedding_dim)
+    else:
+        shape = (module.out_features, module.in_features)
     weights = shape[0] * shape[1]
     rows, groups = quantizer.scale_shape(*shape)
     packed = shape[0] * -(-shape[1] * quantizer.storage_bits // 8) + 4 * rows * groups

@@ -145,8 +145,9 @@ def check_layer(choice: Choice, model: nn.Module, config: BitNetQuantizationConf
 def check_coverage(model: nn.Module, chosen: list[Choice], config: BitNetQuantizationConfig) -> None:
     """Raises ValueError when the chosen layers are less than the config's `min_coverage`."""
     linear = sum(row.weights for row in coverage(model).rows if row.linear)
-    weights = {id(weight): weight.numel() for c in chosen if is_linear(c.module) and (weight := c.module.weight) is not None}
-    share = sum(weights.values()) / max(linear, 1)  # type: ignore[arg-type]
+    tables = {id(choice.module.weight) for choice in chosen if not is_linear(choice.module)}  # tied heads are counted there
+    weights = [c.module.get_parameter("weight") for c in chosen if is_linear(c.module)]
+    share = sum(weight.numel() for weight in weights if id(weight) not in tables) / max(linear, 1)
     if share < config.min_coverage:
         kept = [f"{c.name} ({c.kept})" for c in choose(model, config) if c.kept is not None]
         raise ValueError(
