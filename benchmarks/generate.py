@@ -63,7 +63,7 @@ def build(folder: Path, shape: dict[str, Any]) -> None:
     config = LlamaConfig(**shape, dtype="bfloat16", architectures=["LlamaForCausalLM"], eos_token_id=None, pad_token_id=0)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).bfloat16()
-    quantization = hb.BitNetQuantizationConfig.bitnet_b158(form="packed", overrides={"lm_head": {"weight": "int8"}})
+    quantization = hb.BitNetQuantizationConfig.bitnet_b158(form="packed", output_head="int8")
     hb.quantize_model(model, quantization, progress=False)
     marker, wanted = folder / "shape.json", json.dumps(shape, sort_keys=True)
     if marker.is_file() and marker.read_text() == wanted:

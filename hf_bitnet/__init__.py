@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .calibration import calibrate
     from .config import BitNetQuantizationConfig
     from .export import export_native
-    from .modules import BitConv1D, BitLinear, PackedBitLinear
+    from .modules import BitConv1D, BitEmbedding, BitLinear, PackedBitLinear, PackedEmbedding
     from .plugin import load_native
     from .quantizers import Quantized
     from .surgery import (
@@ -48,8 +48,10 @@ __version__ = "0.1.0"
 _HOME = {
     "BitNetQuantizationConfig": "config",
     "BitConv1D": "modules",
+    "BitEmbedding": "modules",
     "BitLinear": "modules",
     "PackedBitLinear": "modules",
+    "PackedEmbedding": "modules",
     "Quantized": "quantizers",
     "calibrate": "calibration",
     "Coverage": "surgery",
@@ -84,11 +86,13 @@ _HOME = {
 __all__ = [
     "CONVERSION_DEFAULTS",
     "BitConv1D",
+    "BitEmbedding",
     "BitLinear",
     "BitNetQuantizationConfig",
     "Coverage",
     "DistillationConfig",
     "PackedBitLinear",
+    "PackedEmbedding",
     "QATArguments",
     "QATTrainer",
     "Quantized",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cpu_kernels, generate, ptq_table, saved_memory, train_step
+from benchmarks import cpu_kernels, generate, ptq_table, saved_memory, train_step, vocabulary
 from benchmarks.common import RESULTS
 from hf_bitnet.kernels.cpu import library
 
@@ -33,6 +33,13 @@ def test_saved_memory(capsys: Captured) -> None:
     saved_memory.main(["--smoke"])
     out = capsys.readouterr().out
     assert "hf_bitnet" in out and "bfloat16 autocast" in out
+
+
+def test_vocabulary(shared_dir: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "EMBEDDINGS", {"full precision": None, "int4": "int4"})
+    vocabulary.main(["--smoke"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("novels-llama-small")]
+    assert len(lines) == 8  # four while it runs, four in the table
 
 
 def test_ptq_table(shared_dir: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,10 @@ def test_presets_are_those_of_the_config() -> None:
         (["--keep", "a", "--keep", "b"], {"keep": ["a", "b"]}),
         (["--sub-norm", "o_proj", "--min-coverage", "0.5"], {"sub_norm": ["o_proj"], "min_coverage": 0.5}),
         (
+            ["--embeddings", "weight:int4,group_size:16", "--output-head", "int8"],
+            {"embeddings": {"weight": "int4", "group_size": 16}, "output_head": "int8"},
+        ),
+        (
             ["--override", "k_proj=keep", "--override", "a=b=weight:int4,group_size:16,sub_norm:true"],
             {"overrides": {"k_proj": "keep", "a=b": {"weight": "int4", "group_size": 16, "sub_norm": True}}},
         ),

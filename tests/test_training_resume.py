@@ -47,6 +47,10 @@ class _StopAt(tf.TrainerCallback):
             raise InterruptedError
 
 
+def _tied() -> tf.PreTrainedModel:
+    return quantized("qwen3", model=DROPOUT, embeddings="int4")
+
+
 def _model() -> tf.PreTrainedModel:
     return quantized(model=DROPOUT, weight="int2_seq", weight_scale="learned", ste="learnable", sub_norm=["o_proj"])
 
@@ -75,6 +79,20 @@ def test_resume_equals_no_stop(stop: int, tmp_path: Path, uninterrupted: tuple) 
     trainer.train(resume_from_checkpoint=True)
     assert losses(trainer) == uninterrupted[0]
     assert_same(weights(trainer.model), uninterrupted[1])
+
+
+def test_resume_with_quantized_embeddings(tmp_path: Path) -> None:
+    """A tied table and head, whose strength the schedule moves: weights equal those of a run that never stopped."""
+    whole = make_trainer(tmp_path / "whole", _tied(), **RUN)
+    whole.train()
+    with pytest.raises(InterruptedError):
+        make_trainer(tmp_path / "stopped", _tied(), callbacks=[_StopAt(3)], **RUN).train()
+    trainer = make_trainer(tmp_path / "stopped", _tied(), **RUN)
+    trainer.train(resume_from_checkpoint=True)
+    assert losses(trainer) == losses(whole)
+    assert_same(weights(trainer.model), weights(whole.model))
+    for model in (whole.model, trainer.model):
+        assert model.lm_head.weight is model.model.embed_tokens.weight and not model.model.embed_tokens.relaxed
 
 
 _SCRIPT = """

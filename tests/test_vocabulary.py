@@ -17,6 +17,7 @@ from hf_bitnet import (
     coverage,
     dequantize_model,
     export_native,
+    kernels,
     optimize_for_generation,
     pack_model,
     quantize_model,
@@ -114,6 +115,15 @@ def test_wrong_ids(kind: type) -> None:
         layer(torch.zeros(2))
     with pytest.raises(IndexError):
         layer(torch.tensor([11]))
+
+
+def test_a_lookup_unpacks_only_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = PackedEmbedding.from_trained(table("int4"))
+    seen: list[tuple[int, ...]] = []
+    unpack = kernels.unpack
+    monkeypatch.setattr(kernels, "unpack", lambda rows, *rest: (seen.append(tuple(rows.shape)), unpack(rows, *rest))[1])
+    packed(torch.tensor([[3, 4, 3]]))
+    assert seen == [(3, 12)]
 
 
 def test_packed_lookup_compiles_without_a_break() -> None:
@@ -259,6 +269,29 @@ def test_generation(tmp_path: Path) -> None:
     expected = model.generate(batch["input_ids"], max_new_tokens=5, do_sample=False)
     again = optimize_for_generation(reloaded(model, tmp_path))
     assert torch.equal(again.generate(batch["input_ids"], max_new_tokens=5, do_sample=False), expected)
+
+
+def test_unpacked_with_learned_scales(tmp_path: Path) -> None:
+    """Linear layers keep their stored scales as parameters; those of a tied pair stay computed."""
+    model, batch = tiny("qwen3")
+    quantize_model(model, config(form="packed"))
+    expected = model.lm_head.quantized_weight()
+    unpack_model(model, weight_scale="learned")
+    assert model.lm_head.weight_scale is None and model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.model.layers[0].mlp.up_proj.weight_scale is not None
+    assert torch.equal(model.lm_head.quantized_weight().codes, expected.codes)
+    assert torch.equal(logits(reloaded(model, tmp_path), batch), logits(model, batch))
+
+
+def test_a_packed_pair_loads_as_views_of_its_file(tmp_path: Path) -> None:
+    model, _ = tiny("qwen3")
+    quantize_model(model, config(form="packed")).save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    small = again.model.embed_tokens.weight, again.model.embed_tokens.weight_scale, again.lm_head.weight
+    others = [p for name, p in again.named_parameters() if name.endswith("up_proj.weight")]
+    where = [tensor.data_ptr() for tensor in (*small, *others)]
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert max(where) - min(where) < size  # all in one mapping, nothing was laid out anew
 
 
 def test_copies_stay_tied() -> None:

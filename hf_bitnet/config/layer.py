@@ -43,7 +43,7 @@ class LayerConfig:
 def vocabulary_layer(field: str, value: str | dict[str, Any], base: LayerConfig) -> LayerConfig:
     """What the value of `embeddings` or `output_head` (the `field`) says, with one scale a row by default.
 
-    Tables have no activations, and the straight-through estimator: absmax clips nothing.
+    Tables have no activations, and the straight-through estimator.
     """
     given = {"weight": value} if isinstance(value, str) else value
     group_size = given.get("group_size")

@@ -63,7 +63,7 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         embeddings: what packs the tables of token embeddings too, and every head that is tied to one: a scheme ("int8", "int4",
             ...) with one scale a row, or a dict of weight, weight_scale and group_size. None leaves them in full precision.
         output_head: the same for an output head with a weight of its own; the dict may name activation and ste as well. Beside
-            `embeddings`, in a model that ties the two, it must name the same codes.
+            `embeddings`, in a model that ties the two, it must name the same codes. It gets no norm in front.
         overrides: {regular expression: "keep" | {field: value}}, first match wins. Fields: weight, weight_scale,
             granularity, group_size, activation, ste, sub_norm (True or False). An override quantizes a layer that would be
             kept by default.

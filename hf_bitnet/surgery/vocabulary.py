@@ -39,7 +39,7 @@ def output_heads(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def _asked(part: nn.Module, method: str) -> Any:
     try:
         return getattr(part, method, lambda: None)()
-    except (NotImplementedError, AttributeError):  # what transformers' own methods do where there is none
+    except (RuntimeError, AttributeError):  # what transformers' own methods raise where there is none
         return None
 
 
@@ -122,9 +122,9 @@ def table_spec(table: nn.Embedding, layer: LayerConfig, config: BitNetQuantizati
 
 @functools.cache
 def _rounds_factor(kind: type[nn.Embedding]) -> bool | None:
-    """Whether tables of this class round their `embed_scale` to the weight's dtype before they multiply their rows with it.
+    """Whether scaled tables of this class round their `embed_scale` to the weight's dtype before they multiply their rows with it.
 
-    None where they compute anything else. Proven on random numbers: there is such a class in many models of transformers.
+    None where they compute anything else. Proven on random numbers: many models of transformers have such a class of their own.
     """
     agreeing = {True, False}
     try:
