@@ -122,7 +122,7 @@ def table_spec(table: nn.Embedding, layer: LayerConfig, config: BitNetQuantizati
 
 @functools.cache
 def _rounds_factor(kind: type[nn.Embedding]) -> bool | None:
-    """Whether scaled tables of this class round their `embed_scale` to the weight's dtype before they multiply their rows with it.
+    """Whether scaled tables of this class round their `embed_scale` to the weight's dtype before they multiply rows with it.
 
     None where they compute anything else. Proven on random numbers: many models of transformers have such a class of their own.
     """
