@@ -27,6 +27,7 @@ from hf_bitnet import (
 )
 from hf_bitnet.modules import BitEmbedding, BitLinear, EmbeddingSpec, PackedBitLinear, PackedEmbedding
 from hf_bitnet.quantizers import WEIGHT_SCHEMES, make_weight_quantizer
+from hf_bitnet.relaxations import RELAXATIONS
 from hf_bitnet.ste import ESTIMATORS
 from hf_bitnet.surgery import full_precision_copy, quantized_tables
 from tests.checkpoints import logits, read_config, reloaded
@@ -91,13 +92,16 @@ def test_the_gradient_reaches_the_float_rows() -> None:
     torch.testing.assert_close(trained.weight.grad, expected)
 
 
-def test_strength_mixes_rows_and_is_exact_at_both_ends() -> None:
-    trained, ids = table("int4"), torch.arange(11)
+@pytest.mark.parametrize("relaxation", RELAXATIONS.names())
+def test_strength_mixes_rows_and_is_exact_at_both_ends(relaxation: str) -> None:
+    trained, ids = table("int4", relaxation=RELAXATIONS.get(relaxation)), torch.arange(11)
     quantized = trained(ids)
     trained.relaxed = True
     for strength, expected in ((0.0, trained.weight), (1.0, quantized)):
         trained.strength.fill_(strength)
         assert torch.equal(trained(ids), expected)
+    trained.strength.fill_(0.5)
+    assert not torch.equal(trained(ids), trained.weight) and not torch.equal(trained(ids), quantized)
 
 
 def test_dtype_follows_the_model_and_scales_stay_float32() -> None:

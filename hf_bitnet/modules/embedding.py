@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..quantizers import Quantized, WeightQuantizer
-from ..relaxations import Relaxation, linear
+from ..relaxations import LINEAR, Relaxation
 from ..ste import STE
 from .base import keep_float32
 from .functional import FakeQuantizeWeight, Latent, Packed
+from .relaxed import mixed_weight
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class EmbeddingSpec:
 
     weight: WeightQuantizer
     ste: STE
-    relaxation: Relaxation = linear
+    relaxation: Relaxation = LINEAR
     kind: type[nn.Embedding] = nn.Embedding
     factor: float | None = None
     rounds_factor: bool = False
@@ -132,7 +133,9 @@ class BitEmbedding(QuantizedEmbedding):
             # of the whole table, though few rows are asked for: a mean over fewer rows may be summed in another order
             scale = self.quantizer.compute_scale(self.weight).index_select(0, ids)
             value = FakeQuantizeWeight.apply(rows, scale, None, self.source)
-            rows = self.spec.relaxation(rows, value, self.strength) if self.relaxed else value
+            if self.relaxed:
+                value = mixed_weight(rows, value, scale, self.strength, self.source, self.spec.relaxation)
+            rows = value
         return self.spec.scaled(rows).view(*input.shape, self.embedding_dim)
 
 
