@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from hf_bitnet import BitNetQuantizationConfig, export_native, quantize_model
