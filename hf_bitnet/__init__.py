@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         suggest_overrides,
         text_windows,
     )
-    from .calibration import calibrate
+    from .calibration import calibrate, fit_weights
     from .config import BitNetQuantizationConfig
     from .export import export_native
     from .modules import BitConv1D, BitEmbedding, BitLinear, PackedBitLinear, PackedEmbedding
@@ -54,6 +54,7 @@ _HOME = {
     "PackedEmbedding": "modules",
     "Quantized": "quantizers",
     "calibrate": "calibration",
+    "fit_weights": "calibration",
     "Coverage": "surgery",
     "convert_native": "surgery",
     "coverage": "surgery",
@@ -104,6 +105,7 @@ __all__ = [
     "dataset_texts",
     "dequantize_model",
     "export_native",
+    "fit_weights",
     "harden",
     "kept_codes",
     "layer_report",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_bitnet as hb
-from hf_bitnet.analysis import Report
+from hf_bitnet.reports import Report
 from hf_bitnet.surgery import quantized_layers
 from tests.tiny import tiny
 from tests.trained import batch, trained_llama

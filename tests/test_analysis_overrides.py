@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import hf_bitnet as hb
-from hf_bitnet.analysis import LayerRow, Report
-from hf_bitnet.analysis.chart import Bar, bar_chart
+from hf_bitnet.reports import Bar, LayerRow, Report, bar_chart
 from tests.tiny import tiny
 from tests.trained import batch, trained_llama
 

@@ -27,6 +27,7 @@ FLOORS = {
     "modules": 3,
     "config": 3,
     "surgery": 4,
+    "reports": 4,
     "calibration": 5,
     "analysis": 5,
     "export": 5,

@@ -116,6 +116,8 @@ def test_quantization_options(words: list[str], fields: dict[str, Any]) -> None:
         (["quantize", "{base}", "o", "--override", "k_proj"], "'k_proj' is not REGEX=CHANGE"),
         (["quantize", "{base}", "o", "--override", "k_proj=kep"], "overrides['k_proj'] is 'kep'; legal: 'keep' or a dict"),
         (["quantize", "{base}", "o", "--dtype", "float99"], "--dtype float99 is no dtype"),
+        (["quantize", "{base}", "o", "--fit", "gptq"], "--fit gptq needs text: --fit-file train.txt"),
+        (["quantize", "{base}", "o", "--fit-file", "a.txt"], "--fit-file without --fit; add --fit gptq"),
         (["quantize", "{base}", "o", "--granularity", "group"], "group"),
         (["eval", "{base}", "--text", "t", "--length", "0"], "must be at least 1, got 0"),
         (["train", "{base}", "o"], "which text? Give --train-file and --validation-file, or --dataset"),
@@ -140,6 +142,8 @@ def test_wrong_command_line_is_exit_2(
     ("words", "message"),
     [
         (["quantize", "./nosuch", "o"], "there is no folder './nosuch'"),
+        (["quantize", "{base}", "o", "--fit", "gtpq", "--fit-file", "a.txt"], "Did you mean 'gptq'"),
+        (["quantize", "{base}", "o", "--fit", "gptq", "--fit-file", "nosuch.txt"], "nosuch.txt"),
         (["quantize", "{base}", "{base}"], "is not empty; choose another one, or replace it: --force"),
         (["quantize", "{base}", "o", "--min-coverage", "0.99"], "min_coverage asks for 99.0%"),
         (["quantize", "{base}", "o", "--keep", "."], "no layer of LlamaForCausalLM would be quantized"),
@@ -203,6 +207,24 @@ def test_quantize(base: Path, tmp_path: Path, capsys: Captured, form: str) -> No
     assert tf.AutoTokenizer.from_pretrained(out)("ba be")["input_ids"] == corpus.tokenizer()("ba be")["input_ids"]
     assert "without any training" in ModelCard.load(out / "README.md").text
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("method", ["gptq", "least_squares"])
+def test_quantize_with_fitted_weights(base: Path, tmp_path: Path, capsys: Captured, method: str) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("ba be bi " * 400)
+    words = ["--fit", method, *(["--fit-file", text] if method == "gptq" else []), "--fit-windows", "2"]
+    code, printed, err = run(capsys, "quantize", base, tmp_path / "out", *words)
+    assert ((code, err) == (0, "") and "mean output error" in printed) or method == "least_squares"
+    tokenizer = tf.AutoTokenizer.from_pretrained(base)
+    length = min(256, tf.AutoConfig.from_pretrained(base).max_position_embeddings)
+    batches = [{"input_ids": hb.text_windows(tokenizer, [text], length, max_windows=2)}] if method == "gptq" else None
+    expected = hb.quantize_model(tf.AutoModelForCausalLM.from_pretrained(base).float(), hb.BitNetQuantizationConfig())
+    hb.fit_weights(expected, batches, method=method)
+    saved, expected = tf.AutoModelForCausalLM.from_pretrained(out := tmp_path / "out"), hb.pack_model(expected)
+    assert saved.config.quantization_config.form == "packed" and out.is_dir()
+    for (name, ours), (other, theirs) in zip(saved.state_dict().items(), expected.state_dict().items(), strict=True):
+        assert name == other and torch.equal(ours, theirs.to(ours.dtype)), name
 
 
 def test_quantize_json_is_all_of_the_output(base: Path, tmp_path: Path, capsys: Captured) -> None:

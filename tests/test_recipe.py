@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -233,6 +234,12 @@ def test_diverged_training_is_no_success(tmp_path: Path) -> None:
         ),
         ({"config": "ternary"}, TypeError, "takes a BitNetQuantizationConfig, got str"),
         ({"args": tf.TrainingArguments(output_dir="x", use_cpu=True)}, TypeError, "takes QATArguments, got TrainingArguments"),
+        ({"fit": "gtpq"}, ValueError, "unknown fit method 'gtpq'.*Did you mean 'gptq'"),
+        (
+            {"fit": "gptq", "fields": {"strength_schedule": "linear"}},
+            ValueError,
+            "a fitted model starts quantized.*strength_schedule='none'",
+        ),
         ({"train": [1, 2]}, TypeError, r"train must be token windows, int64 \(count, length\), got list"),
         (
             {"valid": torch.zeros(2, 100, dtype=torch.long)},
@@ -250,6 +257,18 @@ def test_what_does_not_fit_is_told_at_once(tmp_path: Path, named: dict[str, Any]
     with pytest.raises(error, match=words):
         _convert(tmp_path, **named)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_fitted_start(tmp_path: Path) -> None:
+    model = tiny("llama")[0]
+    original = copy.deepcopy(model)
+    results = _convert(tmp_path, model=model, fit="gptq", fields={"learning_rate": 1e-6})
+    rounded = _convert(tmp_path / "rounded", model=original, fields={"learning_rate": 1e-6})
+    assert results["training"]["fit"] == "gptq" and rounded["training"]["fit"] == "none"
+    assert results["training"]["teacher"] == "self"
+    # the teacher is the full-precision model, not the fitted one: the distance to it is what the fit makes smaller
+    kl = [next(row["train_loss"] for row in run["history"] if "train_loss" in row) for run in (results, rounded)]
+    assert kl[0] < kl[1]
 
 
 def test_max_train_tokens_does_not_prolong_a_run(tmp_path: Path) -> None:

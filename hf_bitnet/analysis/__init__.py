@@ -1,9 +1,9 @@
 """Floor 5: what quantization did to a model, and which layers it hurts; perplexity."""
 
+from ..reports import LayerRow, Report
 from .layers import LayerReport, layer_report
 from .losses import SensitivityReport, sensitivity
 from .outputs import OutputReport, output_report
-from .report import LayerRow, Report
 from .suggest import suggest_overrides
 from .text import dataset_texts, perplexity, text_windows
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import QuantizedLayer, TrainedLayer
+from ..reports import Column, LayerRow, Report, described, percent
 from ..surgery import quantized_layers
-from .report import Column, LayerRow, Report, described, percent
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..reports import Column, LayerRow, Report, described
 from ..surgery import each_batch, kept_codes, probing, run
 from .outputs import layers_in_train_form
-from .report import Column, LayerRow, Report, described
 
 Loss = Callable[[Any, Any], Tensor | float]
 # below this many layers a progress bar only flickers

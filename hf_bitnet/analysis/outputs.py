@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import TrainedLayer
+from ..reports import Column, LayerRow, Report, described, percent
 from ..surgery import check_calibrated, each_batch, kept_codes, probing, run, trained_layers
-from .report import Column, LayerRow, Report, described, percent
 
 
 @dataclass(frozen=True)

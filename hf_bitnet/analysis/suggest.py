@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import KEEP, BitNetQuantizationConfig
 from ..quantizers import WEIGHT_SCHEMES
-from .report import LayerRow, Report
+from ..reports import LayerRow, Report
 
 # what a layer in full precision is counted as
 _FLOAT_BITS = 16.0

@@ -26,15 +26,20 @@ from .. import (
     convert,
     coverage,
     dataset_texts,
+    fit_weights,
     kernels,
     load_native,
+    pack_model,
     perplexity,
     quantize_model,
     text_windows,
 )
+from ..calibration import FitReport
 from ..hub import library_versions, model_card, new_folder, refuse_existing, without_bars, write_card
 from ..training.pipeline import earlier_run
 from .options import UsageError, quantization_fields
+
+_FIT_LENGTH, _FIT_BATCH = 256, 8
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -133,8 +138,8 @@ def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
     refuse_existing(arguments.out, overwrite=arguments.force, advice="--force")
     kind, _ = _kind(arguments.model)
     start = time.perf_counter()
-    model = kind.from_pretrained(arguments.model, dtype=_dtype(arguments.dtype), quantization_config=config)
-    _say(arguments, coverage(model))
+    model, report = _quantized(arguments, kind, config)
+    _say(arguments, coverage(model), *([] if report is None else [report.summary()]))
     with new_folder(arguments.out, overwrite=arguments.force, advice="--force") as folder:
         model.save_pretrained(folder)
         _copy_processor(arguments, folder)
@@ -148,9 +153,36 @@ def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
         "out": str(arguments.out),
         "config": _summary(model.config.quantization_config),
         "coverage": coverage(model).to_dict(),
+        "fit": None if report is None else report.to_dict(),
         "weights_bytes": size,
         "seconds": round(seconds, 3),
     }
+
+
+def _quantized(arguments: argparse.Namespace, kind: Any, config: BitNetQuantizationConfig) -> tuple[Any, FitReport | None]:
+    """The loaded model in the config's form, and what the fit did, where there was one."""
+    dtype = _dtype(arguments.dtype)
+    if arguments.fit is None:
+        if arguments.fit_file is not None:
+            raise UsageError("--fit-file without --fit; add --fit gptq")
+        return kind.from_pretrained(arguments.model, dtype=dtype, quantization_config=config), None
+    if arguments.fit != "least_squares" and arguments.fit_file is None:
+        raise UsageError(f"--fit {arguments.fit} needs text: --fit-file train.txt (or --fit least_squares, which does without)")
+    stored = kind.from_pretrained(arguments.model, dtype=dtype, device_map="meta").dtype
+    # float32, so that the weights behind the codes are exact; what stays float goes back to its dtype in the end
+    model = kind.from_pretrained(arguments.model, dtype=torch.float32)
+    batches = None
+    if arguments.fit_file is not None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
+        files = [Path(file) for file in arguments.fit_file]
+        length = min(_FIT_LENGTH, getattr(model.config, "max_position_embeddings", None) or _FIT_LENGTH)
+        windows = text_windows(tokenizer, files, length, max_windows=arguments.fit_windows)
+        batches = [{"input_ids": part} for part in windows.split(_FIT_BATCH)]
+    quantize_model(model, BitNetQuantizationConfig(**{**config.fields(), "form": "train"}))
+    report = fit_weights(model, batches, method=arguments.fit)
+    if config.form == "packed":
+        pack_model(model)
+    return model.to(stored), report
 
 
 def _copy_processor(arguments: argparse.Namespace, folder: Path) -> None:
@@ -188,6 +220,7 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
             train,
             valid[: arguments.max_validation_windows],
             teacher=None if arguments.teacher == "none" else arguments.teacher,
+            fit=arguments.fit,
             max_train_tokens=arguments.max_train_tokens,
             base_model=arguments.model,
             train_text=train_text,
@@ -222,6 +255,8 @@ def _training(arguments: argparse.Namespace) -> QATArguments:
         words.append(f"--{name.strip()}={value.strip()}")
     parser = _Fields(QATArguments, allow_abbrev=False)  # type: ignore[arg-type]
     parser.set_defaults(**CONVERSION_DEFAULTS)
+    if arguments.fit is not None:  # a fitted model starts quantized
+        parser.set_defaults(strength_schedule="none")
     try:
         (training,) = parser.parse_args_into_dataclasses(args=words)
     except (ValueError, TypeError) as error:

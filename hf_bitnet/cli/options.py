@@ -55,6 +55,7 @@ def _add_quantize(commands: Any) -> None:
         "  hf-bitnet quantize org/model out --preset w4a8\n"
         "  hf-bitnet quantize ./model out --form train            # float weights, to be trained\n"
         "  hf-bitnet quantize ./model out --weight int4 --override 'down_proj=weight:int8' --keep 'layers\\.0\\.'\n"
+        "  hf-bitnet quantize org/model out --preset w2a8 --fit gptq --fit-file train.txt\n"
         "  hf-bitnet quantize org/model --dry-run                 # what would be quantized; writes nothing",
     )
     _add_model(parser)
@@ -63,6 +64,11 @@ def _add_quantize(commands: Any) -> None:
     parser.add_argument(
         "--dtype", default="auto", help="of the weights that are not packed: auto (the model's own), float32, ..."
     )
+    parser.add_argument(
+        "--fit", metavar="METHOD", help="fit the weights instead of rounding them: gptq (needs --fit-file) or least_squares"
+    )
+    parser.add_argument("--fit-file", nargs="+", metavar="FILE", help="UTF-8 text to fit on; for language models")
+    parser.add_argument("--fit-windows", type=_positive, default=128, metavar="N", help="of 256 tokens (default: 128)")
     parser.add_argument("--dry-run", action="store_true", help="only show what would be quantized, from the model's shapes")
     parser.add_argument("--force", action="store_true", help="replace a model in OUT")
     _add_quantization(parser)
@@ -98,6 +104,9 @@ def _add_train(commands: Any) -> None:
     training.add_argument("--learning-rate", type=float, metavar="X", help="(default: 1e-4, for pretrained models)")
     training.add_argument("--batch-size", type=_positive, metavar="N", help="windows a step and device (default: 8)")
     training.add_argument("--teacher", default="self", help="self (the full-precision model), none, or another model")
+    training.add_argument(
+        "--fit", metavar="METHOD", help="start from fitted weights, without a strength schedule: gptq or least_squares"
+    )
     training.add_argument("--bf16", action="store_true", help="compute in bfloat16 (weights stay float32)")
     training.add_argument("--seed", type=int, metavar="N", help="(default: 42)")
     training.add_argument(

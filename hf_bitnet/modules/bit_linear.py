@@ -55,6 +55,7 @@ class TrainedLayer(QuantizedLayer):
         strength: 0-dim float32 buffer, 0 full precision .. 1 quantized; read only while `relaxed`.
         relaxed: False (default) for the integer step; True while a schedule moves the strength.
         bypassed: True for the full-precision product, without making codes: strength 0, only cheaper. For measuring.
+        fitted: True once the weight was changed to quantize well, so that it is no longer the original model's.
     """
 
     spec: LayerSpec
@@ -78,7 +79,7 @@ class TrainedLayer(QuantizedLayer):
         else:
             self.register_buffer("ste_temperature", temperature, persistent=False)
         self.register_buffer("strength", torch.ones((), dtype=torch.float32, device=device), persistent=False)
-        self.relaxed = self.bypassed = False
+        self.relaxed = self.bypassed = self.fitted = False
         self.keep_codes = False
         self._kept: tuple[tuple[int, ...], Quantized] | None = None
         if device.type != "meta":

@@ -2,6 +2,7 @@
 
 from . import binary, integer, ternary
 from .activation import ACTIVATION_SCHEMES, ActivationScheme
+from .latents import latent_near, representable
 from .quantized import Quantized
 from .scales import SCALE_RULES, Grid
 from .weight import GRANULARITIES, WEIGHT_SCHEMES, WeightQuantizer, WeightScheme, make_weight_quantizer
@@ -18,6 +19,8 @@ __all__ = [
     "WeightScheme",
     "binary",
     "integer",
+    "latent_near",
     "make_weight_quantizer",
+    "representable",
     "ternary",
 ]

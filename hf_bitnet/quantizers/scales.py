@@ -95,11 +95,17 @@ def threshold(rows: Tensor, grid: Grid) -> Tensor:
 
 @SCALE_RULES.register("least_squares")
 def least_squares(rows: Tensor, grid: Grid) -> Tensor:
-    """The scale (with its nearest codes) of least squared error, exactly.
+    """The scale (with its nearest codes) of least squared error, exactly."""
+    return weighted_least_squares(rows, grid, None)
+
+
+def weighted_least_squares(rows: Tensor, grid: Grid, importance: Tensor | None) -> Tensor:
+    """The scale (R, 1) of least sum importance (w - value)^2, exactly; `importance` (R, n), 0 or more; None is 1 everywhere.
 
     As the scale falls from infinity, a weight steps up one level each time scale = |w| / threshold. Between two steps the
     codes are fixed, the best scale is `a / b` and the error `sum w^2 - a^2 / b` with `a = sum value * w`,
-    `b = sum value^2`. Sorting all steps and two running sums give every candidate; the largest `a^2 / b` wins.
+    `b = sum value^2`. Sorting all steps and two running sums give every candidate; the largest `a^2 / b` wins. An importance
+    moves no step, because each weight's nearest code is still its best; it multiplies every term of the sums.
     """
     if grid.levels > _MOST_SWEPT_LEVELS:
         raise ValueError(
@@ -107,23 +113,25 @@ def least_squares(rows: Tensor, grid: Grid) -> Tensor:
             "use weight_scale='absmax'"
         )
     at_once = max(1, _SWEPT_AT_ONCE // (rows.shape[-1] * grid.levels))
-    return torch.cat([_least_squares_rows(part, grid) for part in rows.split(at_once)]).clamp(min=SMALLEST_SCALE)
+    weighed = torch.ones_like(rows[:1, :1]).expand_as(rows) if importance is None else importance.expand_as(rows)
+    parts = zip(rows.split(at_once), weighed.split(at_once), strict=True)
+    return torch.cat([_least_squares_rows(*part, grid) for part in parts]).clamp(min=SMALLEST_SCALE)
 
 
-def _least_squares_rows(rows: Tensor, grid: Grid) -> Tensor:
+def _least_squares_rows(rows: Tensor, importance: Tensor, grid: Grid) -> Tensor:
     """float32 (R, n) -> (R, 1). The sums run in float64: their differences decide between near-equal candidates."""
-    rows = rows.double()
+    rows, importance = rows.double(), importance.double()
     where, gain_a, gain_b = [], [], []
     a = b = rows.new_zeros(rows.shape[0], 1)
     for magnitude, belongs, values in _sides(rows, grid.values):
         # the level nearest to zero is where a weight starts; on a binary or SEQ grid that is not zero itself
-        a = a + values[0] * magnitude.sum(dim=-1, keepdim=True)
-        b = b + values[0] ** 2 * belongs.sum(dim=-1, keepdim=True)
+        a = a + values[0] * (magnitude * importance).sum(dim=-1, keepdim=True)
+        b = b + values[0] ** 2 * (belongs * importance).sum(dim=-1, keepdim=True)
         for lower, upper in pairwise(values):
             # a weight of the other side has magnitude 0: it steps up last of all, where it can only lose
             where.append(magnitude / ((lower + upper) / 2))
-            gain_a.append((upper - lower) * magnitude)
-            gain_b.append(torch.full_like(magnitude, upper**2 - lower**2))
+            gain_a.append((upper - lower) * magnitude * importance)
+            gain_b.append((upper**2 - lower**2) * importance)
     if where:
         order = torch.cat(where, dim=-1).argsort(dim=-1, descending=True)
         a = torch.cat([a, a + torch.cat(gain_a, dim=-1).gather(-1, order).cumsum(-1)], dim=-1)

@@ -1,7 +1,7 @@
 """Floor 4: the only code that walks a model."""
 
 from .attached import attach, attach_native, config_of, detach, kept_for_native
-from .coverage import Coverage, coverage
+from .coverage import Coverage, check_finite, coverage
 from .full_precision import full_precision_copy, output_head
 from .generation import optimize_for_generation
 from .layers import attention_heads, attention_projections, transformer_layers
@@ -19,6 +19,7 @@ __all__ = [
     "attention_heads",
     "attention_projections",
     "check_calibrated",
+    "check_finite",
     "choose",
     "config_of",
     "convert_native",

@@ -31,11 +31,17 @@ def full_precision_copy(model: Model, *, share_frozen: bool = False, dtype: torc
             shares no memory.
         dtype: of the float parameters of the copy; None leaves each as it is.
 
-    Raises ValueError when the model has no layer in train form.
+    Raises ValueError when the model has no layer in train form, or when its weights were fitted.
     """
     if not trained_layers(model):
         raise ValueError(
             f"full_precision_copy: {type(model).__name__} has no layer in train form; call quantize_model(model, config) first"
+        )
+    if any(layer.fitted for _, layer in trained_layers(model)):
+        raise ValueError(
+            "full_precision_copy: fit_weights has changed the float weights of this model, so a copy of them is not the "
+            "full-precision model; make the teacher first: teacher = copy.deepcopy(model), then quantize_model(model, config) "
+            "and fit_weights(model, batches), then QATTrainer(..., teacher=teacher)"
         )
     twin = _deepcopy(model, {id(each): _copied(each, share_frozen, dtype) for each in model.parameters()})
     with ties_kept(twin):

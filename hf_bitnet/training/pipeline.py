@@ -28,10 +28,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from ..analysis.text import check_windows
-from ..calibration import calibrate
+from ..calibration import METHODS, calibrate, fit_weights
 from ..config import BitNetQuantizationConfig
 from ..hub import hub_id, library_versions, without_bars
-from ..surgery import coverage, quantize_model, quantized_layers
+from ..surgery import coverage, full_precision_copy, quantize_model, quantized_layers
 from .arguments import QATArguments
 from .distillation.teacher import SELF, Teacher
 from .measured_run import BEFORE, FULL, PACKED_FOLDER, RESULTS_FILE, TRAIN_FOLDER, MeasuredRun
@@ -56,6 +56,7 @@ CONVERSION_DEFAULTS: dict[str, Any] = {
     "ddp_find_unused_parameters": False,  # a causal language model uses them all
 }
 _CALIBRATION_WINDOWS = 64
+_FIT_WINDOWS = 128
 # what a reader of a card or of results.json wants to see even where it is Trainer's default
 _ALWAYS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2"),
@@ -100,6 +101,7 @@ def convert(
     valid: Tensor,
     *,
     teacher: Teacher | None = SELF,
+    fit: str | None = None,
     max_train_tokens: int | None = None,
     base_model: str | None = None,
     train_text: str = "training text",
@@ -119,6 +121,8 @@ def convert(
             a run that was stopped; the original model is given again.
         train, valid: token windows, int64 (count, length), for example of `text_windows`.
         teacher: "self" (a copy of the full-precision model), a model, its path or Hub name, or None.
+        fit: "gptq" or "least_squares": the training starts from weights of `fit_weights`, on the first windows of `train`, in
+            place of rounded ones. Needs strength_schedule="none".
         max_train_tokens: ends the training after so many tokens, if it is not over before.
         base_model: Hub id or path of `model`, for the card. train_text, valid_text: what the texts are called there.
         overwrite: replaces what an earlier run left in the folder.
@@ -132,6 +136,7 @@ def convert(
         RuntimeError: the training diverged; or the reloaded packed model is not the trained one. There is no `packed` then.
     """
     _check(model, config, args, train, valid)
+    _check_fit(fit, args)
     args = _limited(args, len(train), train.shape[1], max_train_tokens)
     run = MeasuredRun(args, say)
     _check_folder(run, overwrite)
@@ -143,10 +148,16 @@ def convert(
     run.say(str(coverage(model)))
     if any(layer.activation.static or layer.sub_norm is not None for _, layer in quantized_layers(model)):
         with run.timed("calibrate"):
-            calibrate(model, [{"input_ids": windows} for windows in train[:_CALIBRATION_WINDOWS].split(8)])
+            calibrate(model, _batches(train[:_CALIBRATION_WINDOWS]))
+    student_of = teacher
+    if fit is not None:
+        # the fit changes the float weights, so "self" has to be copied before
+        student_of = full_precision_copy(model) if isinstance(teacher, str) and teacher == SELF else teacher
+        with run.timed("fit"):
+            run.say(fit_weights(model, _batches(train[:_FIT_WINDOWS]), method=fit).summary())
     run.measure(BEFORE, model, valid)
     datasets = {"train_dataset": Windows(train), "eval_dataset": Windows(valid)}
-    trainer = QATTrainer(model=model, args=args, teacher=teacher, processing_class=tokenizer, **datasets)
+    trainer = QATTrainer(model=model, args=args, teacher=student_of, processing_class=tokenizer, **datasets)
     with run.timed("train"), without_bars():
         trainer.train(resume_from_checkpoint=_resume(args))
     run.measure_trained(trainer, valid)
@@ -159,7 +170,13 @@ def convert(
         "quantization": {key: value for key, value in config.fields().items() if value is not None},
         "coverage": {key: value for key, value in coverage(packed).to_dict().items() if key != "parameters"},
         "data": _described(train, train_text, valid, valid_text),
-        "training": {**amounts, "teacher": _called(teacher), **_settings(args), "distillation": plain(trainer.distillation)},
+        "training": {
+            **amounts,
+            "teacher": _called(teacher),
+            "fit": fit or "none",
+            **_settings(args),
+            "distillation": plain(trainer.distillation),
+        },
         # the seconds of a resumed run are those of its last part
         **run.figures(amounts["tokens"] if _resume(args) is None else None),
         "versions": library_versions(),
@@ -181,6 +198,21 @@ def _check(model: nn.Module, config: BitNetQuantizationConfig, args: QATArgument
         raise ValueError(f"config.form is {config.form!r}; convert trains first and packs at the end: form='train'")
     check_windows(model, train, "train")
     check_windows(model, valid, "valid")
+
+
+def _check_fit(fit: str | None, args: QATArguments) -> None:
+    if fit is None:
+        return
+    METHODS.get(fit)
+    if args.strength_schedule != "none":
+        raise ValueError(
+            f"fit={fit!r} with strength_schedule={args.strength_schedule!r}: a fitted model starts quantized, a schedule would "
+            "begin with float weights that are no longer the original's; strength_schedule='none'"
+        )
+
+
+def _batches(windows: Tensor) -> list[dict[str, Tensor]]:
+    return [{"input_ids": part} for part in windows.split(8)]
 
 
 def _check_folder(run: MeasuredRun, overwrite: bool) -> None:

@@ -1,0 +1,6 @@
+"""Floor 4: how what was found about layers is shown: as a table, as plain data, as a chart."""
+
+from .chart import Bar, bar_chart
+from .report import Column, LayerRow, Report, described, percent
+
+__all__ = ["Bar", "Column", "LayerRow", "Report", "bar_chart", "described", "percent"]
