@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cpu_kernels, generate, ptq_table, saved_memory, train_step, vocabulary
+from benchmarks import cpu_kernels, generate, ptq_table, saved_memory, starts, train_step, vocabulary
 from benchmarks.common import RESULTS
 from hf_bitnet.kernels.cpu import library
 
@@ -49,6 +49,12 @@ def test_ptq_table(shared_dir: Path, capsys: Captured, monkeypatch: pytest.Monke
     monkeypatch.setattr(ptq_table, "configurations", lambda: configurations[:2])
     ptq_table.main(["--smoke"])
     assert "novels-llama-small: full precision" in capsys.readouterr().out
+
+
+def test_starts(shared_dir: Path, capsys: Captured) -> None:
+    starts.main(["--smoke"])
+    out = capsys.readouterr().out
+    assert "least_squares, weighted" in out and "gptq" in out
 
 
 def test_generate(tmp_path: Path, capsys: Captured) -> None:

@@ -70,9 +70,9 @@ def test_moments_are_those_of_the_whole_model(family: str) -> None:
             with probing(twin, quantized=False):
                 x = read_by(twin, twin.get_submodule(name), batches)
             hats = [layer.activation.quantize(each).dequantize() for each in x_hat]
-            hessian = sum(each.t() @ each for each in hats)
-            cross = sum(a.t() @ b for a, b in zip(x, hats, strict=True))
-            output = sum((a @ layer.matrix.t()).square().sum() for a in x)
+            hessian = torch.stack([each.t() @ each for each in hats]).sum(0)
+            cross = torch.stack([a.t() @ b for a, b in zip(x, hats, strict=True)]).sum(0)
+            output = torch.stack([(a @ layer.matrix.t()).square().sum() for a in x]).sum()
             assert torch.allclose(moments.hessian, hessian, rtol=1e-3, atol=1e-3 * float(hessian.abs().max()))
             assert torch.allclose(moments.cross, cross, rtol=1e-3, atol=1e-3 * float(cross.abs().max()))
             assert torch.allclose(moments.outputs[name], output, rtol=1e-3)

@@ -51,7 +51,7 @@ class Walk:
         self.model, self.layers, self.batches, self.activations = model, layers, batches, activations
         self.traces = {name: Trace() for name in layers}
         self.names = {id(layer): name for name, layer in layers.items()}
-        self.masks = [_masks(batch) for batch in batches]
+        self.masks: list[tuple[Tensor | None, Tensor | None]] = [_masks(batch) for batch in batches]
         decoder = getattr(model, "get_decoder", lambda: None)() if _is_encoder_decoder(model) else None
         self.in_decoder = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
         self.chains = [Chain(blocks) for blocks in find_chains(model)]
