@@ -239,6 +239,15 @@ def test_layers_that_share_a_weight_and_wide_ones_are_left() -> None:
     assert [n for n, p in model.named_parameters() if not torch.equal(p, before[n])] == ["2.weight"]
 
 
+def test_an_output_head_tied_to_the_embeddings_is_left() -> None:
+    model, inputs = tiny("qwen3")
+    hb.quantize_model(model, ternary(overrides={"lm_head": {"weight": "int4"}}))
+    table = model.get_input_embeddings().weight.detach().clone()
+    notes = {row.name: row.note for row in hb.fit_weights(model, [inputs])}
+    assert notes.pop("lm_head") == "shares its weight" and set(notes.values()) == {""}
+    assert torch.equal(model.get_input_embeddings().weight, table)
+
+
 def test_one_layer_in_two_places_is_fitted_for_both() -> None:
     shared = nn.Linear(16, 16)
     model = nn.Sequential(shared, nn.Tanh(), shared)

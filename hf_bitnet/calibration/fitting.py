@@ -80,7 +80,7 @@ def fit_weights(
             f"method={method!r} needs inputs to measure on: fit_weights(model, batches), with some dozens of typical ones; "
             "without any, method='least_squares'"
         )
-    fit = _Fit(_layers(model), method, _options(damping, sweeps, activations))
+    fit = _Fit(model, _layers(model), method, _options(damping, sweeps, activations))
     with probing(model, quantized=False), fit.progress(progress):
         if batches is None:
             fit.stage(fit.layers, None)
@@ -98,9 +98,9 @@ def fit_weights(
 class _Fit:
     """The layers of a model, and what became of those that were fitted so far."""
 
-    def __init__(self, layers: dict[str, TrainedLayer], method: str, options: FitOptions) -> None:
+    def __init__(self, model: nn.Module, layers: dict[str, TrainedLayer], method: str, options: FitOptions) -> None:
         self.layers, self.method, self.options = layers, method, options
-        self.outcomes = {name: Outcome(None, None, 0.0, note) for name, note in _left(layers).items()}
+        self.outcomes = {name: Outcome(None, None, 0.0, note) for name, note in _left(model, layers).items()}
         self.bar: Any = None
 
     @contextlib.contextmanager
@@ -149,9 +149,9 @@ def _layers(model: nn.Module) -> dict[str, TrainedLayer]:
     return layers
 
 
-def _left(layers: dict[str, TrainedLayer]) -> dict[str, str]:
+def _left(model: nn.Module, layers: dict[str, TrainedLayer]) -> dict[str, str]:
     """Layers that are not fitted, and why."""
-    uses = Counter(id(layer.weight) for layer in layers.values())
+    uses = Counter(id(weight) for module in model.modules() for weight in module._parameters.values() if weight is not None)
     left = {}
     for name, layer in layers.items():
         if layer.quantizer.grid.levels > _WIDEST_GRID:
