@@ -41,7 +41,16 @@ if TYPE_CHECKING:
         set_strength,
         unpack_model,
     )
-    from .training import CONVERSION_DEFAULTS, DistillationConfig, QATArguments, QATTrainer, cache_teacher_logits, convert
+    from .training import (
+        CONVERSION_DEFAULTS,
+        TRAINING_PRESETS,
+        DistillationConfig,
+        QATArguments,
+        QATTrainer,
+        cache_teacher_logits,
+        command_line_defaults,
+        convert,
+    )
 
 __version__ = "0.1.0"
 
@@ -77,15 +86,18 @@ _HOME = {
     "set_strength": "surgery",
     "unpack_model": "surgery",
     "CONVERSION_DEFAULTS": "training",
+    "TRAINING_PRESETS": "training",
     "DistillationConfig": "training",
     "cache_teacher_logits": "training",
     "QATArguments": "training",
     "QATTrainer": "training",
+    "command_line_defaults": "training",
     "convert": "training",
 }
 
 __all__ = [
     "CONVERSION_DEFAULTS",
+    "TRAINING_PRESETS",
     "BitConv1D",
     "BitEmbedding",
     "BitLinear",
@@ -99,6 +111,7 @@ __all__ = [
     "Quantized",
     "cache_teacher_logits",
     "calibrate",
+    "command_line_defaults",
     "convert",
     "convert_native",
     "coverage",

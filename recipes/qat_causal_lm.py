@@ -15,6 +15,9 @@ What happens, in this order: perplexity in full precision; quantize (prints what
 perplexity without training; train, with the full-precision model as teacher; perplexity; save; pack; reload; perplexity
 again, which must be the same. out/packed is the model to deploy, with a model card; out/results.json has every figure.
 
+`--training_preset NAME` starts from a published way to train, with its quantization and teacher; `hf-bitnet
+presets` lists them.
+
 The defaults are for pretrained models of 100 M parameters and more, where published conversions to 1.58 bit use a learning
 rate of 1e-4 and billions of tokens. A few million tokens show the way, not the destination: see recipes/LOG.md.
 """
@@ -31,9 +34,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
 from hf_bitnet import (
-    CONVERSION_DEFAULTS,
+    TRAINING_PRESETS,
     BitNetQuantizationConfig,
     QATArguments,
+    command_line_defaults,
     convert,
     dataset_texts,
     text_windows,
@@ -48,9 +52,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class ModelArguments:
     _argument_group_name: ClassVar[str] = "model"
     model_name_or_path: str = field(metadata={"help": "Full-precision model: Hub name or folder."})
-    teacher: str = field(
-        default="self",
-        metadata={"help": "'self' (the full-precision model), 'none', or the Hub name or folder of a larger one."},
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "'self' (the full-precision model), 'none', or the Hub name or folder of a larger one. Default: the "
+            "training preset's, else 'self'."
+        },
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace what an earlier run left in output_dir."})
 
@@ -76,7 +83,7 @@ class QuantizationArguments:
     preset: str | None = field(
         default=None,
         metadata={
-            "help": "Where to start from; without one: ternary weights, as bitnet_b158.",
+            "help": "Where to start from. Default: what belongs to the training preset, else ternary weights, as bitnet_b158.",
             "choices": ["bitnet_b158", "w1a8", "w2a8", "w4a8", "w8a8"],
         },
     )
@@ -97,11 +104,14 @@ class QuantizationArguments:
     )
     min_coverage: float | None = field(default=None, metadata={"help": "Stop when less of the linear weights is quantized."})
 
-    def config(self) -> BitNetQuantizationConfig:
+    def config(self, training_preset: str | None) -> BitNetQuantizationConfig:
         changed = {name: value for name, value in vars(self).items() if name != "preset" and value is not None}
         if "overrides" in changed:
             changed["overrides"] = json.loads(changed["overrides"])
-        return getattr(BitNetQuantizationConfig, self.preset)(**changed) if self.preset else BitNetQuantizationConfig(**changed)
+        if self.preset is not None:
+            return getattr(BitNetQuantizationConfig, self.preset)(**changed)
+        start = BitNetQuantizationConfig if training_preset is None else TRAINING_PRESETS.get(training_preset).config
+        return start(**changed)
 
 
 def read(
@@ -123,9 +133,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     groups = (ModelArguments, DataArguments, QuantizationArguments, QATArguments)
     usage = "qat_causal_lm.py --model_name_or_path MODEL --train_file TEXT --validation_file TEXT --output_dir FOLDER [options]"
     parser = HfArgumentParser(groups, usage=usage, description=__doc__, formatter_class=HelpFormatter)  # type: ignore[arg-type]
-    parser.set_defaults(**CONVERSION_DEFAULTS)
+    parser.set_defaults(**command_line_defaults(argv))
     models, data, quantization, training = parser.parse_args_into_dataclasses(args=argv)
-    config = quantization.config()  # mistakes are told before anything is loaded
+    config = quantization.config(training.training_preset)  # mistakes are told before anything is loaded
+    preset = training.training_preset
+    teacher = models.teacher or ("self" if preset is None else TRAINING_PRESETS.get(preset).teacher or "none")
     set_seed(training.seed)
 
     tokenizer = AutoTokenizer.from_pretrained(models.model_name_or_path)
@@ -142,7 +154,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         training,
         train,
         valid[: data.max_validation_windows],
-        teacher=None if models.teacher == "none" else models.teacher,
+        teacher=None if teacher == "none" else teacher,
         max_train_tokens=data.max_train_tokens,
         base_model=models.model_name_or_path,
         train_text=train_text,

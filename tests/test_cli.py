@@ -22,7 +22,7 @@ from tests import corpus
 from tests.tiny import tiny
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COMMANDS = ("quantize", "train", "eval", "info", "demo")
+COMMANDS = ("quantize", "train", "eval", "info", "presets", "demo")
 Captured = pytest.CaptureFixture[str]
 
 
@@ -125,6 +125,7 @@ def test_quantization_options(words: list[str], fields: dict[str, Any]) -> None:
         (["train", "{base}", "o", "--set", "learning_rate"], "write NAME=VALUE"),
         (["train", "{base}", "o", "--set", "learning_rate=fast"], "invalid float value: 'fast'"),
         (["train", "{base}", "o", "--set", "strength_end=3"], "strength_end=3.0 is out of range; legal: from 0 to 1"),
+        (["train", "{base}", "o", "--training-preset", "w4a9"], "unknown training preset 'w4a9'; legal: 'scratch_b158', "),
         (["train", "{base}", "o", "--resume", "--force"], "not allowed with argument --resume"),
     ],
 )

@@ -20,9 +20,10 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from .. import (
-    CONVERSION_DEFAULTS,
+    TRAINING_PRESETS,
     BitNetQuantizationConfig,
     QATArguments,
+    command_line_defaults,
     convert,
     coverage,
     dataset_texts,
@@ -34,17 +35,19 @@ from .. import (
     quantize_model,
     text_windows,
 )
-from ..calibration import FitReport
+from ..calibration import METHODS, FitReport
 from ..hub import library_versions, model_card, new_folder, refuse_existing, without_bars, write_card
+from ..training import TrainingPreset
 from ..training.pipeline import earlier_run
 from .options import UsageError, quantization_fields
+from .presets import presets
 
 _FIT_LENGTH, _FIT_BATCH = 256, 8
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command that `arguments` name. Raises UsageError, or whatever went wrong."""
-    commands = {"quantize": _quantize, "train": _train, "eval": _eval, "info": _info, "demo": _demo}
+    commands = {"quantize": _quantize, "train": _train, "eval": _eval, "info": _info, "presets": presets, "demo": _demo}
     with contextlib.nullcontext() if arguments.debug else _quiet():
         result = commands[arguments.command](arguments)
     if arguments.json:
@@ -112,10 +115,18 @@ def _dtype(name: str) -> Any:
 
 def _config(arguments: argparse.Namespace, form: str) -> BitNetQuantizationConfig:
     try:
-        start = getattr(BitNetQuantizationConfig, arguments.preset) if arguments.preset else BitNetQuantizationConfig
+        preset = _training_preset(arguments)
+        start = BitNetQuantizationConfig if preset is None else preset.config
+        if arguments.preset:
+            start = getattr(BitNetQuantizationConfig, arguments.preset)
         return start(**quantization_fields(arguments), form=form)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
+
+
+def _training_preset(arguments: argparse.Namespace) -> TrainingPreset | None:
+    name = getattr(arguments, "training_preset", None)
+    return None if name is None else TRAINING_PRESETS.get(name)
 
 
 def _summary(config: BitNetQuantizationConfig) -> dict[str, Any]:
@@ -166,6 +177,7 @@ def _quantized(arguments: argparse.Namespace, kind: Any, config: BitNetQuantizat
         if arguments.fit_file is not None:
             raise UsageError("--fit-file without --fit; add --fit gptq")
         return kind.from_pretrained(arguments.model, dtype=dtype, quantization_config=config), None
+    METHODS.get(arguments.fit)  # a misspelt one is told before anything is read
     if arguments.fit != "least_squares" and arguments.fit_file is None:
         raise UsageError(f"--fit {arguments.fit} needs text: --fit-file train.txt (or --fit least_squares, which does without)")
     stored = kind.from_pretrained(arguments.model, dtype=dtype, device_map="meta").dtype
@@ -219,7 +231,7 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
             training,
             train,
             valid[: arguments.max_validation_windows],
-            teacher=None if arguments.teacher == "none" else arguments.teacher,
+            teacher=_teacher(arguments),
             fit=arguments.fit,
             max_train_tokens=arguments.max_train_tokens,
             base_model=arguments.model,
@@ -231,9 +243,17 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in results.items() if name != "history"}
 
 
+def _teacher(arguments: argparse.Namespace) -> str | None:
+    if arguments.teacher is not None:
+        return None if arguments.teacher == "none" else arguments.teacher
+    preset = _training_preset(arguments)
+    return "self" if preset is None else preset.teacher
+
+
 def _training(arguments: argparse.Namespace) -> QATArguments:
     given = {
         "output_dir": arguments.out,
+        "training_preset": arguments.training_preset,
         "num_train_epochs": arguments.epochs,
         "learning_rate": arguments.learning_rate,
         "per_device_train_batch_size": arguments.batch_size,
@@ -254,7 +274,7 @@ def _training(arguments: argparse.Namespace) -> QATArguments:
             raise UsageError(f"--set {setting}: QATArguments has no field {name!r}{hint}")
         words.append(f"--{name.strip()}={value.strip()}")
     parser = _Fields(QATArguments, allow_abbrev=False)  # type: ignore[arg-type]
-    parser.set_defaults(**CONVERSION_DEFAULTS)
+    parser.set_defaults(**command_line_defaults(words))
     if arguments.fit is not None:  # a fitted model starts quantized
         parser.set_defaults(strength_schedule="none")
     try:

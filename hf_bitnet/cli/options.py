@@ -27,7 +27,7 @@ def build_parser(name: str, version: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{name} {version}")
     parser.set_defaults(command=None, debug=False)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (_add_quantize, _add_train, _add_eval, _add_info, _add_demo):
+    for add in (_add_quantize, _add_train, _add_eval, _add_info, _add_presets, _add_demo):
         add(commands)
     return parser
 
@@ -103,7 +103,12 @@ def _add_train(commands: Any) -> None:
     training.add_argument("--epochs", type=float, metavar="X", help="(default: 1)")
     training.add_argument("--learning-rate", type=float, metavar="X", help="(default: 1e-4, for pretrained models)")
     training.add_argument("--batch-size", type=_positive, metavar="N", help="windows a step and device (default: 8)")
-    training.add_argument("--teacher", default="self", help="self (the full-precision model), none, or another model")
+    training.add_argument(
+        "--training-preset",
+        metavar="NAME",
+        help="start from a published way to train, with its quantization and teacher; `hf-bitnet presets` lists them",
+    )
+    training.add_argument("--teacher", help="self (the full-precision model; the default), none, or another model")
     training.add_argument(
         "--fit", metavar="METHOD", help="start from fitted weights, without a strength schedule: gptq or least_squares"
     )
@@ -149,6 +154,16 @@ def _add_info(commands: Any) -> None:
     _add_model(parser, optional=True)
     parser.add_argument("--kernels", action="store_true", help="show the kernels")
     parser.add_argument("--device", default="cpu", help="of the kernels: cpu or cuda (default: cpu)")
+
+
+def _add_presets(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "presets",
+        "Published ways to train, with their sources: all of them as a table, or one with everything and the code to use it.",
+        "  hf-bitnet presets\n  hf-bitnet presets convert_b158\n  hf-bitnet presets --json",
+    )
+    parser.add_argument("name", metavar="NAME", nargs="?", help="show all of this one")
 
 
 def _add_demo(commands: Any) -> None:

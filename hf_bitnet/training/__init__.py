@@ -12,19 +12,23 @@ from .distillation import (
     hidden_loss,
     relation_loss,
 )
-from .pipeline import CONVERSION_DEFAULTS, convert
+from .pipeline import CONVERSION_DEFAULTS, command_line_defaults, convert
+from .presets import TRAINING_PRESETS, TrainingPreset
 from .schedules import SCHEDULES, strength_at
 from .trainer import QATTrainer
 
 __all__ = [
     "CONVERSION_DEFAULTS",
     "SCHEDULES",
+    "TRAINING_PRESETS",
     "DistillationConfig",
     "HiddenStates",
     "QATArguments",
     "QATTrainer",
     "Relations",
+    "TrainingPreset",
     "cache_teacher_logits",
+    "command_line_defaults",
     "convert",
     "distill_from_hidden",
     "distill_from_logits",

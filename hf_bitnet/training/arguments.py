@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
@@ -10,6 +10,7 @@ from transformers import SchedulerType, TrainingArguments
 from .distillation import DistillationConfig
 from .learning_rate import TwoStage
 from .options import number, plain, read_options, whole
+from .presets import TRAINING_PRESETS
 from .regularizers import read_regularizers
 from .schedules import SCHEDULES
 
@@ -93,6 +94,22 @@ class QATArguments(TrainingArguments):
         },
     )
 
+    training_preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of the preset that the values came from, kept with the run. QATArguments.from_preset sets it; by "
+            "itself it changes nothing."
+        },
+    )
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> QATArguments:
+        """The arguments of a training preset (`hf-bitnet presets` lists them), with any field overridden.
+
+        An object (`distillation`, `two_stage`) is replaced as a whole; None takes it out. Raises ValueError on an unknown name.
+        """
+        return cls(**{**TRAINING_PRESETS.get(name).training(), **overrides})
+
     def __post_init__(self) -> None:
         self._validate()
         super().__post_init__()
@@ -123,3 +140,15 @@ class QATArguments(TrainingArguments):
             if getattr(self, name) is not None:
                 number(name, getattr(self, name), 0.0)
         number("scale_weight_decay", self.scale_weight_decay, 0.0)
+        if self.training_preset is not None:
+            self._check_preset(self.training_preset)
+
+    def _check_preset(self, name: str) -> None:
+        """Raises ValueError when nothing came from the preset, as where only its name was given."""
+        defaults = {each.name: each.default for each in fields(self)}
+        own = {key: value for key, value in TRAINING_PRESETS.get(name).arguments.items() if value != defaults[key]}
+        if not any(plain(getattr(self, key)) == value for key, value in own.items()):
+            raise ValueError(
+                f"training_preset={name!r} names where values came from, but none of {', '.join(own)} is that preset's; write "
+                f"QATArguments.from_preset({name!r}, ...), or leave training_preset out"
+            )

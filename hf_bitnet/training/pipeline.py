@@ -14,11 +14,12 @@ The first three are complete or not there. Leaves out: reading texts (`text_wind
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from .arguments import QATArguments
 from .distillation.teacher import SELF, Teacher
 from .measured_run import BEFORE, FULL, PACKED_FOLDER, RESULTS_FILE, TRAIN_FOLDER, MeasuredRun
 from .options import plain
+from .presets import TRAINING_PRESETS
 from .trainer import QATTrainer
 
 # For pretrained language models. Published conversions train at 1e-4 (1.58 bit) to 1e-5 (4 bit) with a warm-up of some per
@@ -55,6 +57,8 @@ CONVERSION_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "ddp_find_unused_parameters": False,  # a causal language model uses them all
 }
+# what of these has nothing to do with how the model learns
+_ANY_RUN = ("num_train_epochs", "logging_steps", "save_total_limit", "ddp_find_unused_parameters")
 _CALIBRATION_WINDOWS = 64
 _FIT_WINDOWS = 128
 # what a reader of a card or of results.json wants to see even where it is Trainer's default
@@ -77,6 +81,19 @@ _NEVER += (
     "restore_callback_states_from_checkpoint",
 )
 _NEVER_PREFIXES = ("hub_", "log", "save_", "eval_", "dataloader_", "per_device_eval", "ddp_", "trackio", "accelerator_config")
+
+
+def command_line_defaults(words: Sequence[str] | None = None) -> dict[str, Any]:
+    """Defaults of a parser of QATArguments: those of the preset in `--training_preset NAME`, else CONVERSION_DEFAULTS.
+
+    `words` are the command line, by default the program's. Raises ValueError on an unknown preset.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--training_preset")
+    name = parser.parse_known_args(words)[0].training_preset
+    if name is None:
+        return dict(CONVERSION_DEFAULTS)
+    return {key: CONVERSION_DEFAULTS[key] for key in _ANY_RUN} | TRAINING_PRESETS.get(name).training()
 
 
 class Windows(Dataset[dict[str, Tensor]]):
