@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cpu_kernels, generate, ptq_table, saved_memory, starts, train_step, vocabulary
+from benchmarks import cpu_kernels, distillation_memory, generate, ptq_table, saved_memory, starts, train_step, vocabulary
 from benchmarks.common import RESULTS
 from hf_bitnet.kernels.cpu import library
 
@@ -40,6 +40,14 @@ def test_vocabulary(shared_dir: Path, capsys: Captured, monkeypatch: pytest.Monk
     vocabulary.main(["--smoke"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("novels-llama-small")]
     assert len(lines) == 8  # four while it runs, four in the table
+
+
+def test_distillation_memory(capsys: Captured) -> None:
+    distillation_memory.main(["--smoke"])
+    peaks = {line[:30].strip(): float(line[30:].split()[0]) for line in capsys.readouterr().out.splitlines() if ":" in line}
+    assert 0 < peaks["chunks of 16: CE + KL"] < peaks["transformers: CE + KL"]
+    assert peaks["chunks of 16: CE + KL"] < 1.1 * peaks["chunks of 16: CE"]
+    assert peaks["relations: 1024 rows"] > 0
 
 
 def test_ptq_table(shared_dir: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,7 @@ def test_memory_holds_one_chunk_of_logits() -> None:
     with _Largest() as largest:
         teacher = lambda rows: F.linear(teacher_x[rows], w.detach())  # noqa: E731
         distill_from_hidden(x, w, None, teacher, labels, _config(0.5, 1.0, chunk))[0].backward()
-    assert largest.most <= chunk * classes < tokens * classes
+    assert largest.most <= chunk // 2 * classes  # the teacher's rows count too
 
 
 def test_second_backward_is_refused() -> None:
@@ -127,5 +127,5 @@ def test_second_backward_is_refused() -> None:
 
 def test_other_vocabulary_is_refused() -> None:
     logits = torch.randn(3, 4, requires_grad=True)
-    with pytest.raises(ValueError, match=r"shape \(2, 5\), the student's \(2, 4\).*resize_token_embeddings\(5\)"):
+    with pytest.raises(ValueError, match=r"shape \(1, 5\), the student's \(1, 4\).*resize_token_embeddings\(5\)"):
         distill_from_logits(logits, torch.randn(3, 5).__getitem__, None, _config(1.0, 1.0, 2))

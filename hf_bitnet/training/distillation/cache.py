@@ -6,6 +6,8 @@ students too sure wherever the teacher is not. Files are written shard by shard;
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -18,16 +20,19 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...surgery import probing
+from ...surgery import output_head, probing
 from ..options import number, whole
-from .alignment import logits_of
+from .alignment import logits_are_plain, logits_of
 from .cached import COLUMNS, IDS, LOG_PROBS, NOTE, REST
+from .head import HeadRows, forward_replaced, identity
 from .teacher import fingerprint
 
 SHARD_ROWS = 256
 _TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 # float16 reaches further, but a probability below e^-60 is as good as none
 _LOWEST = -60.0
+# texts that tell two data sets apart; tokens whose logits exist at a time
+_FINGERPRINTED, _CHUNK = 256, 1024
 
 
 @torch.no_grad()
@@ -42,6 +47,8 @@ def cache_teacher_logits(
     progress: bool = True,
 ) -> Any:
     """The data set with the teacher's outputs as three more columns, saved in `path`.
+
+    In a distributed run one process calls it first (`with args.main_process_first():`), the others then only load.
 
     A token takes 4k + 2 bytes for vocabularies up to 65,536 tokens, else 6k + 2 (k = 64: 258 and 386 bytes). A call that was
     interrupted continues with the same arguments; one that was completed only loads.
@@ -73,7 +80,7 @@ def cache_teacher_logits(
         "temperature": float(temperature),
         "classes": _classes(teacher, dataset, k),
         "teacher": fingerprint(teacher),
-        "data": dataset._fingerprint,
+        "data": _data_fingerprint(dataset),
     }
     if folder.exists():
         return _complete(folder, note)
@@ -131,6 +138,15 @@ def _classes(teacher: nn.Module, dataset: Any, k: int) -> int:
     if k > shape[-1]:
         raise ValueError(f"k={k}, but the teacher tells only {shape[-1]} tokens apart; legal: 1 to {shape[-1]}")
     return shape[-1]
+
+
+def _data_fingerprint(dataset: Any) -> str:
+    """Of some texts; that of `datasets` itself differs from run to run where a map() could not be hashed."""
+    some = range(0, len(dataset), max(1, len(dataset) // _FINGERPRINTED))
+    digest = hashlib.sha256(str(len(dataset)).encode())
+    for ids in dataset.with_format(None).select(some)["input_ids"]:
+        digest.update(np.asarray(ids, np.int64).tobytes() + b"|")
+    return digest.hexdigest()[:32]
 
 
 def _forward(teacher: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -209,24 +225,35 @@ def _features(classes: int) -> Any:
 def _columns(teacher: nn.Module, rows: Any, note: Mapping[str, Any], batch_size: int) -> dict[str, list[np.ndarray]]:
     names = [name for name in _TOKEN_COLUMNS if name in rows.column_names]
     device = next(teacher.parameters()).device
+    plain = logits_are_plain(teacher, _padded(rows.select([0]), names, device))
+    head = output_head(teacher) if plain else None
     columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
     for start in range(0, len(rows), batch_size):
         some = rows.select(range(start, min(start + batch_size, len(rows))))
-        logits = _forward(teacher, _padded(some, names, device))
+        batch = _padded(some, names, device)
+        with contextlib.nullcontext() if head is None else forward_replaced(head, identity):
+            values = _forward(teacher, batch)
         for row, length in enumerate(map(len, some["input_ids"])):
-            for name, array in zip(COLUMNS, _top(logits[row, :length], note), strict=True):
+            logits = HeadRows(values[row, :length], head, device)
+            for name, array in zip(COLUMNS, _top(logits, length, note), strict=True):
                 columns[name].append(array)
     return columns
 
 
-def _top(logits: Tensor, note: Mapping[str, Any]) -> Iterator[np.ndarray]:
-    """ids (S * k), their log probabilities (S * k), the log probability of the rest (S,) of logits (S, V)."""
+def _top(logits: HeadRows, length: int, note: Mapping[str, Any]) -> Iterator[np.ndarray]:
+    """ids (S * k), their log probabilities (S * k), the log probability of the rest (S,) of S tokens."""
+    parts = [_top_rows(logits(slice(start, min(start + _CHUNK, length))), note) for start in range(0, length, _CHUNK)]
+    ids, top, rest = (torch.cat(each).reshape(-1) for each in zip(*parts, strict=True))
+    yield ids.cpu().numpy().astype(np.uint16 if note["classes"] <= 2**16 else np.int32)
+    for values in (top, rest):
+        yield values.clamp_min(_LOWEST).half().cpu().numpy()
+
+
+def _top_rows(logits: Tensor, note: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, V) -> ids (n, k), their log probabilities (n, k), that of the rest (n,)."""
     log_probs = torch.log_softmax(logits.float() / note["temperature"], dim=-1)
     top, ids = log_probs.topk(note["k"], dim=-1)
-    rest = log_probs.scatter_(1, ids, -torch.inf).logsumexp(dim=-1)
-    yield ids.reshape(-1).cpu().numpy().astype(np.uint16 if note["classes"] <= 2**16 else np.int32)
-    for values in (top.reshape(-1), rest):
-        yield values.clamp_min(_LOWEST).half().cpu().numpy()
+    return ids, top, log_probs.scatter_(1, ids, -torch.inf).logsumexp(dim=-1)
 
 
 def _padded(rows: Any, names: list[str], device: torch.device) -> dict[str, Tensor]:

@@ -105,7 +105,7 @@ class DistillationConfig:
             Jensen-Shannon divergence of GKD (arXiv 2306.13649).
         beta: share of the teacher in the mixture of "jsd", between 0 and 1; not used by the others.
         temperature: T of both distributions.
-        chunk_tokens: tokens whose logits exist at a time; fewer take less memory.
+        chunk_tokens: rows of logits that exist at a time, of student and teacher together; fewer take less memory.
         hidden: a `HiddenStates`, or a dict of its fields; None leaves the term out.
         relations: a `Relations`, or a dict of its fields; None leaves the term out.
         balance: True measures `weight` of hidden and relations relative to the first two terms: 1 makes a term as large as

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ... import kernels
 from ...surgery import output_head
 from .alignment import (
     IGNORED,
@@ -29,6 +28,7 @@ from .alignment import (
 )
 from .cached import CachedBatch, cached_rows, without_cached
 from .config import DistillationConfig
+from .head import HeadRows, forward_replaced, identity
 from .inner import InnerStates, InnerTerms
 from .logits import TeacherRows, distill_from_hidden, distill_from_logits
 from .teacher import refuse_shared, whole_head
@@ -114,7 +114,7 @@ class Distiller:
             return distill_from_logits(logits, teacher, targets, self._config), outputs
         self._head_loss.set(head, tokens, teacher, targets, self._config)
         try:
-            with _forward_replaced(head, self._head_loss.forward):
+            with forward_replaced(head, self._head_loss.forward):
                 outputs = model(**inputs)
         finally:
             self._head_loss.set()
@@ -169,13 +169,13 @@ class Distiller:
             return cached_rows(cached, tokens.rows, tokens.labels)
         assert self.teacher is not None
         head = whole_head(self._inner) if self._by_hidden else None
-        replaced = contextlib.nullcontext() if head is None else _forward_replaced(head, _identity)
+        replaced = contextlib.nullcontext() if head is None else forward_replaced(head, identity)
         accepted = self._accepted(inputs)
         with torch.no_grad(), replaced:
             outputs = self.teacher(**accepted)
         values = logits_of(outputs)
         values = rows_of(values, tokens.rows.to(values.device), tokens.labels)
-        return _Rows(values, head, tokens.rows.device)
+        return HeadRows(values, head, tokens.rows.device)
 
     def _accepted(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The part of the batch that the teacher's forward takes, where it computes, and no cache."""
@@ -226,39 +226,3 @@ class _HeadLoss:
         head, tokens, teacher, targets, config = self._step
         hidden = rows_of(hidden, tokens.rows, tokens.labels)
         return distill_from_hidden(hidden, head.weight, head.bias, teacher, targets, config)
-
-
-class _Rows:
-    """The teacher's logits, on the student's device; from its hidden states (N, H) where `head` is given."""
-
-    def __init__(self, values: Tensor, head: nn.Linear | None, device: torch.device) -> None:
-        self.values, self.head, self.device = values, head, device
-        self._cast: tuple[Tensor, Tensor, Tensor | None] | None = None
-
-    def __call__(self, rows: slice) -> Tensor:
-        with torch.no_grad():
-            if self.head is None:
-                return self.values[rows].to(self.device)
-            hidden, weight, bias = self._cast_once(self.head)
-            return nn.functional.linear(hidden[rows], weight, bias).to(self.device)
-
-    def _cast_once(self, head: nn.Linear) -> tuple[Tensor, Tensor, Tensor | None]:
-        if self._cast is None:
-            dtype = kernels.autocast_dtype(head.weight)
-            bias = None if head.bias is None else head.bias.to(dtype)
-            self._cast = self.values.to(dtype), head.weight.to(dtype), bias
-        return self._cast
-
-
-def _identity(hidden: Tensor) -> Tensor:
-    return hidden
-
-
-@contextlib.contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    assert "forward" not in module.__dict__
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward

@@ -119,7 +119,9 @@ class _Settings:
         self.teacher, self.labels, self.config = teacher, labels, config
 
     def slices(self, tokens: int) -> list[slice]:
-        chunk = self.config.chunk_tokens
+        # a teacher's rows of logits stand beside the student's: half as many tokens keep the memory of the labels alone
+        alone = self.teacher is None or self.config.alpha == 0.0
+        chunk = self.config.chunk_tokens if alone else max(1, self.config.chunk_tokens // 2)
         return [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
 
     def loss(self, rows: slice, student: Tensor) -> tuple[Tensor, Tensor]:
