@@ -114,7 +114,8 @@ def test_memory_holds_one_chunk_of_logits() -> None:
     with _Largest() as largest:
         teacher = lambda rows: F.linear(teacher_x[rows], w.detach())  # noqa: E731
         distill_from_hidden(x, w, None, teacher, labels, _config(0.5, 1.0, chunk))[0].backward()
-    assert largest.most <= chunk // 2 * classes  # the teacher's rows count too
+    # the teacher's rows count too; the hidden states were there before
+    assert largest.most <= max(chunk // 2 * classes, tokens * hidden) < chunk * classes
 
 
 def test_second_backward_is_refused() -> None:

@@ -27,6 +27,7 @@ def run(folder: str, batch: int, name: str, teacher: str, **fields: Any) -> dict
     torch.set_num_threads(1)
     descent = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 2}
     made = {"none": None, "self": "self", "other": tiny(name, seed=1)[0]}[teacher]
+    inner = {"distillation": {"hidden": {}, "relations": {}}} if teacher == "self" else {}
     trainer = make_trainer(
         folder,
         quantized(name),
@@ -35,6 +36,7 @@ def run(folder: str, batch: int, name: str, teacher: str, **fields: Any) -> dict
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=2,
         **descent,
+        **inner,
         **fields,
     )
     trainer.train()
@@ -76,6 +78,7 @@ _RUN: dict[str, Any] = {
     "max_steps": 4,
     "gradient_accumulation_steps": 2,
     "teacher": "self",
+    "distillation": {"hidden": {}, "relations": {}},
     "strength_schedule": "linear",
     "strength_end": 0.7,
     "regularizers": {"l2_to_grid": 0.05},
@@ -130,8 +133,11 @@ class _StopAt(tf.TrainerCallback):
             raise InterruptedError
 
 
+_LOGGED = ("loss", "quant/flip_rate", "quant/sqnr_db", "distill/kl", "distill/hidden", "distill/relations_weight")
+
+
 def _numbers(logs: list[dict[str, float]]) -> Tensor:
-    return torch.tensor([log[key] for log in logs for key in ("loss", "quant/flip_rate", "quant/sqnr_db", "distill/kl")])
+    return torch.tensor([log[key] for log in logs for key in _LOGGED])
 
 
 @pytest.mark.slow
@@ -148,7 +154,9 @@ def test_sharded_with_a_sharded_teacher(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "teacher"), [("llama", "none"), ("llama", "other"), ("t5", "none"), ("t5", "other")])
+@pytest.mark.parametrize(
+    ("name", "teacher"), [("llama", "none"), ("llama", "other"), ("t5", "none"), ("t5", "other"), ("llama", "self")]
+)
 def test_two_ranks_equal_one(name: str, teacher: str, tmp_path: Path) -> None:
     _launch(_SCRIPT, str(tmp_path), name, teacher)
     ranks = [load_file(tmp_path / f"result-{rank}.safetensors") for rank in (0, 1)]

@@ -106,8 +106,8 @@ def _check(dataset: Any, k: int, batch_size: int) -> None:
 
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(
-            f"cache_teacher_logits takes a datasets.Dataset, got {type(dataset).__name__}; for a list of dicts write "
-            "datasets.Dataset.from_list(examples)"
+            f"cache_teacher_logits takes a datasets.Dataset, got {type(dataset).__name__}; of a DatasetDict pass one split, "
+            "dataset['train']; for a list of dicts write datasets.Dataset.from_list(examples)"
         )
     columns = dataset.column_names
     if "input_ids" not in columns:

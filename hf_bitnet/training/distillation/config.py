@@ -111,7 +111,8 @@ class DistillationConfig:
         balance: True measures `weight` of hidden and relations relative to the first two terms: 1 makes a term as large as
             both, by running means of all losses. False takes the weights as they are.
         balance_decay: of the running means, per optimizer step.
-        teacher_dtype: "bfloat16", "float16" or "float32" casts the teacher's weights; None leaves them as they are.
+        teacher_dtype: "bfloat16", "float16" or "float32" casts the teacher's weights (in place, where you
+            pass a model); None leaves them as they are.
         teacher_device: where the teacher computes, for example "cuda:1" or "cpu"; None is the student's device.
 
     Raises:
