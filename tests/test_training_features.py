@@ -246,6 +246,8 @@ def test_teachers_that_do_not_fit(tmp_path: Path) -> None:
         make_trainer(tmp_path, model, teacher=tiny("llama", vocab_size=128)[0])
     with pytest.raises(TypeError, match=r"teacher must be a model, a path, 'self' or 'cached', got int"):
         make_trainer(tmp_path, model, teacher=7)
+    with pytest.raises(ValueError, match="teacher='cache' is neither a folder nor 'self' nor 'cached'; did you mean 'cached'"):
+        make_trainer(tmp_path, model, teacher="cache")
     with pytest.raises(ValueError, match="single output"):
         make_trainer(tmp_path, quantized("bert", model={"num_labels": 1}), "bert", teacher="self")
 

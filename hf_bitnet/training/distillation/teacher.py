@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,6 +65,9 @@ def _shards(accelerator: Accelerator) -> bool:
 
 
 def _load(path: str | os.PathLike[str], student: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    close = get_close_matches(str(path), (SELF, CACHED), n=1, cutoff=0.8)
+    if close and not Path(path).exists():
+        raise ValueError(f"teacher={str(path)!r} is neither a folder nor 'self' nor 'cached'; did you mean {close[0]!r}?")
     config = transformers.AutoConfig.from_pretrained(path)
     names = getattr(config, "architectures", None) or [type(student).__name__]
     kind = getattr(transformers, names[0], None)
