@@ -1,0 +1,397 @@
+"""Quantization-aware training of a text classifier: fine-tuned in full precision, then ternary with itself as teacher.
+
+    python recipes/qat_classification.py \\
+        --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 \\
+        --train_file ../shared/data/sst2/train.tsv --validation_file ../shared/data/sst2/dev.tsv \\
+        --output_dir out/seed1 --seed 1
+
+    # the same start, without a teacher: what the teacher brings
+    python recipes/qat_classification.py --fine_tuned out/seed1/full_precision --teacher none \\
+        --train_file train.csv --validation_file dev.csv --text_column review --label_column stars --output_dir out/alone
+
+    accelerate launch --config_file recipes/accelerate/single_gpu.yaml recipes/qat_classification.py ...
+
+Files are .tsv, .csv (two columns, text and label, without a header; or any columns with one) or folders of
+`datasets.Dataset.save_to_disk`. What happens: fine-tune in full precision (unless --fine_tuned has it), accuracy; quantize,
+accuracy; train (W1.58A8, see --preset), accuracy; save; pack; reload; accuracy again. out/packed is the model to deploy,
+out/results.json has every figure. Nothing is chosen by looking at the validation data: the last weights are those measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_bitnet import (
+    TRAINING_PRESETS,
+    BitNetQuantizationConfig,
+    QATArguments,
+    QATTrainer,
+    calibrate,
+    command_line_defaults,
+    coverage,
+    pack_model,
+    quantize_model,
+)
+
+# own choice, for encoders of some 20 M parameters: small models want rates ten times as high as large ones
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 5e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "weight_decay": 0.0,
+    "num_train_epochs": 5.0,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "save_strategy": "no",
+    "logging_steps": 50,
+}
+# what of these has nothing to do with how the model learns
+_ANY_RUN = ("per_device_train_batch_size", "per_device_eval_batch_size", "save_strategy", "logging_steps")
+_TEXT_COLUMNS, _LABEL_COLUMNS = ("text", "sentence"), ("label",)
+_MAX_LABELS = 1000
+_PACKED_AGREEMENT = 0.99
+_LEFT = ("results.json", "full_precision", "train", "packed")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+@dataclass
+class ModelArguments:
+    _argument_group_name: ClassVar[str] = "model"
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Pretrained encoder: Hub name or folder."})
+    fine_tuned: str | None = field(
+        default=None, metadata={"help": "Classifier that is fine-tuned already (out/full_precision of another run)."}
+    )
+    base_name: str | None = field(
+        default=None, metadata={"help": "Its name in the results. Default: that of the Hub or folder."}
+    )
+    full_precision_epochs: float = field(default=3.0, metadata={"help": "Epochs of the fine-tuning in full precision."})
+    full_precision_learning_rate: float = field(default=5e-5, metadata={"help": "Its learning rate."})
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "'self' (the fine-tuned model), 'none', or another classifier. Default: the training preset's, or self."
+        },
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace what an earlier run left in output_dir."})
+
+
+@dataclass
+class DataArguments:
+    _argument_group_name: ClassVar[str] = "text"
+    train_file: str | None = field(default=None, metadata={"help": ".tsv, .csv or folder of a saved datasets.Dataset."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same, to measure on."})
+    text_column: str | None = field(default=None, metadata={"help": "Column of the text. Default: text or sentence."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the label. Default: label."})
+    max_length: int = field(default=128, metadata={"help": "Tokens of a text; longer ones are cut."})
+    max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first so many rows."})
+    max_validation_rows: int | None = field(default=None, metadata={"help": "Measure on the first so many rows."})
+
+
+@dataclass
+class QuantizationArguments:
+    _argument_group_name: ClassVar[str] = "quantization"
+    preset: str = field(
+        default="bitnet_b158",
+        metadata={"help": "How weights are quantized.", "choices": ["bitnet_b158", "w1a8", "w2a8", "w4a8", "w8a8"]},
+    )
+    sub_norm: list[str] | None = field(
+        default=None, metadata={"help": "Regular expressions of layers that get an RMS norm in front: output.dense"}
+    )
+    keep: list[str] | None = field(default=None, metadata={"help": "Regular expressions of layers to leave in full precision."})
+
+    def config(self) -> BitNetQuantizationConfig:
+        return getattr(BitNetQuantizationConfig, self.preset)(sub_norm=self.sub_norm, keep=self.keep)
+
+
+# ---- data ----
+
+
+def read_rows(path: str, text: str | None, label: str | None) -> list[tuple[str, str]]:
+    """(text, label) of each row. Raises ValueError that says what the file holds and what to write."""
+    where = Path(path)
+    if not where.exists():
+        raise ValueError(f"there is no file or folder {path!r}")
+    if where.is_dir():
+        return _dataset_rows(path, text, label)
+    if where.suffix not in (".tsv", ".csv"):
+        raise ValueError(f"{path!r} is no .tsv, no .csv and no folder of a saved datasets.Dataset")
+    # quotes in a .tsv are part of the text
+    style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if where.suffix == ".tsv" else {}
+    with where.open(encoding="utf-8", newline="") as file:
+        rows = [(number, row) for number, row in enumerate(csv.reader(file, **style), start=1) if row]
+    if not rows:
+        raise ValueError(f"{path!r} is empty")
+    first = rows[0][1]
+    has_header = text is not None or label is not None or (set(first) & {*_TEXT_COLUMNS} and set(first) & {*_LABEL_COLUMNS})
+    if has_header:
+        columns, rows = (_column(path, first, text, _TEXT_COLUMNS), _column(path, first, label, _LABEL_COLUMNS)), rows[1:]
+    elif len(first) == 2:
+        columns = (0, 1)
+    else:
+        raise ValueError(
+            f"{path!r} has {len(first)} columns ({', '.join(first)[:80]}); name two of its header: --text_column ... "
+            "--label_column ..."
+        )
+    for number, row in rows:
+        if len(row) != len(first):
+            raise ValueError(f"line {number} of {path!r} has {len(row)} columns, the first has {len(first)}")
+    return [(row[columns[0]], row[columns[1]].strip()) for _, row in rows]
+
+
+def _column(path: str, names: list[str], wanted: str | None, usual: tuple[str, ...]) -> int:
+    found = next((name for name in ((wanted,) if wanted else usual) if name in names), None)
+    if found is None:
+        what = f"--{'text' if usual is _TEXT_COLUMNS else 'label'}_column"
+        missing = repr(wanted) if wanted else " or ".join(map(repr, usual))
+        raise ValueError(f"{path!r} has no column {missing}; its columns: {', '.join(names)[:200]}. Name one: {what} ...")
+    return names.index(found)
+
+
+def _dataset_rows(path: str, text: str | None, label: str | None) -> list[tuple[str, str]]:
+    try:
+        found: Any = datasets.load_from_disk(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"the folder {path!r} holds no saved datasets.Dataset") from error
+    if isinstance(found, dict):  # a DatasetDict
+        raise ValueError(f"{path!r} holds the splits {', '.join(found)}; give one of them: {path}/{next(iter(found))}")
+    names = found.column_names
+    one, two = names[_column(path, names, text, _TEXT_COLUMNS)], names[_column(path, names, label, _LABEL_COLUMNS)]
+    return [(row[one], str(row[two])) for row in found]
+
+
+def label_names(rows: list[tuple[str, str]], path: str) -> list[str]:
+    """The labels of a training file, numbers in their order. Raises ValueError when these can be no labels."""
+    found = {label for _, label in rows}
+    if not 2 <= len(found) <= min(_MAX_LABELS, max(2, len(rows) // 2)):
+        raise ValueError(
+            f"the label column of {path!r} has {len(found)} different values in {len(rows)} rows (such as "
+            f"{sorted(found)[:3]}); a classifier needs some rows of at least 2. Is it the right one? --label_column ..."
+        )
+    return sorted(found, key=(lambda label: (int(label), label)) if all(map(_is_whole, found)) else None)
+
+
+def _is_whole(label: str) -> bool:
+    return label.removeprefix("-").isdecimal()
+
+
+def encode(rows: list[tuple[str, str]], names: list[str], path: str, tokenizer: Any, length: int) -> list[dict[str, Any]]:
+    """Tokens and label numbers. Raises ValueError on a label that the training file has not."""
+    for number, (_, label) in enumerate(rows, start=1):
+        if label not in names:
+            raise ValueError(
+                f"row {number} of {path!r} has the label {label!r}; those of the training file: {', '.join(names)}"
+            )
+    encoded = tokenizer([text for text, _ in rows], truncation=True, max_length=length)
+    columns = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+    return [{**tokens, "labels": names.index(label)} for tokens, (_, label) in zip(columns, rows, strict=True)]
+
+
+# ---- the run ----
+
+
+class Run:
+    """Models, figures and seconds of one run."""
+
+    def __init__(self, training: QATArguments, tokenizer: Any, train: list[Any], valid: list[Any]) -> None:
+        self.training, self.tokenizer, self.train, self.valid = training, tokenizer, train, valid
+        self._collator = DataCollatorWithPadding(tokenizer)
+        assert training.output_dir is not None
+        self.folder = Path(training.output_dir)
+        self.accuracy: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        names = ("seed", "use_cpu", "bf16", "fp16", "disable_tqdm", "logging_steps", "gradient_accumulation_steps")
+        names += ("per_device_train_batch_size", "per_device_eval_batch_size")
+        self._shared = {name: getattr(training, name) for name in names}
+
+    def stock(self, **fields: Any) -> dict[str, Any]:
+        """Arguments of a stock Trainer, as far as these are the run's."""
+        settings = {"save_strategy": "no", "report_to": "none", **self._shared, **fields}
+        args = TrainingArguments(output_dir=str(self.folder / "full_precision"), **settings)
+        return {"args": args, "data_collator": self._collator, "processing_class": self.tokenizer}
+
+    def measure(self, step: str, model: Any) -> Tensor:
+        """Accuracy on the validation rows: the share of labels that the model finds. Returns what it finds."""
+        loader = DataLoader(self.valid, self.training.per_device_eval_batch_size, collate_fn=self._collator)  # type: ignore[arg-type]
+        model.to(self.training.device).eval()
+        found, right = [], []
+        for batch in loader:  # every process measures all rows
+            with torch.no_grad():
+                logits = model(
+                    **{name: value.to(self.training.device) for name, value in batch.items() if name != "labels"}
+                ).logits
+            found.append(logits.argmax(-1).cpu())
+            right.append(batch["labels"])
+        predicted = torch.cat(found)
+        self.accuracy[step] = float((predicted == torch.cat(right)).float().mean())
+        if self.training.process_index == 0:
+            print(f"{step + ':':<18} accuracy {100 * self.accuracy[step]:.2f} %", flush=True)
+        return predicted
+
+    def fine_tune(self, model: Any, epochs: float, learning_rate: float) -> None:
+        start = time.perf_counter()
+        options = self.stock(num_train_epochs=epochs, learning_rate=learning_rate, warmup_steps=0.1)
+        trainer = Trainer(model=model, train_dataset=self.train, **options)  # type: ignore[arg-type]
+        trainer.train()
+        trainer.save_model(str(self.folder / "full_precision"))
+        self.seconds["fine_tune"] = round(time.perf_counter() - start, 1)
+
+    def quantize(self, model: Any, config: BitNetQuantizationConfig) -> None:
+        quantize_model(model, config)
+        if config.sub_norm:
+            calibrate(model, [self._collator(self.train[:64])])
+        if self.training.process_index == 0:
+            print(coverage(model), flush=True)
+
+    def train_quantized(self, model: Any, teacher: str | None) -> Any:
+        start = time.perf_counter()
+        options = {**self.stock(), "args": self.training}
+        trainer = QATTrainer(model=model, teacher=teacher, train_dataset=self.train, **options)
+        resume = str(self.training.resume_from_checkpoint or "false")
+        trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(resume.lower(), resume))
+        self.seconds["train"] = round(time.perf_counter() - start, 1)
+        trainer.save_model(str(self.folder / "train"))
+        return trainer
+
+    def pack(self, trained: Tensor) -> None:
+        """Packs what was saved, reloads it, measures it. Raises RuntimeError when it is not what was trained."""
+        if self.training.process_index == 0:
+            packed = pack_model(AutoModelForSequenceClassification.from_pretrained(self.folder / "train"))
+            packed.save_pretrained(self.folder / "packed")
+            self.tokenizer.save_pretrained(self.folder / "packed")
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        packed = AutoModelForSequenceClassification.from_pretrained(self.folder / "packed")
+        same = float((self.measure("packed", packed) == trained).float().mean())
+        if same < _PACKED_AGREEMENT:  # only rounding may differ
+            raise RuntimeError(
+                f"the packed model agrees with the trained one on {same:.1%} of the rows only; please report this"
+            )
+
+
+def check_folder(training: QATArguments, overwrite: bool, fine_tuned: str | None) -> None:
+    folder = Path(str(training.output_dir))
+    if fine_tuned is not None and folder.resolve() in Path(fine_tuned).resolve().parents:
+        raise ValueError(
+            f"--fine_tuned {fine_tuned} lies in the folder of this run, {str(folder)!r}; choose another --output_dir"
+        )
+    left = [name for name in _LEFT if (folder / name).exists()]
+    if left and training.resume_from_checkpoint is None and not overwrite:
+        raise ValueError(
+            f"{str(folder)!r} holds {', '.join(left)} of an earlier run; choose another --output_dir, replace it "
+            "(--overwrite), or continue that run (--resume_from_checkpoint true)"
+        )
+    if overwrite and training.process_index == 0:
+        for name in left:
+            shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+
+
+def read(data: DataArguments, tokenizer: Any) -> tuple[list[Any], list[Any], list[str]]:
+    if data.train_file is None or data.validation_file is None:
+        raise ValueError(
+            "which rows? Give --train_file and --validation_file: .tsv, .csv or a folder of a saved datasets.Dataset"
+        )
+    train = read_rows(data.train_file, data.text_column, data.label_column)
+    valid = read_rows(data.validation_file, data.text_column, data.label_column)[: data.max_validation_rows]
+    names = label_names(train, data.train_file)
+    train = train[: data.max_train_rows]
+    pairs = ((train, data.train_file), (valid, data.validation_file))
+    encoded = [encode(rows, names, path, tokenizer, data.max_length) for rows, path in pairs]
+    return encoded[0], encoded[1], names
+
+
+def results_of(
+    run: Run, models: ModelArguments, teacher: str, config: BitNetQuantizationConfig, data: DataArguments
+) -> dict[str, Any]:
+    saved, base = run.training.to_dict(), str(models.fine_tuned or models.model_name_or_path)
+    settings = ("training_preset", "learning_rate", "lr_scheduler_type", "num_train_epochs", "per_device_train_batch_size")
+    settings += ("gradient_accumulation_steps", "warmup_steps", "weight_decay", "max_steps", "seed", "distillation")
+    packages = {name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "datasets")}
+    return {
+        "recipe": "qat_classification",
+        "base_model": models.base_name or (Path(base).name if Path(base).exists() else base),
+        "fine_tuning": {
+            "from": "fine_tuned" if models.fine_tuned else "model_name_or_path",
+            "epochs": None if models.fine_tuned else models.full_precision_epochs,
+            "learning_rate": None if models.fine_tuned else models.full_precision_learning_rate,
+        },
+        "data": {
+            "train": Path(str(data.train_file)).name,
+            "train_rows": len(run.train),
+            "validation": Path(str(data.validation_file)).name,
+            "validation_rows": len(run.valid),
+        },
+        "quantization": {key: value for key, value in config.fields().items() if value},
+        "training": {"teacher": teacher, **{name: saved[name] for name in settings}},
+        "accuracy": run.accuracy,
+        "seconds": run.seconds,
+        "versions": packages,
+    }
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    groups = (ModelArguments, DataArguments, QuantizationArguments, QATArguments)
+    usage = "qat_classification.py --model_name_or_path MODEL --train_file T --validation_file V --output_dir FOLDER [options]"
+    parser = HfArgumentParser(groups, usage=usage, description=__doc__, formatter_class=HelpFormatter)  # type: ignore[arg-type]
+    named = command_line_defaults(argv)
+    of_run = {name: DEFAULTS[name] for name in _ANY_RUN}
+    parser.set_defaults(**{**named, **of_run} if "training_preset" in named else DEFAULTS)
+    models, data, quantization, training = parser.parse_args_into_dataclasses(args=argv)
+    base = models.fine_tuned or models.model_name_or_path
+    if base is None:
+        raise ValueError("which model? Give --model_name_or_path (to be fine-tuned) or --fine_tuned")
+    preset, config = training.training_preset, quantization.config()
+    teacher = models.teacher or ("self" if preset is None else TRAINING_PRESETS.get(preset).teacher or "none")
+    check_folder(training, models.overwrite, models.fine_tuned)
+    set_seed(training.seed)
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    train, valid, names = read(data, tokenizer)
+    run = Run(training, tokenizer, train, valid)
+    done = models.fine_tuned or (run.folder / "full_precision" if training.resume_from_checkpoint is not None else None)
+    labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
+    # float32 weights, whatever the file has; the head of an encoder that knew other labels is made anew
+    fresh = {**labels, "ignore_mismatched_sizes": done is None, "dtype": torch.float32}
+    model: Any = AutoModelForSequenceClassification.from_pretrained(done or base, **fresh)
+    if done is None:
+        run.fine_tune(model, models.full_precision_epochs, models.full_precision_learning_rate)
+    run.measure("full_precision", model)
+    run.quantize(model, config)
+    run.measure("before_training", model)
+    trainer = run.train_quantized(model, None if teacher == "none" else teacher)
+    run.pack(run.measure("trained", trainer.accelerator.unwrap_model(trainer.model)))
+    results = results_of(run, models, teacher if teacher in ("self", "none") else Path(teacher).name, config, data)
+    if training.process_index == 0:
+        temporary = run.folder / ".results.json"
+        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, run.folder / "results.json")
+    return results
+
+
+if __name__ == "__main__":
+    main()
