@@ -12,6 +12,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 from hf_bitnet import BitNetQuantizationConfig, QATArguments, QATTrainer, quantize_model
+from hf_bitnet.surgery import trained_layers
 from tests.tiny import VOCABULARY, tiny
 
 # each Trainer.train() collects garbage, which takes most of a tiny run where so many modules are loaded
@@ -91,6 +92,23 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     different = [name for name in one if not torch.equal(one[name], other[name])]
     assert not different
+
+
+def codes(model: nn.Module) -> dict[str, Tensor]:
+    """The codes of each layer in train form."""
+    return {name: layer.quantized_weight().codes for name, layer in trained_layers(model)}
+
+
+def assert_learned(trainer: Any, folder: Path) -> None:
+    """The run of any trainer: the loss fell, the strength arrived, metrics were logged, and what was saved has equal codes."""
+    logs = losses(trainer)
+    assert logs[-1]["loss"] < logs[0]["loss"]
+    assert logs[-1]["quant/strength"] == 1.0
+    assert logs[0]["quant/flip_rate"] > 0 and logs[0]["quant/sqnr_db"] > 0
+    trainer.save_model(str(folder))
+    loaded = type(trainer.model).from_pretrained(folder)
+    assert_same(codes(trainer.model), codes(loaded))
+    assert_same(weights(trainer.model), weights(loaded))
 
 
 def losses(trainer: QATTrainer) -> list[dict[str, float]]:

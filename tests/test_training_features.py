@@ -97,7 +97,7 @@ def test_without_quant_logging(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, quantized(), quant_logging=False, max_steps=1)
     trainer.train()
     assert not any(key.startswith(("quant/", "distill/")) for key in losses(trainer)[0])
-    assert not trainer._metrics._monitor._last
+    assert not trainer._qat_metrics._monitor._last
 
 
 @pytest.mark.parametrize("bar", [True, False])

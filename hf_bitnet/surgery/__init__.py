@@ -2,7 +2,7 @@
 
 from .attached import attach, attach_native, config_of, detach, kept_for_native
 from .coverage import Coverage, check_finite, coverage
-from .full_precision import full_precision_copy, output_head
+from .full_precision import full_precision_copy, independent_copy, output_head
 from .generation import optimize_for_generation
 from .layers import attention_heads, attention_projections, transformer_layers
 from .prepare import prepare_model, prepare_native, start_from_weights, state_from_float
@@ -29,6 +29,7 @@ __all__ = [
     "each_batch",
     "full_precision_copy",
     "harden",
+    "independent_copy",
     "kept_codes",
     "kept_for_native",
     "make_spec",

@@ -17,7 +17,7 @@ from .swap import Model, _dense
 from .vocabulary import ties_kept
 from .walk import trained_layers, trained_tables
 
-_LEFT_BY_ACCELERATE = ("forward", "_original_forward", "_is_accelerate_prepared")
+_LEFT_BY_TRAINERS = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
 def full_precision_copy(model: Model, *, share_frozen: bool = False, dtype: torch.dtype | None = None) -> Model:
@@ -43,7 +43,7 @@ def full_precision_copy(model: Model, *, share_frozen: bool = False, dtype: torc
             "full-precision model; make the teacher first: teacher = copy.deepcopy(model), then quantize_model(model, config) "
             "and fit_weights(model, batches), then QATTrainer(..., teacher=teacher)"
         )
-    twin = _deepcopy(model, {id(each): _copied(each, share_frozen, dtype) for each in model.parameters()})
+    twin = independent_copy(model, {id(each): _copied(each, share_frozen, dtype) for each in model.parameters()})
     with ties_kept(twin):
         places = Places(twin)
         for _, layer in trained_layers(twin):
@@ -61,11 +61,17 @@ def _copied(parameter: nn.Parameter, share_frozen: bool, dtype: torch.dtype | No
     return nn.Parameter(parameter.detach().to(wanted, copy=True), requires_grad=parameter.requires_grad)
 
 
-def _deepcopy(model: Model, parameters: dict[int, nn.Parameter]) -> Model:
-    # accelerate leaves a forward in the instance that is bound to this very model: a copy of it would run the original
-    bound = {name: model.__dict__.pop(name) for name in _LEFT_BY_ACCELERATE if name in model.__dict__}
+def independent_copy(model: Model, parameters: dict[int, nn.Parameter] | None = None) -> Model:
+    """copy.deepcopy of a model that may have been trained.
+
+    accelerate and TRL leave a forward in the instance that is bound to this very model: a copy of it would run the original.
+
+    Args:
+        parameters: id of a parameter to what stands for it in the copy; the others are copied.
+    """
+    bound = {name: model.__dict__.pop(name) for name in _LEFT_BY_TRAINERS if name in model.__dict__}
     try:
-        return copy.deepcopy(model, dict(parameters))
+        return copy.deepcopy(model, dict(parameters or {}))
     finally:
         model.__dict__.update(bound)
 

@@ -15,7 +15,8 @@ from .distillation import (
 from .pipeline import CONVERSION_DEFAULTS, command_line_defaults, convert
 from .presets import TRAINING_PRESETS, TrainingPreset
 from .schedules import SCHEDULES, strength_at
-from .trainer import QATTrainer
+from .seq2seq import QATSeq2SeqArguments, QATSeq2SeqTrainer
+from .trainer import QATMixin, QATTrainer
 
 __all__ = [
     "CONVERSION_DEFAULTS",
@@ -24,6 +25,9 @@ __all__ = [
     "DistillationConfig",
     "HiddenStates",
     "QATArguments",
+    "QATMixin",
+    "QATSeq2SeqArguments",
+    "QATSeq2SeqTrainer",
     "QATTrainer",
     "Relations",
     "TrainingPreset",

@@ -17,12 +17,12 @@ from .distillation import DistillationConfig
 logger = logging.getLogger(__name__)
 
 
-def check_arguments(args: Any, has_teacher: bool, named: dict[str, Any]) -> None:
-    """Raises TypeError or ValueError on arguments that do not belong together."""
-    if not isinstance(args, QATArguments):
+def check_arguments(args: Any, kind: type[QATArguments], trainer: str, has_teacher: bool, named: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError on arguments that are not of the `kind` that `trainer` takes or do not belong together."""
+    if not isinstance(args, kind):
         raise TypeError(
-            f"QATTrainer takes QATArguments, got {type(args).__name__}; it has all fields of TrainingArguments: "
-            "args=QATArguments(output_dir='out', ...)"
+            f"{trainer} takes {kind.__name__}, got {type(args).__name__}; it has all fields of {kind.__mro__[1].__name__}: "
+            f"args={kind.__name__}(output_dir='out', ...)"
         )
     if isinstance(args.distillation, DistillationConfig) and args.distillation.needs_teacher and not has_teacher:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""QATTrainer: transformers' Trainer for quantized models. Own.
+"""QATMixin: what a trainer of quantized models has beyond transformers' Trainer; QATTrainer: the two together. Own.
 
-It adds a strength schedule, distillation, parameter groups and quantization metrics, and mends what stock Trainer gets
+The mixin adds a strength schedule, distillation, parameter groups and quantization metrics, and mends what stock Trainer gets
 wrong for such models: gradient accumulation where a model's loss ignores the number of items, checkpoints of mixtures of
 experts, checkpoints cut short by a killed process. Leaves out: file formats, choosing layers.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,26 +40,28 @@ from .regularizers import Regularization
 from .resume import check_teacher, last_complete_checkpoint, write_teacher
 from .sharding import keep_weights_float32
 
+# it comes before any Trainer, and is no base of it
+_Base = Trainer if TYPE_CHECKING else object
 
-class QATTrainer(Trainer):
-    """Trainer for a model in train form (`quantize_model`, or `from_pretrained` with a BitNetQuantizationConfig).
 
-    Args:
-        model: the quantized model.
-        args: QATArguments; None takes the defaults.
-        teacher: None; a model; the path or Hub name of one; or "self", a copy of the model's own full-precision weights as
-            they are now (parameters that are trained cost memory a second time); or "cached", the columns that
-            `cache_teacher_logits` added to the training data. What is learned from it is `QATArguments.distillation`, over the
-            tokens whose label is not -100, divided like Trainer's own loss. Evaluation always measures the model's own loss.
-        others: as Trainer's, by position or by name.
+class QATMixin(_Base):
+    """Makes a subclass of transformers' Trainer one for quantized models: `class Mine(QATMixin, SomeTrainer)`.
 
-    A run that was stopped or killed continues with `train(resume_from_checkpoint=True)`, bit for bit: same losses, same
-    weights. (Logged values are means since the last logged step, so let `save_steps` be a multiple of `logging_steps`.)
+    A callback could only carry the schedule: evaluation at full strength, parameter groups, losses that are divided as they
+    should be, metrics that reach the reporters, and checkpoints that can be resumed need methods of the trainer.
 
-    Raises ValueError or TypeError with the corrected call when the model is not quantized, is packed, or the teacher does
-    not fit.
+    Attributes:
+        arguments_class: what `args` has to be. Beside a trainer with arguments of its own, a class that has both:
+            `@dataclass class Arguments(SomeConfig, QATArguments)` (in this order, which keeps the defaults of SomeConfig).
+        learns_from_teachers: whether the loss of a trainer that has a `compute_loss` of its own may be replaced by that of a
+            teacher. Any other loss of its own is left as it is.
+
+    Constructor: as of the trainer beside it, and `teacher` (see QATTrainer). A trainer whose second argument is not `args`
+    takes them by name.
     """
 
+    arguments_class: type[QATArguments] = QATArguments
+    learns_from_teachers: bool = False
     args: QATArguments
     distillation: DistillationConfig | None
     """What is learned from the teacher; None without."""
@@ -72,20 +74,31 @@ class QATTrainer(Trainer):
         teacher: Teacher | None = None,
         **named: Any,
     ) -> None:
-        args = QATArguments(output_dir="tmp_trainer") if args is None else args
-        check_arguments(args, teacher is not None, named)
-        if model is not None:
+        args = self.arguments_class(output_dir="tmp_trainer") if args is None else args
+        check_arguments(args, self.arguments_class, type(self).__name__, teacher is not None, named)
+        # a trainer that makes losses of its own knows how they are divided
+        self._loss_is_the_model_s = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
+        if teacher is not None and not (self._loss_is_the_model_s or self.learns_from_teachers):
+            raise ValueError(
+                f"{type(self).__name__} has a loss of its own, which a teacher's would replace; leave `teacher` out"
+            )
+        if isinstance(model, nn.Module):  # before the trainer prepares anything; a trainer may take a path too
             check_model(model)
-        super().__init__(model, args, *others, **named)
+        if others:
+            super().__init__(model, args, *others, **named)
+        else:
+            super().__init__(model=model, args=args, **named)
         assert isinstance(self.model, nn.Module)
-        if model is None:
+        if not isinstance(model, nn.Module):
             check_model(self.model)
         warn_half_precision(self.model)
         check_parallelism(self.accelerator, teacher is not None)
         self._autocast = keep_weights_float32(self.accelerator)
         self._loss_style = loss_style(self.model)
-        # stock Trainer believes it of every model whose forward takes **kwargs
-        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and self._loss_style is LossStyle.SUM
+        if self._loss_is_the_model_s:
+            # stock Trainer believes it of every model whose forward takes **kwargs
+            self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and self._loss_style is LossStyle.SUM
+        self._scaled_for_accumulation = self.loss_is_scaled_for_ga  # what the trainer beside this one says of its loss
         self._made_optimizer = False
         self._distiller: Distiller | None = None
         self.distillation: DistillationConfig | None = None
@@ -95,8 +108,8 @@ class QATTrainer(Trainer):
         terms: Any = args.regularizers
         self._regularization = Regularization(terms, args.device) if terms else None
         learned = [] if self._balance is None else self._balance.names
-        self._metrics = TrainMetrics(QuantMonitor(args.quant_logging), learned, args.device, self._regularization)
-        for callback in (self._strength, self._codes, self._metrics, *([self._balance] if self._balance else [])):
+        self._qat_metrics = TrainMetrics(QuantMonitor(args.quant_logging), learned, args.device, self._regularization)
+        for callback in (self._strength, self._codes, self._qat_metrics, *([self._balance] if self._balance else [])):
             self.add_callback(callback)
         self._make_logs_readable()
 
@@ -201,18 +214,22 @@ class QATTrainer(Trainer):
         if self._distiller is not None:
             loss, outputs = self._distill(self._distiller, model, inputs, num_items_in_batch)
         elif num_items_in_batch is None or not self._mends_loss(inputs.get("labels")):
-            self.loss_is_scaled_for_ga = None  # Trainer knows
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            self.loss_is_scaled_for_ga = self._scaled_for_accumulation
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
             loss, outputs = self._mean_loss(model, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _mends_loss(self, labels: Any) -> bool:
         """Whether the model's loss is a mean over the labels of a micro-batch, whatever it is told."""
-        if self.compute_loss_func is not None or self.label_smoother is not None or not isinstance(labels, Tensor):
+        if not self._divides_by_items() or not isinstance(labels, Tensor):
             return False
         # transformers' losses for float labels (regression, several labels) are means
         return self._loss_style is LossStyle.MEAN or (self._loss_style is LossStyle.SUM and labels.is_floating_point())
+
+    def _divides_by_items(self) -> bool:
+        """Whether the loss is the model's own, which then is divided over all micro-batches."""
+        return self._loss_is_the_model_s and self.compute_loss_func is None and self.label_smoother is None
 
     def _mean_loss(self, model: nn.Module, inputs: dict[str, Any], items: Tensor | int) -> tuple[Tensor, Any]:
         """A micro-batch counts for its share of the items, not for one of so many micro-batches."""
@@ -233,7 +250,7 @@ class QATTrainer(Trainer):
         sums = torch.cat((result.main, torch.stack(result.inner).to(result.main.dtype))) if result.inner else result.main
         means = sums / (max(result.tokens, 1) * micro_batches if items is None else items)
         loss, *terms = self._balance.weigh(self._over_ranks(means) if items is not None else means)
-        self._metrics.add(*terms)
+        self._qat_metrics.add(*terms)
         auxiliary = result.outputs.get("aux_loss") if isinstance(result.outputs, dict) else None
         if auxiliary is not None:  # load balancing of experts, which models add to their own loss only
             loss = loss + auxiliary_weight(self.model) * auxiliary / micro_batches
@@ -247,7 +264,7 @@ class QATTrainer(Trainer):
         return loss * (self.accelerator.num_processes // self.get_tp_size())
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
-        if self.compute_loss_func is not None or self.label_smoother is not None:
+        if not self._divides_by_items():
             return super()._get_num_items_in_batch(batch_samples, device)
         # counted also where the model does not take the number, because `compute_loss` divides in its place
         accepts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, True
@@ -294,7 +311,9 @@ class QATTrainer(Trainer):
         """As Trainer's; training logs also get the `quant/...` and `distill/...` metrics."""
         if self.is_in_train and "loss" in logs:
             assert isinstance(self.model, nn.Module)
-            logs.update(self._metrics.collect(self.model, self.state.global_step, self._strength.strength, self.accelerator))
+            logs.update(
+                self._qat_metrics.collect(self.model, self.state.global_step, self._strength.strength, self.accelerator)
+            )
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -324,3 +343,23 @@ class QATTrainer(Trainer):
         super()._set_signature_columns_if_needed()
         if isinstance(self.data_collator, CachedCollator):  # not arguments of the model's forward, yet used
             self._signature_columns = list({*self._signature_columns, *COLUMNS})
+
+
+class QATTrainer(QATMixin, Trainer):
+    """Trainer for a model in train form (`quantize_model`, or `from_pretrained` with a BitNetQuantizationConfig).
+
+    Args:
+        model: the quantized model.
+        args: QATArguments; None takes the defaults.
+        teacher: None; a model; the path or Hub name of one; or "self", a copy of the model's own full-precision weights as
+            they are now (parameters that are trained cost memory a second time); or "cached", the columns that
+            `cache_teacher_logits` added to the training data. What is learned from it is `QATArguments.distillation`, over the
+            tokens whose label is not -100, divided like Trainer's own loss. Evaluation always measures the model's own loss.
+        others: as Trainer's, by position or by name.
+
+    A run that was stopped or killed continues with `train(resume_from_checkpoint=True)`, bit for bit: same losses, same
+    weights. (Logged values are means since the last logged step, so let `save_steps` be a multiple of `logging_steps`.)
+
+    Raises ValueError or TypeError with the corrected call when the model is not quantized, is packed, or the teacher does
+    not fit.
+    """
