@@ -65,8 +65,7 @@ def run(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         max_grad_norm=1.0,
         bf16=args.bf16,
         distillation={"alpha": args.alpha},
-        strength_schedule=args.schedule,
-        strength_end=args.strength_end,
+        quantization_schedule=args.schedule,
         logging_steps=25,
         save_strategy="no",
         seed=args.seed,
@@ -126,8 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--weight-decay", type=float, default=0.0)
     parser.add_argument("--warmup", type=float, default=0.05, help="fraction of the steps")
     parser.add_argument("--alpha", type=float, default=1.0, help="1 is KL to the full-precision self only, 0 cross entropy")
-    parser.add_argument("--schedule", default="none")
-    parser.add_argument("--strength-end", type=float, default=0.3)
+    parser.add_argument("--schedule", default="none", help="ramp's name, JSON or file; see QuantizationSchedule")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--valid-windows", type=int, default=0, help="0 takes all")
     parser.add_argument("--bf16", action="store_true")

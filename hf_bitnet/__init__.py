@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         QATSeq2SeqArguments,
         QATSeq2SeqTrainer,
         QATTrainer,
+        QuantizationSchedule,
         cache_teacher_logits,
         command_line_defaults,
         convert,
@@ -98,6 +99,7 @@ _HOME = {
     "QATSeq2SeqTrainer": "training",
     "QATTrainer": "training",
     "command_line_defaults": "training",
+    "QuantizationSchedule": "training",
     "convert": "training",
 }
 
@@ -117,6 +119,7 @@ __all__ = [
     "QATSeq2SeqArguments",
     "QATSeq2SeqTrainer",
     "QATTrainer",
+    "QuantizationSchedule",
     "Quantized",
     "cache_teacher_logits",
     "calibrate",

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cpu_kernels, distillation_memory, generate, ptq_table, saved_memory, starts, train_step, vocabulary
+from benchmarks import (
+    cpu_kernels,
+    distillation_memory,
+    generate,
+    ptq_table,
+    saved_memory,
+    schedule_overhead,
+    starts,
+    train_step,
+    vocabulary,
+)
 from benchmarks.common import RESULTS
 from hf_bitnet.kernels.cpu import library
 
@@ -33,6 +43,12 @@ def test_saved_memory(capsys: Captured) -> None:
     saved_memory.main(["--smoke"])
     out = capsys.readouterr().out
     assert "hf_bitnet" in out and "bfloat16 autocast" in out
+
+
+def test_schedule_overhead(capsys: Captured) -> None:
+    schedule_overhead.main(["--smoke"])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows if "step" not in row] == list(schedule_overhead.SCHEDULES)
 
 
 def test_vocabulary(shared_dir: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

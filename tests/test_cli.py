@@ -124,7 +124,7 @@ def test_quantization_options(words: list[str], fields: dict[str, Any]) -> None:
         (["train", "{base}", "o", "--set", "lerning_rate=1"], "no field 'lerning_rate'; did you mean learning_rate?"),
         (["train", "{base}", "o", "--set", "learning_rate"], "write NAME=VALUE"),
         (["train", "{base}", "o", "--set", "learning_rate=fast"], "invalid float value: 'fast'"),
-        (["train", "{base}", "o", "--set", "strength_end=3"], "strength_end=3.0 is out of range; legal: from 0 to 1"),
+        (["train", "{base}", "o", "--set", "quantization_schedule=liner"], "unknown ramp 'liner'; legal: 'none', 'linear'"),
         (["train", "{base}", "o", "--training-preset", "w4a9"], "unknown training preset 'w4a9'; legal: 'scratch_b158', "),
         (["train", "{base}", "o", "--resume", "--force"], "not allowed with argument --resume"),
     ],

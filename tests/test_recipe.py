@@ -109,7 +109,8 @@ def test_run_leaves_complete_results(run: tuple[Path, dict[str, Any]]) -> None:
         "self",
         0.5,
     )
-    assert (training["learning_rate"], training["strength_schedule"], training["adam_beta2"]) == (2e-3, "linear", 0.95)
+    assert (training["learning_rate"], training["adam_beta2"]) == (2e-3, 0.95)
+    assert (training["quantization_schedule"]["ramp"], training["quantization_schedule"]["end"]) == ("linear", 0.2)
     assert results["data"] == {
         "train": "train.txt",
         "train_windows": 75,
@@ -313,7 +314,7 @@ def test_help(recipe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
         recipe.main(["--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert ended.value.code == 0
-    assert "--strength_schedule" in out and "--train_file" in out and "(default: 0.0001)" in out
+    assert "--quantization_schedule" in out and "--train_file" in out and "(default: 0.0001)" in out
 
 
 _SHARDED = """

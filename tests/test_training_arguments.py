@@ -7,24 +7,23 @@ from pathlib import Path
 import pytest
 from transformers import HfArgumentParser
 
-from hf_bitnet import QATArguments
+from hf_bitnet import QATArguments, QuantizationSchedule
 
 
 def test_command_line(tmp_path: Path) -> None:
     line = [
         "--output_dir",
         str(tmp_path),
-        "--strength_schedule",
-        "cosine",
-        "--strength_end",
-        "0.5",
+        "--quantization_schedule",
+        '{"ramp": "cosine", "end": "2 epochs"}',
         "--distillation",
         '{"alpha": 1}',
     ]
     (args,) = HfArgumentParser(QATArguments).parse_args_into_dataclasses(
         [*line, "--latent_learning_rate", "1e-4", "--no_quant_logging", "--learning_rate", "2e-4"]
     )
-    assert (args.strength_schedule, args.strength_end, args.distillation.alpha) == ("cosine", 0.5, 1.0)
+    assert args.quantization_schedule == QuantizationSchedule(ramp="cosine", end="2 epochs")
+    assert args.distillation.alpha == 1.0
     assert (args.latent_learning_rate, args.learning_rate, args.quant_logging) == (1e-4, 2e-4, False)
 
 
@@ -37,11 +36,10 @@ def test_every_field_has_a_help_text() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"strength_schedule": "cosin"}, "unknown strength schedule 'cosin'; legal: .*Did you mean 'cosine'"),
-        ({"strength_end": 300}, "strength_end=300 is out of range; legal: from 0 to 1; it is a fraction"),
-        ({"strength_start": -0.1}, "strength_start=-0.1 is out of range"),
-        ({"strength_start": 0.5, "strength_end": 0.2}, "strength_start=0.2, strength_end=0.5"),
-        ({"strength_steps": 0}, "strength_steps must be a whole number of at least 1, got 0"),
+        ({"quantization_schedule": "cosin"}, "unknown ramp 'cosin'; legal: .*Did you mean 'cosine'.*or a dict, JSON text"),
+        ({"quantization_schedule": "gone.json"}, "quantization_schedule='gone.json' is no file that can be read"),
+        ({"quantization_schedule": {"ende": 0.2}}, "quantization_schedule has no key 'ende'.*Did you mean 'end'"),
+        ({"quantization_schedule": {"stairs": 0}}, "quantization_schedule: stairs must be a whole number"),
         ({"distillation": {"alpha": 1.5}}, "distillation: alpha=1.5 is out of range; legal: from 0 to 1; 1 learns from the"),
         ({"distillation": {"chunk_token": 1}}, "distillation has no key 'chunk_token'; .*Did you mean 'chunk_tokens'"),
         ({"latent_learning_rate": -1.0}, "latent_learning_rate=-1.0 is out of range"),
@@ -56,7 +54,8 @@ def test_values_out_of_range(fields: dict, words: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"strength_end": "0.3"}, "strength_end must be a number from 0 to 1, got '0.3'"),
+        ({"quantization_schedule": 3}, "quantization_schedule must be a QuantizationSchedule, a dict, JSON text"),
+        ({"strength_schedule": "linear"}, "unexpected keyword argument 'strength_schedule'"),
         ({"distillation": {"alpha": True}}, "distillation: alpha must be a number"),
         ({"distilation": {}}, "unexpected keyword argument 'distilation'"),
     ],

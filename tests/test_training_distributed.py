@@ -79,8 +79,7 @@ _RUN: dict[str, Any] = {
     "gradient_accumulation_steps": 2,
     "teacher": "self",
     "distillation": {"hidden": {}, "relations": {}},
-    "strength_schedule": "linear",
-    "strength_end": 0.7,
+    "quantization_schedule": {"ramp": "linear", "end": 0.7},
     "regularizers": {"l2_to_grid": 0.05},
 }
 

@@ -30,10 +30,19 @@ RUN: dict[str, Any] = {
     "save_steps": SAVED,
     "gradient_accumulation_steps": 2,
     "per_device_train_batch_size": 2,
-    "strength_schedule": "cosine",
-    "strength_end": 0.8,
     "teacher": "self",
     "logging_steps": 1,
+}
+# stages end at saved steps and between them; layers become hard one by one
+SCHEDULES: dict[str, Any] = {
+    "together": {"ramp": "cosine", "end": 0.8},
+    "progressive": {
+        "ramp": "linear",
+        "end": 7,
+        "stages": {"int8": 2, "int4": 5},
+        "layers": "backward",
+        "layer_window": 0.5,
+    },
 }
 DROPOUT = {"attention_dropout": 0.3}  # so that the random state matters too
 
@@ -51,6 +60,10 @@ def _tied() -> tf.PreTrainedModel:
     return quantized("qwen3", model=DROPOUT, embeddings="int4")
 
 
+def _run(schedule: str) -> dict[str, Any]:
+    return {**RUN, "quantization_schedule": SCHEDULES[schedule]}
+
+
 def _model() -> tf.PreTrainedModel:
     return quantized(model=DROPOUT, weight="int2_seq", weight_scale="learned", ste="learnable", sub_norm=["o_proj"])
 
@@ -65,17 +78,23 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    trainer = make_trainer(tmp_path_factory.mktemp("whole"), _model(), **RUN)
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, schedule: str
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    trainer = make_trainer(tmp_path_factory.mktemp("whole"), _model(), **_run(schedule))
     trainer.train()
     return losses(trainer), weights(trainer.model)
 
 
-@pytest.mark.parametrize("stop", [3, 6])
-def test_resume_equals_no_stop(stop: int, tmp_path: Path, uninterrupted: tuple) -> None:
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, scope="module")
+
+
+@each_schedule
+@pytest.mark.parametrize("stop", [3, 5, 6])
+def test_resume_equals_no_stop(stop: int, schedule: str, tmp_path: Path, uninterrupted: tuple) -> None:
     with pytest.raises(InterruptedError):
-        make_trainer(tmp_path, _model(), callbacks=[_StopAt(stop)], **RUN).train()
-    trainer = make_trainer(tmp_path, _model(), **RUN)
+        make_trainer(tmp_path, _model(), callbacks=[_StopAt(stop)], **_run(schedule)).train()
+    trainer = make_trainer(tmp_path, _model(), **_run(schedule))
     trainer.train(resume_from_checkpoint=True)
     assert losses(trainer) == uninterrupted[0]
     assert_same(weights(trainer.model), uninterrupted[1])
@@ -83,11 +102,11 @@ def test_resume_equals_no_stop(stop: int, tmp_path: Path, uninterrupted: tuple) 
 
 def test_resume_with_quantized_embeddings(tmp_path: Path) -> None:
     """A tied table and head, whose strength the schedule moves: weights equal those of a run that never stopped."""
-    whole = make_trainer(tmp_path / "whole", _tied(), **RUN)
+    whole = make_trainer(tmp_path / "whole", _tied(), **_run("together"))
     whole.train()
     with pytest.raises(InterruptedError):
-        make_trainer(tmp_path / "stopped", _tied(), callbacks=[_StopAt(3)], **RUN).train()
-    trainer = make_trainer(tmp_path / "stopped", _tied(), **RUN)
+        make_trainer(tmp_path / "stopped", _tied(), callbacks=[_StopAt(3)], **_run("together")).train()
+    trainer = make_trainer(tmp_path / "stopped", _tied(), **_run("together"))
     trainer.train(resume_from_checkpoint=True)
     assert losses(trainer) == losses(whole)
     assert_same(weights(trainer.model), weights(whole.model))
@@ -99,7 +118,7 @@ _SCRIPT = """
 import sys, time, torch
 torch.set_num_threads(1)
 from tests.qat import make_trainer
-from tests.test_training_resume import RUN, _model
+from tests.test_training_resume import _model, _run
 import transformers as tf
 class Report(tf.TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
@@ -107,16 +126,21 @@ class Report(tf.TrainerCallback):
         time.sleep(0.05)
     def on_substep_end(self, args, state, control, **kwargs):
         print("half", state.global_step, flush=True)
-make_trainer(sys.argv[1], _model(), callbacks=[Report()], **RUN).train()
+make_trainer(sys.argv[1], _model(), callbacks=[Report()], **_run(sys.argv[2])).train()
 """
 
 
-def test_resume_after_sigkill(tmp_path: Path, uninterrupted: tuple) -> None:
+@each_schedule
+def test_resume_after_sigkill(schedule: str, tmp_path: Path, uninterrupted: tuple) -> None:
     """A real process, killed without warning at a random moment after the first checkpoint."""
     moment = random.Random().choice([f"{what} {step}" for step in range(SAVED + 1, STEPS - 1) for what in ("step", "half")])
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-c", _SCRIPT, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment, cwd=REPOSITORY
+        [sys.executable, "-c", _SCRIPT, str(tmp_path), schedule],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=REPOSITORY,
     )
     assert process.stdout is not None
     for line in process.stdout:
@@ -126,20 +150,23 @@ def test_resume_after_sigkill(tmp_path: Path, uninterrupted: tuple) -> None:
             break
     process.stdout.close()
     assert process.wait() == -signal.SIGKILL, moment
-    trainer = make_trainer(tmp_path, _model(), **RUN)
+    trainer = make_trainer(tmp_path, _model(), **_run(schedule))
     trainer.train(resume_from_checkpoint=True)
     assert losses(trainer) == uninterrupted[0], moment
     assert_same(weights(trainer.model), uninterrupted[1])
 
 
-def test_checkpoints_cut_short_are_passed_over(tmp_path: Path, uninterrupted: tuple, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("schedule", ["together"], scope="module")
+def test_checkpoints_cut_short_are_passed_over(
+    tmp_path: Path, schedule: str, uninterrupted: tuple, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(InterruptedError):
-        make_trainer(tmp_path, _model(), callbacks=[_StopAt(7)], **RUN).train()
+        make_trainer(tmp_path, _model(), callbacks=[_StopAt(7)], **_run(schedule)).train()
     whole = last_complete_checkpoint(tmp_path, 1)
     assert whole is not None and whole.endswith("checkpoint-6")
     (tmp_path / "checkpoint-6" / "trainer_state.json").write_text('{"global_st')
     shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-5")
-    trainer = make_trainer(tmp_path, _model(), **RUN)
+    trainer = make_trainer(tmp_path, _model(), **_run(schedule))
     trainer.train(resume_from_checkpoint=True)
     said = [record.getMessage() for record in caplog.records if "cut short" in record.getMessage()]
     assert len(said) == 2
@@ -174,6 +201,19 @@ def test_another_teacher_is_noticed(tmp_path: Path) -> None:
     trained = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2", dtype=torch.float32)
     with pytest.raises(ValueError, match="trained with another teacher"):
         make_trainer(tmp_path, trained, teacher="self", max_steps=4).train(resume_from_checkpoint=True)
+
+
+def test_another_schedule_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, quantized(), quantization_schedule={"end": 2, "layers": "forward"}, **run).train()
+    kept = json.loads((tmp_path / "checkpoint-2" / "qat_schedule.json").read_text())
+    assert (kept["end"], kept["max_steps"], len(kept["layers"])) == (2, 4, 14)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    for schedule, words in (({"end": 2, "layers": "forward"}, []), ({"end": 3, "layers": "backward"}, ["end, layers"])):
+        caplog.clear()
+        make_trainer(tmp_path, quantized(), quantization_schedule=schedule, max_steps=4).train(resume_from_checkpoint=True)
+        said = [record.getMessage() for record in caplog.records if "another quantization schedule" in record.getMessage()]
+        assert len(said) == len(words) and all(f"(different: {word})" in line for word, line in zip(words, said, strict=True))
 
 
 # ---- mixtures of experts ----

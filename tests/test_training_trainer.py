@@ -13,9 +13,13 @@ from torch import nn
 
 from hf_bitnet import BitNetQuantizationConfig, quantize_model, set_norm_blend, set_strength
 from hf_bitnet.surgery import full_precision_copy, quantized_layers, trained_layers
+from hf_bitnet.training import quantization_schedule
 from hf_bitnet.training.distillation.alignment import labels_are_next
 from tests.qat import arguments, assert_same, examples, losses, make_trainer, plain, quantized, said, weights
 from tests.tiny import FAMILIES, tiny
+
+# strength 0 in the first of two steps
+SOFT_START = {"ramp": "linear", "end": 0.5}
 
 # ---- the loss ----
 
@@ -102,7 +106,7 @@ def test_alignment_is_read_off_the_loss(caplog: pytest.LogCaptureFixture) -> Non
 def test_soft_capped_logits_take_the_general_way(tmp_path: Path) -> None:
     for cap, by_hidden in ((None, True), (2.0, False)):
         model = quantized("gemma3", model={"final_logit_softcapping": cap})
-        trainer = make_trainer(tmp_path, model, teacher="self", max_steps=1, strength_schedule="linear")
+        trainer = make_trainer(tmp_path, model, teacher="self", max_steps=2, quantization_schedule=SOFT_START)
         trainer.train()
         assert trainer._distiller is not None
         assert trainer._distiller._by_hidden is by_hidden
@@ -136,11 +140,10 @@ def test_batch_without_labels(tmp_path: Path) -> None:
 
 def test_experts_keep_their_balancing_loss(tmp_path: Path) -> None:
     model = quantized("mixtral", model={"output_router_logits": True, "router_aux_loss_coef": 10.0})
-    trainer = make_trainer(
-        tmp_path, model, teacher="self", max_steps=1, distillation={"alpha": 1.0}, strength_schedule="linear"
-    )
+    only_kl = {"distillation": {"alpha": 1.0}, "max_steps": 2}
+    trainer = make_trainer(tmp_path, model, teacher="self", quantization_schedule=SOFT_START, **only_kl)
     trainer.train()
-    (log,) = losses(trainer)
+    log = losses(trainer)[0]
     assert log["distill/kl"] == 0.0
     assert log["loss"] > 10.0
 
@@ -163,7 +166,8 @@ class _Watch(tf.TrainerCallback):
 
 def test_strength_follows_the_schedule_and_ends_hard(tmp_path: Path) -> None:
     model, watch = quantized(sub_norm=["o_proj"]), _Watch()
-    fields = {"strength_schedule": "linear", "strength_start": 0.25, "strength_end": 0.75, "gradient_accumulation_steps": 2}
+    schedule = {"ramp": "linear", "start": 0.25, "end": 0.75}
+    fields = {"quantization_schedule": schedule, "gradient_accumulation_steps": 2}
     trainer = make_trainer(tmp_path, model, callbacks=[watch], max_steps=8, eval_strategy="steps", eval_steps=1, **fields)
     trainer.train()
     assert watch.seen == [(s, s < 1) for s in (0.0, 0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0)]
@@ -176,7 +180,7 @@ def test_strength_follows_the_schedule_and_ends_hard(tmp_path: Path) -> None:
 
 def test_evaluation_changes_nothing(tmp_path: Path) -> None:
     """Neither the strength nor the random state; the loss is that of the quantized model, or of the present one."""
-    fields = {"strength_schedule": "linear", "strength_end": 1.0, "max_steps": 3}
+    fields = {"quantization_schedule": {"ramp": "linear", "end": 3}, "max_steps": 4}
     dropout = {"attention_dropout": 0.5}
     runs = {}
     for every in (0, 1):
@@ -190,7 +194,7 @@ def test_evaluation_changes_nothing(tmp_path: Path) -> None:
     model = quantized()
     trainer = make_trainer(tmp_path, model, eval_at_full_strength=False, eval_strategy="steps", eval_steps=1, **fields)
     trainer.train()
-    assert [log["eval_strength"] for log in trainer.state.log_history if "eval_loss" in log] == [0.0, 1 / 3, 2 / 3]
+    assert [log["eval_strength"] for log in trainer.state.log_history if "eval_loss" in log] == [0.0, 1 / 3, 2 / 3, 1.0]
 
 
 def test_an_error_leaves_a_quantized_model(tmp_path: Path) -> None:
@@ -200,7 +204,7 @@ def test_an_error_leaves_a_quantized_model(tmp_path: Path) -> None:
         def on_substep_end(self, *_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-    fields = {"strength_schedule": "linear", "strength_end": 1.0, "gradient_accumulation_steps": 2}
+    fields = {"quantization_schedule": "linear", "gradient_accumulation_steps": 2}
     with pytest.raises(KeyboardInterrupt):
         make_trainer(tmp_path, model, callbacks=[Stop()], **fields).train()
     layers = [layer for _, layer in trained_layers(model)]
@@ -208,10 +212,10 @@ def test_an_error_leaves_a_quantized_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_strength_0_trains_bit_for_bit_as_the_float_model(name: str, tmp_path: Path) -> None:
-    held = {"strength_schedule": "linear", "strength_start": 1.0, "strength_end": 1.0}
+def test_strength_0_trains_bit_for_bit_as_the_float_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization_schedule, "HARD_SHARE", 0.0)
     model = quantized(name)
-    make_trainer(tmp_path, model, name, **held).train()
+    make_trainer(tmp_path, model, name, quantization_schedule={"start": 1.0, "end": 1.0}).train()
 
     same = plain(name)
     stock = {key: value for key, value in arguments(tmp_path).to_dict().items() if key in _STOCK}

@@ -28,10 +28,14 @@ _STYLE = """
 .hfb line.zero { stroke-opacity: 0.55; }
 .hfb .bar { fill: #3b78c4; }
 .hfb .broken { fill: #c4443b; }
+.hfb .curve { fill: none; stroke: #3b78c4; stroke-width: 2; }
+.hfb .faint { stroke-opacity: 0.35; stroke-width: 1; }
+.hfb line.divider { stroke-opacity: 0.55; stroke-dasharray: 4 3; }
 @media (prefers-color-scheme: dark) {
   .hfb { color: #e6edf3; }
   .hfb .bar { fill: #6aa5e8; }
   .hfb .broken { fill: #f0776c; }
+  .hfb .curve { stroke: #6aa5e8; }
 }
 """
 
@@ -64,20 +68,25 @@ def bar_chart(
     height = bottom + 12 + _ROW * len(footer)
     finite = [bar.value for bar in bars if math.isfinite(bar.value)]
     low = min([0.0, *finite])
-    ticks = _ticks(low, max([0.0, *finite]))
-    high = ticks[-1]
+    marks = ticks(low, max([0.0, *finite]))
+    high = marks[-1]
 
     def x(value: float) -> float:
         return left + (value - low) / (high - low) * _BAR_SPACE
 
-    parts = [_text(_MARGIN, 22, title, "head"), _text(_MARGIN, 40, subtitle, "quiet")]
-    for tick in ticks:
+    parts = [text_at(_MARGIN, 22, title, "head"), text_at(_MARGIN, 40, subtitle, "quiet")]
+    for tick in marks:
         kind = ' class="zero"' if tick == 0 else ""
         parts.append(f'<line{kind} x1="{x(tick):.1f}" y1="{_TOP - 2}" x2="{x(tick):.1f}" y2="{bottom}"/>')
-        parts.append(_text(x(tick), _TOP - 8, tick_text(tick), "quiet", "middle"))
+        parts.append(text_at(x(tick), _TOP - 8, tick_text(tick), "quiet", "middle"))
     for i, (bar, label) in enumerate(zip(bars, labels, strict=True)):
         parts += _bar(bar, label, _TOP + _ROW * i + (_ROW - _BAR) / 2 + 2, left, x)
-    parts += [_text(_MARGIN, bottom + _ROW * (i + 1), text, "quiet") for i, text in enumerate(footer)]
+    parts += [text_at(_MARGIN, bottom + _ROW * (i + 1), text, "quiet") for i, text in enumerate(footer)]
+    return svg(title, width, height, parts)
+
+
+def svg(title: str, width: float, height: float, parts: Sequence[str]) -> str:
+    """The whole image, in pixels, with the style of every chart."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="hfb" role="img" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}">\n<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n'
@@ -91,14 +100,15 @@ def _bar(bar: Bar, label: str, y: float, left: float, x: Callable[[float], float
     start, end = (left, left + _BAR_SPACE) if broken else sorted((x(0.0), x(bar.value)))
     middle = y + _BAR - 2
     return [
-        _text(left - 10, middle, label, anchor="end"),
+        text_at(left - 10, middle, label, anchor="end"),
         f'<rect class="{"broken" if broken else "bar"}" x="{start:.1f}" y="{y:.1f}" width="{max(end - start, 0.5):.1f}" '
         f'height="{_BAR}" rx="2"><title>{escape(bar.label)}: {escape(bar.text)}</title></rect>',
-        _text(end + 6, middle, bar.text, "quiet"),
+        text_at(end + 6, middle, bar.text, "quiet"),
     ]
 
 
-def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
+def text_at(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
+    """A piece of text; `kind` is its class in the style."""
     attributes = (f' class="{kind}"' if kind else "") + (f' text-anchor="{anchor}"' if anchor != "start" else "")
     return f'<text x="{x:.1f}" y="{y:.1f}"{attributes}>{escape(text)}</text>'
 
@@ -108,7 +118,7 @@ def _cut(label: str) -> str:
     return label if len(label) <= _LONGEST_LABEL else "…" + label[1 - _LONGEST_LABEL :]
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Round numbers from at or above `low` (at most 0) to at or above `high` (at least 0)."""
     span = (high - low) or 1.0
     power = 10.0 ** math.floor(math.log10(span / 4))

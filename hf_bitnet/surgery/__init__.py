@@ -9,7 +9,7 @@ from .prepare import prepare_model, prepare_native, start_from_weights, state_fr
 from .probing import each_batch, probing, run
 from .select import choose
 from .swap import check_calibrated, convert_native, dequantize_model, make_spec, pack_model, quantize_model, unpack_model
-from .switches import harden, kept_codes, reset_state, set_norm_blend, set_strength
+from .switches import harden, kept_codes, reset_state, set_norm_blend, set_strength, set_strengths
 from .walk import quantized_layers, quantized_tables, trained_layers, trained_tables
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "run",
     "set_norm_blend",
     "set_strength",
+    "set_strengths",
     "start_from_weights",
     "state_from_float",
     "trained_layers",

@@ -26,12 +26,12 @@ _PROGRESS_FROM = 16
 
 
 @contextlib.contextmanager
-def probing(model: nn.Module, *, quantized: bool = True) -> Iterator[None]:
+def probing(model: nn.Module, *, quantized: bool | None = True) -> Iterator[None]:
     """Evaluation mode without gradient; restores modes, layer switches and random state, even after an error.
 
     Args:
         quantized: True for the fully quantized model, whatever its strength is. False for full precision: layers in train
-            form are bypassed, packed ones keep their codes and leave their input as it is.
+            form are bypassed, packed ones keep their codes and leave their input as it is. None for the model as it is.
     """
     modes = [(module, module.training) for module in model.modules()]
     switched = [*(layer for _, layer in trained_layers(model)), *trained_tables(model)]
@@ -41,10 +41,10 @@ def probing(model: nn.Module, *, quantized: bool = True) -> Iterator[None]:
     try:
         for module, _ in modes:  # model.eval() would run overridden train() methods, some of which merge weights
             module.training = False
-        for layer, _, _ in trained:
+        for layer, _, _ in trained if quantized is not None else ():
             layer.relaxed, layer.bypassed = False, not quantized
         for layer, activation in packed:
-            layer.activation = activation if quantized else ACTIVATION_SCHEMES.get("none")
+            layer.activation = activation if quantized in (True, None) else ACTIVATION_SCHEMES.get("none")
         with torch.no_grad(), _eager():
             yield
     finally:

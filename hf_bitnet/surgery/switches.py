@@ -6,13 +6,14 @@ Leaves out: exchanging layers (`swap.py`), when to switch (`training/`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..modules import SubNorm, TrainedLayer
+from ..modules import BitEmbedding, SubNorm, TrainedLayer
 from .walk import layers_of, trained_layers, trained_tables
 
 
@@ -30,6 +31,29 @@ def set_strength(model: nn.Module, strength: float, *, hard: bool = True) -> Non
     for layer in [*layers, *trained_tables(model)]:
         layer.strength.fill_(strength)
         layer.relaxed = strength < 1.0 or (layer.relaxed and not hard)
+
+
+def set_strengths(
+    layers: Sequence[TrainedLayer | BitEmbedding], strengths: Sequence[float], *, relaxed: Sequence[bool]
+) -> None:
+    """Gives each layer, and its sub-norm's blend, a strength of its own, in a few kernels for all of them.
+
+    Args:
+        relaxed: whether a layer stays on the float path; it has to where its strength is below 1.
+    """
+    for layer, soft in zip(layers, relaxed, strict=True):
+        layer.relaxed = soft
+    norms = [layer._modules.get("sub_norm") for layer in layers]
+    blends = [(norm.blend, to) for norm, to in zip(norms, strengths, strict=True) if isinstance(norm, SubNorm)]
+    _fill([layer.strength for layer in layers], strengths)
+    _fill([blend for blend, _ in blends], [to for _, to in blends])
+
+
+def _fill(tensors: list[Tensor], values: Sequence[float]) -> None:
+    if tensors:
+        with torch.no_grad():
+            torch._foreach_zero_(tensors)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_add_(tensors, list(values))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def harden(model: nn.Module) -> None:

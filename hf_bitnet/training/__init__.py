@@ -1,4 +1,4 @@
-"""Floor 6: how a run trains. Schedule of the strength, distillation, parameter groups, metrics, exact resume,
+"""Floor 6: how a run trains. Schedule of the quantization, distillation, parameter groups, metrics, exact resume,
 and the whole way from a full-precision model to a packed one."""
 
 from .arguments import QATArguments
@@ -14,13 +14,14 @@ from .distillation import (
 )
 from .pipeline import CONVERSION_DEFAULTS, command_line_defaults, convert
 from .presets import TRAINING_PRESETS, TrainingPreset
-from .schedules import SCHEDULES, strength_at
+from .quantization_schedule import QuantizationSchedule
+from .schedules import RAMPS
 from .seq2seq import QATSeq2SeqArguments, QATSeq2SeqTrainer
 from .trainer import QATMixin, QATTrainer
 
 __all__ = [
     "CONVERSION_DEFAULTS",
-    "SCHEDULES",
+    "RAMPS",
     "TRAINING_PRESETS",
     "DistillationConfig",
     "HiddenStates",
@@ -29,6 +30,7 @@ __all__ = [
     "QATSeq2SeqArguments",
     "QATSeq2SeqTrainer",
     "QATTrainer",
+    "QuantizationSchedule",
     "Relations",
     "TrainingPreset",
     "cache_teacher_logits",
@@ -38,5 +40,4 @@ __all__ = [
     "distill_from_logits",
     "hidden_loss",
     "relation_loss",
-    "strength_at",
 ]

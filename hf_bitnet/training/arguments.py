@@ -9,10 +9,10 @@ from transformers import SchedulerType, TrainingArguments
 
 from .distillation import DistillationConfig
 from .learning_rate import TwoStage
-from .options import number, plain, read_options, whole
+from .options import number, plain, read_options
 from .presets import TRAINING_PRESETS
+from .quantization_schedule import QuantizationSchedule
 from .regularizers import read_regularizers
-from .schedules import SCHEDULES
 
 # fields that hold an object, and its dataclass; see `options.py`
 _OBJECTS: dict[str, type] = {"distillation": DistillationConfig, "two_stage": TwoStage}
@@ -27,22 +27,14 @@ class QATArguments(TrainingArguments):
     the corrected call.
     """
 
-    strength_schedule: str = field(
-        default="none",
+    quantization_schedule: dict | str | None = field(
+        default=None,
         metadata={
-            "help": "How quantization fades in: 'none' (quantized from the first step), 'linear', 'cosine', or 'step' "
-            "(strength_steps stairs)."
+            "help": "How quantization comes in: the name of a ramp of the strength ('linear', 'cosine', 'sigmoid', "
+            "'exponential', 'step'), a QuantizationSchedule, or its fields as a dict, JSON text or the path of a .json file. "
+            "Default: quantized from the first step."
         },
     )
-    strength_start: float = field(
-        default=0.0,
-        metadata={"help": "Fraction of the training steps (0..1) after which the strength starts to rise from 0."},
-    )
-    strength_end: float = field(
-        default=0.3,
-        metadata={"help": "Fraction of the training steps (0..1) after which the model is fully quantized."},
-    )
-    strength_steps: int = field(default=4, metadata={"help": "Number of stairs of strength_schedule='step'."})
     eval_at_full_strength: bool = field(
         default=True,
         metadata={
@@ -89,8 +81,9 @@ class QATArguments(TrainingArguments):
     quant_logging: bool = field(
         default=True,
         metadata={
-            "help": "Log quant/strength, quant/flip_rate, quant/zero_fraction, quant/sqnr_db and quant/latent_changed at each "
-            "logging step. Keeps the packed codes of the last one."
+            "help": "Log quant/strength (and quant/layers_done, quant/bits, quant/hard_gap of a schedule that has them), "
+            "quant/flip_rate, quant/zero_fraction, quant/sqnr_db and quant/latent_changed at each logging step. Keeps the "
+            "packed codes of the last one."
         },
     )
 
@@ -127,15 +120,7 @@ class QATArguments(TrainingArguments):
                 f"two_stage and lr_scheduler_type={schedule.value!r} both name a schedule; leave lr_scheduler_type out"
             )
         self.regularizers = read_regularizers(self.regularizers)
-        SCHEDULES.get(self.strength_schedule)
-        for name in ("strength_start", "strength_end"):
-            number(name, getattr(self, name), 0.0, 1.0, hint=f"it is a fraction of the training steps: {name}=0.3")
-        if self.strength_start > self.strength_end:
-            raise ValueError(
-                f"strength_start={self.strength_start} lies behind strength_end={self.strength_end}; the strength rises from "
-                f"start to end: strength_start={self.strength_end}, strength_end={self.strength_start}"
-            )
-        whole("strength_steps", self.strength_steps)
+        self.quantization_schedule = QuantizationSchedule.read(self.quantization_schedule)  # type: ignore[assignment]
         for name in ("latent_learning_rate", "scale_learning_rate", "latent_weight_decay"):
             if getattr(self, name) is not None:
                 number(name, getattr(self, name), 0.0)

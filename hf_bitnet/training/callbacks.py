@@ -1,4 +1,4 @@
-"""What happens between steps: the strength follows its schedule, codes are kept over micro-batches, logs are readable. Own."""
+"""What happens between steps: codes are kept over micro-batches, logs are readable. Own. (The schedule: `strength.py`.)"""
 
 from __future__ import annotations
 
@@ -8,64 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..surgery import kept_codes, set_norm_blend, set_strength, trained_layers
-from .arguments import QATArguments
-from .schedules import strength_at
-
-
-class StrengthCallback(TrainerCallback):
-    """Sets strength and sub-norm blend before each step, a pure function of the step; so a resumed run continues exactly.
-
-    Attributes:
-        strength: as set last; None before training.
-    """
-
-    def __init__(self) -> None:
-        self.strength: float | None = None
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.strength = None  # the model may have been changed since
-        self.on_step_begin(args, state, control, **kwargs)
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        assert isinstance(args, QATArguments)
-        self.set(
-            kwargs["model"],
-            strength_at(
-                args.strength_schedule,
-                state.global_step,
-                state.max_steps,
-                args.strength_start,
-                args.strength_end,
-                args.strength_steps,
-            ),
-        )
-
-    def set(self, model: nn.Module, strength: float) -> None:
-        """Touches the model only when the strength changes."""
-        if strength != self.strength:
-            set_strength(model, strength)
-            set_norm_blend(model, strength)
-            self.strength = strength
-
-    def finish(self, model: nn.Module) -> None:
-        """However the run ended, what it leaves is the quantized model."""
-        if self.strength is not None:
-            self.set(model, 1.0)
-            self.strength = None
-
-    @contextlib.contextmanager
-    def at_full_strength(self, model: nn.Module) -> Any:
-        """The quantized model inside, the strength of before afterwards."""
-        before = self.strength
-        if before is None:  # not in training: the model stays as the user left it
-            yield
-            return
-        self.set(model, 1.0)
-        try:
-            yield
-        finally:
-            self.set(model, before)
+from ..surgery import kept_codes, trained_layers
 
 
 def kept_where_whole(model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -100,7 +43,7 @@ _PERCENT = {"flip_rate", "zero_fraction", "latent_changed"}
 
 
 def readable(logs: dict[str, Any], state: TrainerState) -> str:
-    """One line: `step 20/100  epoch 0.4  loss 2.31  lr 1e-03  strength 0.5  flip_rate 1.2%`."""
+    """One line: `step 20/100  epoch 0.4  loss 2.31  lr 1e-03  strength 0.5  bits 4  flip_rate 1.2%`."""
     parts = [f"step {state.global_step}/{state.max_steps}"]
     for key, value in logs.items():
         name = key.removeprefix("quant/")

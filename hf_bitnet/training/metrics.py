@@ -43,8 +43,8 @@ class TrainMetrics(TrainerCallback):
         self._sums += losses
         self._weights = weights
 
-    def collect(self, model: nn.Module, step: int, strength: float | None, accelerator: Accelerator) -> dict[str, float]:
-        """Everything since the last call. Every rank has to call it."""
+    def collect(self, model: nn.Module, step: int, schedule: dict[str, float], accelerator: Accelerator) -> dict[str, float]:
+        """Everything since the last call, after what `schedule` says. Every rank has to call it."""
         names, parts = [*self._names, *(f"{name}_weight" for name in self._names)], []
         if self._names:
             means = self._sums / max(step - self._since, 1)
@@ -58,7 +58,7 @@ class TrainMetrics(TrainerCallback):
         if measured is not None:
             names += self._monitor.NAMES
             parts.append(measured)
-        logs = {} if strength is None or not self._monitor.enabled else {"quant/strength": strength}
+        logs = dict(schedule) if self._monitor.enabled else {}
         if parts:
             logs |= dict(zip(names, torch.cat(parts).tolist(), strict=True))  # type: ignore[arg-type]
         return logs

@@ -50,8 +50,7 @@ CONVERSION_DEFAULTS: dict[str, Any] = {
     "warmup_steps": 0.05,  # below 1: a fraction of the steps
     "weight_decay": 0.0,
     "adam_beta2": 0.95,
-    "strength_schedule": "linear",
-    "strength_end": 0.2,
+    "quantization_schedule": {"ramp": "linear", "end": 0.2},
     "num_train_epochs": 1.0,
     "logging_steps": 10,
     "save_total_limit": 2,
@@ -65,7 +64,7 @@ _FIT_WINDOWS = 128
 _ALWAYS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2"),
     *("max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
-    *("strength_schedule",),
+    *("quantization_schedule",),
 )
 # where things are, who may write there, and what is only looked at
 _NEVER = ("output_dir", "run_name", "deepspeed", "fsdp", "push_to_hub", "resume_from_checkpoint", "report_to", "disable_tqdm")

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..surgery import check_calibrated, quantized_layers, trained_layers
+from ..surgery import check_calibrated, probing, quantized_layers, trained_layers
 from .arguments import QATArguments
-from .callbacks import KeptCodesCallback, ReadablePrinter, ReadableProgress, StrengthCallback, kept_where_whole
+from .callbacks import KeptCodesCallback, ReadablePrinter, ReadableProgress, kept_where_whole
 from .checks import (
     LossStyle,
     check_arguments,
@@ -39,6 +39,7 @@ from .optimizers import refuse_rates, split_groups
 from .regularizers import Regularization
 from .resume import check_teacher, last_complete_checkpoint, write_teacher
 from .sharding import keep_weights_float32
+from .strength import StrengthCallback
 
 # it comes before any Trainer, and is no base of it
 _Base = Trainer if TYPE_CHECKING else object
@@ -104,11 +105,13 @@ class QATMixin(_Base):
         self.distillation: DistillationConfig | None = None
         self._balance: LossBalance | None = None
         self._setup_teacher(teacher)
-        self._strength, self._codes = StrengthCallback(), KeptCodesCallback()
+        self._last_inputs: dict[str, Any] | None = None  # of a micro-batch, while the soft and the hard model differ
+        monitor = QuantMonitor(args.quant_logging)
+        self._strength, self._codes = StrengthCallback(on_new_stage=monitor.start), KeptCodesCallback()
         terms: Any = args.regularizers
         self._regularization = Regularization(terms, args.device) if terms else None
         learned = [] if self._balance is None else self._balance.names
-        self._qat_metrics = TrainMetrics(QuantMonitor(args.quant_logging), learned, args.device, self._regularization)
+        self._qat_metrics = TrainMetrics(monitor, learned, args.device, self._regularization)
         for callback in (self._strength, self._codes, self._qat_metrics, *([self._balance] if self._balance else [])):
             self.add_callback(callback)
         self._make_logs_readable()
@@ -153,13 +156,16 @@ class QATMixin(_Base):
             # other ranks may hold an empty copy until sharding hands the weights out
             if isinstance(resume_from_checkpoint, str) and self.is_world_process_zero():
                 check_teacher(resume_from_checkpoint, self._fingerprint)
+        resumed_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        self._strength.resumed_from = resumed_from
         if self._balance is not None:
-            self._balance.start(resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None)
+            self._balance.start(resumed_from)
         try:
             return super().train(resume_from_checkpoint, *others, **named)
         finally:
             self._codes.close()
-            self._strength.finish(self.model)
+            self._strength.finish()
+            self._last_inputs = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As Trainer's, with groups "rest", "latent" and "scale"."""
@@ -211,6 +217,7 @@ class QATMixin(_Base):
         """The distillation loss in training with a teacher, else the model's own; both divided over the whole batch."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._last_inputs = self._for_gap(inputs)
         if self._distiller is not None:
             loss, outputs = self._distill(self._distiller, model, inputs, num_items_in_batch)
         elif num_items_in_batch is None or not self._mends_loss(inputs.get("labels")):
@@ -293,7 +300,7 @@ class QATMixin(_Base):
         """
         assert isinstance(self.model, nn.Module)
         model = self.model
-        full = self._strength.at_full_strength(model) if self.args.eval_at_full_strength else contextlib.nullcontext()
+        full = self._strength.at_full_strength() if self.args.eval_at_full_strength else contextlib.nullcontext()
         random_state = torch.get_rng_state()  # a DataLoader draws a seed from it each time it is read
         try:
             with full, kept_where_whole(model):
@@ -311,10 +318,32 @@ class QATMixin(_Base):
         """As Trainer's; training logs also get the `quant/...` and `distill/...` metrics."""
         if self.is_in_train and "loss" in logs:
             assert isinstance(self.model, nn.Module)
-            logs.update(
-                self._qat_metrics.collect(self.model, self.state.global_step, self._strength.strength, self.accelerator)
-            )
+            schedule = self._strength.logs() | self._hard_gap()
+            logs.update(self._qat_metrics.collect(self.model, self.state.global_step, schedule, self.accelerator))
         super().log(logs, start_time)
+
+    def _for_gap(self, inputs: dict[str, Any]) -> dict[str, Any] | None:
+        """What the model itself reads of a micro-batch, where the log may ask for its hard loss.
+
+        Not of trainers with a loss of their own, which may count what they compute.
+        """
+        wanted = self._strength.logs_gap and self.args.quant_logging and self._loss_is_the_model_s
+        if not wanted or not all(name in inputs for name in self.label_names):
+            return None
+        return without_cached(inputs)[0]
+
+    def _hard_gap(self) -> dict[str, float]:
+        """The quantized model's loss minus the present one's, on the last micro-batch, while the schedule holds them apart."""
+        if self._last_inputs is None:
+            return {}
+        assert isinstance(self.model, nn.Module)
+        losses = []
+        for hard in (contextlib.nullcontext(), self._strength.at_full_strength()):
+            with hard, probing(self.model, quantized=None), self.compute_loss_context_manager():
+                losses.append(self.compute_loss(self.model, dict(self._last_inputs)).detach().float())
+        gap = losses[1] - losses[0]
+        mean = gap if self.accelerator.num_processes == 1 else self.accelerator.reduce(gap, "mean")
+        return {"quant/hard_gap": float(mean)}  # type: ignore[arg-type]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # save_pretrained writes experts in their original layout, which resuming and load_best_model_at_end (a plain
@@ -331,12 +360,15 @@ class QATMixin(_Base):
             del model.__dict__["save_pretrained"]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._strength.refresh_scales()
         # first, because a checkpoint counts as complete with what Trainer writes last
-        if self._balance is not None and self.args.should_save:
+        if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
-            write_teacher(folder, self._fingerprint)
-            self._balance.save(folder)
+            self._strength.write(folder)
+            if self._balance is not None:
+                write_teacher(folder, self._fingerprint)
+                self._balance.save(folder)
         super()._save_checkpoint(model, trial)
 
     def _set_signature_columns_if_needed(self) -> None:
