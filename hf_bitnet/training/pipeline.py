@@ -38,6 +38,7 @@ from .distillation.teacher import SELF, Teacher
 from .measured_run import BEFORE, FULL, PACKED_FOLDER, RESULTS_FILE, TRAIN_FOLDER, MeasuredRun
 from .options import plain
 from .presets import TRAINING_PRESETS
+from .quantization_schedule import QuantizationSchedule
 from .trainer import QATTrainer
 
 # For pretrained language models. Published conversions train at 1e-4 (1.58 bit) to 1e-5 (4 bit) with a warm-up of some per
@@ -50,7 +51,7 @@ CONVERSION_DEFAULTS: dict[str, Any] = {
     "warmup_steps": 0.05,  # below 1: a fraction of the steps
     "weight_decay": 0.0,
     "adam_beta2": 0.95,
-    "quantization_schedule": {"ramp": "linear", "end": 0.2},
+    "quantization_schedule": QuantizationSchedule(ramp="linear", end=0.2),
     "num_train_epochs": 1.0,
     "logging_steps": 10,
     "save_total_limit": 2,
