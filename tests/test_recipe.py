@@ -237,9 +237,9 @@ def test_diverged_training_is_no_success(tmp_path: Path) -> None:
         ({"args": tf.TrainingArguments(output_dir="x", use_cpu=True)}, TypeError, "takes QATArguments, got TrainingArguments"),
         ({"fit": "gtpq"}, ValueError, "unknown fit method 'gtpq'.*Did you mean 'gptq'"),
         (
-            {"fit": "gptq", "fields": {"strength_schedule": "linear"}},
+            {"fit": "gptq", "fields": {"quantization_schedule": "linear"}},
             ValueError,
-            "a fitted model starts quantized.*strength_schedule='none'",
+            "a fitted model starts quantized.*quantization_schedule=None",
         ),
         ({"train": [1, 2]}, TypeError, r"train must be token windows, int64 \(count, length\), got list"),
         (

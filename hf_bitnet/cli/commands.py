@@ -276,7 +276,7 @@ def _training(arguments: argparse.Namespace) -> QATArguments:
     parser = _Fields(QATArguments, allow_abbrev=False)  # type: ignore[arg-type]
     parser.set_defaults(**command_line_defaults(words))
     if arguments.fit is not None:  # a fitted model starts quantized
-        parser.set_defaults(strength_schedule="none")
+        parser.set_defaults(quantization_schedule=None)
     try:
         (training,) = parser.parse_args_into_dataclasses(args=words)
     except (ValueError, TypeError) as error:

@@ -139,7 +139,7 @@ def convert(
         train, valid: token windows, int64 (count, length), for example of `text_windows`.
         teacher: "self" (a copy of the full-precision model), a model, its path or Hub name, or None.
         fit: "gptq" or "least_squares": the training starts from weights of `fit_weights`, on the first windows of `train`, in
-            place of rounded ones. Needs strength_schedule="none".
+            place of rounded ones. Needs quantization_schedule=None.
         max_train_tokens: ends the training after so many tokens, if it is not over before.
         base_model: Hub id or path of `model`, for the card. train_text, valid_text: what the texts are called there.
         overwrite: replaces what an earlier run left in the folder.
@@ -221,10 +221,11 @@ def _check_fit(fit: str | None, args: QATArguments) -> None:
     if fit is None:
         return
     METHODS.get(fit)
-    if args.strength_schedule != "none":
+    schedule: Any = args.quantization_schedule
+    if schedule is not None and schedule.ramp != "none":
         raise ValueError(
-            f"fit={fit!r} with strength_schedule={args.strength_schedule!r}: a fitted model starts quantized, a schedule would "
-            "begin with float weights that are no longer the original's; strength_schedule='none'"
+            f"fit={fit!r} with a ramp ({schedule.ramp!r}) in quantization_schedule: a fitted model starts quantized, a ramp would "
+            "begin with float weights that are no longer the original's; quantization_schedule=None"
         )
 
 
