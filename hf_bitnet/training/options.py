@@ -61,8 +61,14 @@ def read_mapping(field: str, value: Any, also: str = "") -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Options as a dict, for JSON; anything else as it is."""
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    """Options as what their JSON text reads back as: dicts, and lists in place of tuples. Anything else as it is."""
+    return _listed(asdict(value)) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _listed(each) for key, each in value.items()}
+    return [_listed(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def number(name: str, value: Any, lowest: float, highest: float = float("inf"), hint: str = "") -> float:

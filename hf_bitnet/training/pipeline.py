@@ -224,8 +224,8 @@ def _check_fit(fit: str | None, args: QATArguments) -> None:
     schedule: Any = args.quantization_schedule
     if schedule is not None and schedule.ramp != "none":
         raise ValueError(
-            f"fit={fit!r} with a ramp ({schedule.ramp!r}) in quantization_schedule: a fitted model starts quantized, a ramp would "
-            "begin with float weights that are no longer the original's; quantization_schedule=None"
+            f"fit={fit!r} with a ramp ({schedule.ramp!r}) in quantization_schedule: a fitted model starts quantized, a ramp "
+            "would begin with float weights that are no longer the original's; quantization_schedule=None"
         )
 
 
