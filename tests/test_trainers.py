@@ -15,7 +15,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from hf_bitnet import QATArguments, QATMixin, QATSeq2SeqArguments, QATSeq2SeqTrainer
+from hf_bitnet import QATArguments, QATMixin, QATSeq2SeqArguments, QATSeq2SeqTrainer, QuantizationSchedule
 from tests.qat import arguments, assert_learned, assert_same, examples, losses, make_trainer, quantized, weights
 
 RISING: dict[str, Any] = {"quantization_schedule": {"ramp": "linear", "end": 0.5}, "learning_rate": 3e-3}
@@ -139,7 +139,7 @@ def _fields(folder: Path, **fields: Any) -> dict[str, Any]:
 def test_seq2seq_arguments_come_from_a_command_line(tmp_path: Path) -> None:
     line = ["--output_dir", str(tmp_path), "--predict_with_generate", "--quantization_schedule", "cosine", "--use_cpu"]
     (read,) = tf.HfArgumentParser(QATSeq2SeqArguments).parse_args_into_dataclasses(line)  # type: ignore[arg-type]
-    assert read.predict_with_generate and read.strength_schedule == "cosine"
+    assert read.predict_with_generate and read.quantization_schedule == QuantizationSchedule("cosine")
     assert read.to_dict()["generation_max_length"] is None
 
 

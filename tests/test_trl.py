@@ -37,7 +37,7 @@ from hf_bitnet.training.trl_trainers import (  # noqa: E402
 # TRL (1.16) still uses the names that transformers (5.23) has replaced
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 
-RISING: dict[str, Any] = {"strength_schedule": "linear", "strength_end": 0.5}
+RISING: dict[str, Any] = {"quantization_schedule": {"ramp": "linear", "end": 0.5}}
 
 
 def completions() -> list[dict[str, str]]:
@@ -129,7 +129,7 @@ def test_sft_learns_from_a_teacher(tmp_path: Path) -> None:
 
 
 def test_sft_evaluates_the_quantized_model(tmp_path: Path) -> None:
-    rising = {"strength_schedule": "step", "strength_end": 1.0, "eval_strategy": "steps", "eval_steps": 2}
+    rising = {"quantization_schedule": {"ramp": "step", "end": 0.9}, "eval_strategy": "steps", "eval_steps": 2}
     trainer = sft(tmp_path, quantized(), eval_dataset=chats(4), **rising)
     trainer.train()
     measured = [log for log in trainer.state.log_history if "eval_loss" in log]

@@ -110,7 +110,7 @@ def _add_train(commands: Any) -> None:
     )
     training.add_argument("--teacher", help="self (the full-precision model; the default), none, or another model")
     training.add_argument(
-        "--fit", metavar="METHOD", help="start from fitted weights, without a strength schedule: gptq or least_squares"
+        "--fit", metavar="METHOD", help="start from fitted weights, without a quantization schedule: gptq or least_squares"
     )
     training.add_argument("--bf16", action="store_true", help="compute in bfloat16 (weights stay float32)")
     training.add_argument("--seed", type=int, metavar="N", help="(default: 42)")

@@ -41,7 +41,8 @@ class QuantizationSchedule:
             names of all layers, first come first quantized (see `from_sensitivity`). Tables of embeddings follow the last.
         layer_window: share of the time from start to end that a layer's own ramp takes, when they follow one another.
         log_gap: log quant/hard_gap, the hard model's loss minus the present one's, on the last micro-batch before a log while
-            they differ. Costs two forwards without gradient at each logging step of that part. (Not for losses of a trainer's own.)
+            they differ. Costs two forwards without gradient at each logging step of that part. Not logged where the trainer
+            has a loss of its own.
 
     Raises TypeError or ValueError with the corrected call.
     """
