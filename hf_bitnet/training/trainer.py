@@ -1,6 +1,6 @@
 """QATMixin: what a trainer of quantized models has beyond transformers' Trainer; QATTrainer: the two together. Own.
 
-The mixin adds a quantization schedule, distillation, parameter groups and quantization metrics, and mends what stock Trainer gets
+The mixin adds a quantization schedule, distillation, parameter groups and metrics, and mends what stock Trainer gets
 wrong for such models: gradient accumulation where a model's loss ignores the number of items, checkpoints of mixtures of
 experts, checkpoints cut short by a killed process. Leaves out: file formats, choosing layers.
 """
