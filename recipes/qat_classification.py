@@ -25,7 +25,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
@@ -223,6 +223,7 @@ class Run:
         self._collator = DataCollatorWithPadding(tokenizer)
         assert training.output_dir is not None
         self.folder = Path(training.output_dir)
+        self.learned: dict[str, Any] | None = None
         self.accuracy: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
         names = ("seed", "use_cpu", "bf16", "fp16", "disable_tqdm", "logging_steps", "gradient_accumulation_steps")
@@ -272,6 +273,7 @@ class Run:
         start = time.perf_counter()
         options = {**self.stock(), "args": self.training}
         trainer = QATTrainer(model=model, teacher=teacher, train_dataset=self.train, **options)
+        self.learned = None if trainer.distillation is None else asdict(trainer.distillation)
         resume = str(self.training.resume_from_checkpoint or "false")
         trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(resume.lower(), resume))
         self.seconds["train"] = round(time.perf_counter() - start, 1)
@@ -330,7 +332,7 @@ def results_of(
 ) -> dict[str, Any]:
     saved, base = run.training.to_dict(), str(models.fine_tuned or models.model_name_or_path)
     settings = ("training_preset", "learning_rate", "lr_scheduler_type", "num_train_epochs", "per_device_train_batch_size")
-    settings += ("gradient_accumulation_steps", "warmup_steps", "weight_decay", "max_steps", "seed", "distillation")
+    settings += ("gradient_accumulation_steps", "warmup_steps", "weight_decay", "max_steps", "seed")
     packages = {name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "datasets")}
     return {
         "recipe": "qat_classification",
@@ -347,7 +349,7 @@ def results_of(
             "validation_rows": len(run.valid),
         },
         "quantization": {key: value for key, value in config.fields().items() if value},
-        "training": {"teacher": teacher, **{name: saved[name] for name in settings}},
+        "training": {"teacher": teacher, **{name: saved[name] for name in settings}, "distillation": run.learned},
         "accuracy": run.accuracy,
         "seconds": run.seconds,
         "versions": packages,
