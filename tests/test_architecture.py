@@ -24,6 +24,7 @@ FLOORS = {
     "quantizers": 2,
     "ste": 2,
     "relaxations": 2,
+    "noise": 2,
     "modules": 3,
     "config": 3,
     "surgery": 4,

@@ -219,9 +219,16 @@ def test_packed_model_that_differs_is_no_success(tmp_path: Path, monkeypatch: py
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".packed.incomplete", "train"]
 
 
-def test_diverged_training_is_no_success(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"the training diverged: .* Try a lower learning rate than learning_rate=1e\+30"):
-        _convert(tmp_path, fields={"learning_rate": 1e30, "max_grad_norm": 0.0}, teacher=None)
+@pytest.mark.parametrize(
+    ("guard", "words"),
+    [
+        (True, "step 2: the training diverged: the gradient norm is nan: the gradient of model.layers"),
+        (False, r"the training diverged: .* Try a lower learning rate than learning_rate=1e\+30"),
+    ],
+)
+def test_diverged_training_is_no_success(guard: bool, words: str, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        _convert(tmp_path, fields={"learning_rate": 1e30, "max_grad_norm": 0.0, "nan_guard": guard}, teacher=None)
     assert not (tmp_path / "out" / "packed").exists()
 
 

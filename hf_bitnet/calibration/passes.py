@@ -111,9 +111,13 @@ class Range:
         self.observer.update(magnitude, peak)
         return peak
 
+    def scale(self) -> Tensor:
+        """0-dim float32, what `act_scale` should be after what was seen."""
+        return self.observer.range().clamp(min=SMALLEST_RANGE) / self.largest_code
+
     def apply(self) -> None:
         assert self.layer.act_scale is not None
-        self.layer.act_scale.copy_(self.observer.range().clamp(min=SMALLEST_RANGE) / self.largest_code)
+        self.layer.act_scale.copy_(self.scale())
 
 
 class Gain:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..noise import WeightNoise
 from ..quantizers import ActivationScheme, Quantized, WeightQuantizer
 from ..relaxations import LINEAR, Relaxation
 from ..ste import STE
 from .base import QuantizedLayer
 from .functional import FakeQuantizeActivation, Latent, versions
+from .noisy import noisy_forward
 from .relaxed import relaxed_input, relaxed_weight
 from .transformed import is_transforming
 
@@ -54,6 +56,8 @@ class TrainedLayer(QuantizedLayer):
         ste_temperature: 0-dim float32; a parameter when the estimator learns it, else a buffer.
         strength: 0-dim float32 buffer, 0 full precision .. 1 quantized; read only while `relaxed`.
         relaxed: False (default) for the integer step; True while a schedule moves the strength.
+        noise: on the weight, in training mode only; None (default) for none. With it there is the 0-dim int64 buffer
+            `noise_key`, which whoever trains changes from step to step.
         bypassed: True for the full-precision product, without making codes: strength 0, only cheaper. For measuring.
         fitted: True once the weight was changed to quantize well, so that it is no longer the original model's.
     """
@@ -63,6 +67,7 @@ class TrainedLayer(QuantizedLayer):
     weight_scale: nn.Parameter | None
     ste_temperature: Tensor
     strength: Tensor
+    noise_key: Tensor
 
     def setup(self, spec: LayerSpec) -> None:
         """Registers the quantization state. The weight must be there already (it may be on the meta device)."""
@@ -79,6 +84,7 @@ class TrainedLayer(QuantizedLayer):
         else:
             self.register_buffer("ste_temperature", temperature, persistent=False)
         self.register_buffer("strength", torch.ones((), dtype=torch.float32, device=device), persistent=False)
+        self.noise: WeightNoise | None = None
         self.relaxed = self.bypassed = self.fitted = False
         self.keep_codes = False
         self._kept: tuple[tuple[int, ...], Quantized] | None = None
@@ -101,6 +107,14 @@ class TrainedLayer(QuantizedLayer):
         if source != self.source:
             self.source = source
             self.drop_codes()
+
+    def set_noise(self, noise: WeightNoise | None) -> None:
+        """From now on (None: no more) `noise` is on the weight in training mode."""
+        if noise is not None and self.noise is None:
+            self.register_buffer("noise_key", torch.zeros((), dtype=torch.int64, device=self.weight.device), persistent=False)
+        elif noise is None and self.noise is not None:
+            del self.noise_key
+        self.noise = noise
 
     @property
     def matrix(self) -> Tensor:
@@ -131,6 +145,8 @@ class TrainedLayer(QuantizedLayer):
                 f"{type(self).__name__} got a call under a transform of torch.func (vmap, grad, jacrev, ...), which cannot "
                 "follow its surrogate gradients; use loss.backward(), or hf_bitnet.pack_model(model): packed layers allow it"
             )
+        if self.noise is not None and self.training:
+            return noisy_forward(self, x, self.noise)
         if self.relaxed:
             return self._relaxed_forward(x)
         return self.apply_codes(x, self.matrix, self.weight_scale, self.ste_temperature, self.source, self._held_codes())

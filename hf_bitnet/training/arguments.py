@@ -8,14 +8,25 @@ from typing import Any
 from transformers import SchedulerType, TrainingArguments
 
 from .distillation import DistillationConfig
+from .lean import set_lean
 from .learning_rate import TwoStage
-from .options import number, plain, read_options
+from .noise import GridPullOptions, WeightNoiseOptions
+from .options import number, plain, read_options, whole
 from .presets import TRAINING_PRESETS
 from .quantization_schedule import QuantizationSchedule
+from .ranges import OnlineCalibrationOptions
 from .regularizers import read_regularizers
+from .rollback import RollbackOptions
 
 # fields that hold an object, and its dataclass; see `options.py`
-_OBJECTS: dict[str, type] = {"distillation": DistillationConfig, "two_stage": TwoStage}
+_OBJECTS: dict[str, type] = {
+    "distillation": DistillationConfig,
+    "two_stage": TwoStage,
+    "weight_noise": WeightNoiseOptions,
+    "grid_pull": GridPullOptions,
+    "online_calibration": OnlineCalibrationOptions,
+    "spike_rollback": RollbackOptions,
+}
 
 
 @dataclass
@@ -78,6 +89,48 @@ class QATArguments(TrainingArguments):
             '{"l2_to_grid": 1e-4}. Names: l2_to_grid, oscillation_damping, sparsity.'
         },
     )
+    weight_noise: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Noise on the weights in training: {"kind": "subset", "rate": 0.5} (Quant-Noise: only a random share is '
+            'quantized in a step), "uniform", or {"kind": "gaussian", "sigma": 1e-3} (WinQ).'
+        },
+    )
+    grid_pull: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Pulls the float weights towards the values they stand for every so many steps (WinQ): "
+            '{"every": 200, "factor": 0.4}.'
+        },
+    )
+    online_calibration: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Static activation ranges follow the activations in training: {} takes the defaults, {"every": 50, '
+            '"samples": 1, "momentum": 0.9, "method": "percentile", "percentile": 99.9, "until": 0.8}.'
+        },
+    )
+    lean: bool = field(
+        default=False,
+        metadata={
+            "help": "Little memory: bfloat16 weights with stochastic rounding, optim='adamw_torch_8bit' (needs torchao), bf16 "
+            "and activation checkpointing."
+        },
+    )
+    nan_guard: bool = field(
+        default=True,
+        metadata={
+            "help": "Stop when a gradient norm is NaN or infinite, and name the layer that it comes from. Looks at each step "
+            "where logging_nan_inf_filter is on."
+        },
+    )
+    spike_rollback: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Go back to the last good checkpoint when the logged loss spikes, with a lower learning rate: {} takes the "
+            'defaults, {"factor": 2.0, "window": 10, "retries": 3, "slowdown": 0.5}.'
+        },
+    )
     quant_logging: bool = field(
         default=True,
         metadata={
@@ -105,6 +158,8 @@ class QATArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._validate()
+        if self.lean:
+            set_lean(self)
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:

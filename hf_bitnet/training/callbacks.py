@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from accelerate.state import GradientState
+from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..modules import TrainedLayer
 from ..surgery import kept_codes, trained_layers
 
 
@@ -19,15 +22,24 @@ def kept_where_whole(model: nn.Module) -> contextlib.AbstractContextManager[None
 
 
 class KeptCodesCallback(TrainerCallback):
-    """With gradient accumulation, layers make their codes once for all micro-batches of an optimizer step."""
+    """With gradient accumulation or activation checkpointing, layers make their codes once an optimizer step.
+
+    A layer's codes (one byte a weight) go when its gradient is there for good, so that with it they never weigh more than
+    the gradients do.
+    """
 
     def __init__(self) -> None:
         self._kept = contextlib.ExitStack()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.close()
-        if args.gradient_accumulation_steps > 1:
-            self._kept.enter_context(kept_where_whole(kwargs["model"]))
+        model = kwargs["model"]
+        checkpoints = getattr(model, "is_gradient_checkpointing", False)
+        if args.gradient_accumulation_steps > 1 or checkpoints:
+            self._kept.enter_context(kept_where_whole(model))
+            for _, layer in trained_layers(model):
+                if layer.weight.requires_grad:
+                    self._kept.callback(layer.weight.register_post_accumulate_grad_hook(_dropping(layer)).remove)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -37,6 +49,14 @@ class KeptCodesCallback(TrainerCallback):
     def close(self) -> None:
         """Drops the codes; also called when training ends by an error."""
         self._kept.close()
+
+
+def _dropping(layer: TrainedLayer) -> Callable[[Tensor], None]:
+    def drop(_: Tensor) -> None:
+        if GradientState().sync_gradients:  # the last micro-batch
+            layer.drop_codes()
+
+    return drop
 
 
 _PERCENT = {"flip_rate", "zero_fraction", "latent_changed"}

@@ -103,6 +103,7 @@ class Regularization:
             layer.weight.grad = gradient
         else:
             layer.weight.grad += gradient
+        layer.drop_codes()  # no forward of this step is to come
         return torch.stack([term.detach() for term in terms]).to(self._sums.device)
 
     def take(self, steps: int) -> Tensor:

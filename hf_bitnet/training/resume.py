@@ -15,10 +15,12 @@ logger = logging.getLogger(__name__)
 _TEACHER_FILE = "qat_teacher.json"
 
 
-def last_complete_checkpoint(output_dir: str | Path, world_size: int) -> str | None:
-    """The newest checkpoint folder that was written to its end, or None. Says which newer ones are skipped."""
+def last_complete_checkpoint(output_dir: str | Path, world_size: int, up_to: int | None = None) -> str | None:
+    """The newest checkpoint folder (of step `up_to` at most) that was written to its end, or None. Says which are skipped."""
     folders = [(int(found[1]), path) for path in Path(output_dir).glob("checkpoint-*") if (found := _number(path))]
     for step, path in sorted(folders, reverse=True):
+        if up_to is not None and step > up_to:
+            continue
         missing = _missing(path, step, world_size)
         if missing is None:
             return str(path)

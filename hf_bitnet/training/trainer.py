@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..surgery import check_calibrated, probing, quantized_layers, trained_layers
+from .add_ons import add_ons
 from .arguments import QATArguments
 from .callbacks import KeptCodesCallback, ReadablePrinter, ReadableProgress, kept_where_whole
 from .checks import (
@@ -32,20 +33,17 @@ from .distillation import DistillationConfig, Distiller, LossBalance
 from .distillation.alignment import auxiliary_weight
 from .distillation.cached import COLUMNS, CachedCollator, check_cached, without_cached
 from .distillation.teacher import CACHED, Teacher, classes_of, fingerprint, make_teacher, prepare_teacher
-from .learning_rate import TwoStage, TwoStageScheduler
+from .guarded import Guards
+from .lean import rounds_stochastically, to_lean
 from .metrics import TrainMetrics
 from .monitor import QuantMonitor
 from .optimizers import refuse_rates, split_groups
-from .regularizers import Regularization
 from .resume import check_teacher, last_complete_checkpoint, write_teacher
 from .sharding import keep_weights_float32
 from .strength import StrengthCallback
 
-# it comes before any Trainer, and is no base of it
-_Base = Trainer if TYPE_CHECKING else object
 
-
-class QATMixin(_Base):
+class QATMixin(Guards):
     """Makes a subclass of transformers' Trainer one for quantized models: `class Mine(QATMixin, SomeTrainer)`.
 
     A callback could only carry the schedule: evaluation at full strength, parameter groups, losses that are divided as they
@@ -92,7 +90,10 @@ class QATMixin(_Base):
         assert isinstance(self.model, nn.Module)
         if not isinstance(model, nn.Module):
             check_model(self.model)
-        warn_half_precision(self.model)
+        if args.lean:
+            to_lean(self.model)
+        if not rounds_stochastically(args):
+            warn_half_precision(self.model)
         check_parallelism(self.accelerator, teacher is not None)
         self._autocast = keep_weights_float32(self.accelerator)
         self._loss_style = loss_style(self.model)
@@ -108,11 +109,12 @@ class QATMixin(_Base):
         self._last_inputs: dict[str, Any] | None = None  # of a micro-batch, while the soft and the hard model differ
         monitor = QuantMonitor(args.quant_logging)
         self._strength, self._codes = StrengthCallback(on_new_stage=monitor.start), KeptCodesCallback()
-        terms: Any = args.regularizers
-        self._regularization = Regularization(terms, args.device) if terms else None
+        self.setup_guards(args)
         learned = [] if self._balance is None else self._balance.names
-        self._qat_metrics = TrainMetrics(monitor, learned, args.device, self._regularization)
-        for callback in (self._strength, self._codes, self._qat_metrics, *([self._balance] if self._balance else [])):
+        self._qat_metrics = TrainMetrics(monitor, learned, args.device, self.regularization)
+        self._add_ons: list[Any] = add_ons(args)
+        balance = [self._balance] if self._balance else []
+        for callback in (self._strength, self._codes, self._qat_metrics, *balance, *self._add_ons):
             self.add_callback(callback)
         self._make_logs_readable()
 
@@ -146,26 +148,43 @@ class QATMixin(_Base):
         """As Trainer's. With True it continues from the last checkpoint that was written to its end."""
         assert isinstance(self.model, nn.Module)
         check_model(self.model)
-        for name, layer in quantized_layers(self.model):
-            check_calibrated(name, layer)
-        if resume_from_checkpoint is True:
+        if self.args.online_calibration is None:
+            for name, layer in quantized_layers(self.model):
+                check_calibrated(name, layer)
+        found = resume_from_checkpoint is True
+        if found:
             # True again where there is none: Trainer has an error for that
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir), self.args.world_size) or True
+        self.start_guards(str(self.args.output_dir) if found else resume_from_checkpoint)
         if self._distiller is not None:
             self._distiller.reset(self.accelerator.unwrap_model(self.model))
             # other ranks may hold an empty copy until sharding hands the weights out
             if isinstance(resume_from_checkpoint, str) and self.is_world_process_zero():
                 check_teacher(resume_from_checkpoint, self._fingerprint)
-        resumed_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        return super().train(resume_from_checkpoint, *others, **named)
+
+    def prepare_run(self, checkpoint: str | bool | None) -> None:
+        """Before each start of the loop: schedule and learned balance of the losses go on from where the checkpoint left them."""
+        resumed_from = checkpoint if isinstance(checkpoint, str) else None
         self._strength.resumed_from = resumed_from
         if self._balance is not None:
             self._balance.start(resumed_from)
-        try:
-            return super().train(resume_from_checkpoint, *others, **named)
-        finally:
-            self._codes.close()
-            self._strength.finish()
-            self._last_inputs = None
+
+    def clean_up(self) -> None:
+        """After `train`, however it ended: what was there for training only is gone."""
+        assert isinstance(self.model, nn.Module)
+        self._codes.close()
+        self._strength.finish()
+        self._last_inputs = None
+        for each in self._add_ons:
+            each.finish(self.model)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As Trainer's; with `lean` in bfloat16."""
+        model = super().call_model_init(trial)
+        if self.args.lean:
+            to_lean(model)
+        return model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As Trainer's, with groups "rest", "latent" and "scale"."""
@@ -179,27 +198,7 @@ class QATMixin(_Base):
         self._made_optimizer = True
         return optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """As Trainer's, or the schedule of `two_stage`."""
-        options = self.args.two_stage
-        if options is not None and self.lr_scheduler is not None and not self._created_lr_scheduler:
-            raise ValueError("two_stage cannot be used: a scheduler was passed in; leave one of them out")
-        if isinstance(options, TwoStage) and self.lr_scheduler is None:
-            warmup = self.args.get_warmup_steps(num_training_steps)
-            scheduled: Any = optimizer or self.optimizer
-            self.lr_scheduler = TwoStageScheduler(scheduled, options, warmup, num_training_steps)
-            self._created_lr_scheduler = True
-        return super().create_scheduler(num_training_steps, optimizer)
-
     # ---- loss ----
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """As Trainer's; the last micro-batch of an optimizer step also brings the regularizers, in gradients and loss."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._regularization is not None and self.accelerator.sync_gradients:
-            assert isinstance(self.model, nn.Module)
-            loss = loss + self._regularization.add_gradients(self.model, self.accelerator.scaler)
-        return loss
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         """Around each loss. Trainer leaves it to accelerate, which does not autocast under FSDP 2."""
