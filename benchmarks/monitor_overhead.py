@@ -22,8 +22,8 @@ from hf_bitnet.training.monitor import QuantMonitor
 
 def measure(smoke: bool, rounds: int, every: int, batch: int, length: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = hf_bitnet_arm(base_model(smoke))
-    vocabulary = model.config.vocab_size  # type: ignore[union-attr]
+    model: Any = hf_bitnet_arm(base_model(smoke))
+    vocabulary = model.config.vocab_size
     monitor = QuantMonitor(True)
     monitor.start(model)
 

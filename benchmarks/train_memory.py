@@ -32,7 +32,7 @@ LEAN = ARMS[2]
 
 def make_model(size: dict[str, int]) -> LlamaForCausalLM:
     """A random float32 Llama."""
-    heads = {"num_attention_heads": size["hidden"] // 64, "num_key_value_heads": size["hidden"] // 64}
+    heads: dict[str, Any] = {"num_attention_heads": size["hidden"] // 64, "num_key_value_heads": size["hidden"] // 64}
     config = LlamaConfig(
         vocab_size=size["vocabulary"],
         hidden_size=size["hidden"],
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.smoke:
         args.hidden, args.ffn, args.layers, args.vocabulary, args.length, args.batches = 64, 96, 2, 128, 16, (1, 2)
     size = {"hidden": args.hidden, "ffn": args.ffn, "layers": args.layers, "vocabulary": args.vocabulary}
-    rows = rows_of(size, tuple(args.batches), args.length, args.steps)
+    rows = rows_of(size, (args.batches[0], args.batches[1]), args.length, args.steps)
     print(table([{**dict.fromkeys(rows[0], ""), **row} for row in rows]))
     if not args.smoke:
         shape = {**size, "batches": args.batches, "length": args.length}

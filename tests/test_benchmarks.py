@@ -10,10 +10,12 @@ from benchmarks import (
     cpu_kernels,
     distillation_memory,
     generate,
+    monitor_overhead,
     ptq_table,
     saved_memory,
     schedule_overhead,
     starts,
+    train_memory,
     train_step,
     vocabulary,
 )
@@ -65,6 +67,18 @@ def test_distillation_memory(capsys: Captured) -> None:
     assert 0 < peaks["chunks of 16: CE + KL"] < peaks["transformers: CE + KL"]
     assert peaks["chunks of 16: CE + KL"] < 1.1 * peaks["chunks of 16: CE"]
     assert peaks["relations: 1024 rows"] > 0
+
+
+def test_train_memory(capsys: Captured) -> None:
+    train_memory.main(["--smoke"])
+    full, ours, lean = capsys.readouterr().out.splitlines()[1:]
+    assert "fails" not in full + ours
+    assert "full precision" in full and "lean" in lean
+
+
+def test_monitor_overhead(capsys: Captured) -> None:
+    monitor_overhead.main(["--smoke"])
+    assert "overhead" in capsys.readouterr().out
 
 
 def test_ptq_table(shared_dir: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

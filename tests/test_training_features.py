@@ -79,7 +79,7 @@ def test_log_keys_and_values(tmp_path: Path) -> None:
     before = {name: layer.quantized_weight().codes.clone() for name, layer in trained_layers(model)}
     trainer.train()
     first, second = losses(trainer)
-    quant = {"strength", "flip_rate", "zero_fraction", "sqnr_db", "latent_changed"}
+    quant = {"strength", "flip_rate", "zero_fraction", "sqnr_db", "cosine", "latent_changed", "worst_sqnr_db"}
     assert {key.removeprefix("quant/") for key in first if key.startswith("quant/")} == quant
     assert {"distill/kl", "distill/ce"} <= first.keys()
     assert first["loss"] == pytest.approx(0.5 * first["distill/kl"] + 0.5 * first["distill/ce"], rel=1e-5)

@@ -55,7 +55,7 @@ class LayerHistory:
         """Draws a figure of all layers over the steps. Needs matplotlib (ImportError says so)."""
         names = [name for name, _ in reversed(self.worst(figure))]
         try:
-            from matplotlib import pyplot
+            from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ImportError("plot needs matplotlib: pip install matplotlib") from error
         rows = [[entry[figure][entry["layers"].index(name)] for entry in self.entries] for name in names]

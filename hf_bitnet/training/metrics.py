@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .layer_history import LayerHistory
 from .monitor import QuantMonitor
 from .regularizers import Regularization
 
@@ -27,6 +28,7 @@ class TrainMetrics(TrainerCallback):
         self, monitor: QuantMonitor, terms: list[str], device: torch.device, regularization: Regularization | None = None
     ) -> None:
         self._regularization = regularization
+        self.history = LayerHistory()
         self._monitor = monitor
         self._names = [f"distill/{name}" for name in terms]
         self._sums = torch.zeros(len(terms), device=device)
@@ -37,6 +39,8 @@ class TrainMetrics(TrainerCallback):
         self._since = state.global_step
         self._sums.zero_()
         self._monitor.start(kwargs["model"])
+        if self._monitor.enabled:
+            self.history.start(str(args.output_dir), state.global_step, args.should_save)
 
     def add(self, losses: Tensor, weights: Tensor) -> None:
         """float32 (terms,) losses of one micro-batch, as they enter the mean of their step, and what they count."""
@@ -60,5 +64,10 @@ class TrainMetrics(TrainerCallback):
             parts.append(measured)
         logs = dict(schedule) if self._monitor.enabled else {}
         if parts:
-            logs |= dict(zip(names, torch.cat(parts).tolist(), strict=True))  # type: ignore[arg-type]
+            values = torch.cat(parts).tolist()
+            logs |= dict(zip(names, values, strict=False))  # type: ignore[arg-type]
+            if measured is not None:
+                kinds = len(self._monitor.OF_LAYERS)
+                rows = {name: values[len(names) + index :: kinds] for index, name in enumerate(self._monitor.OF_LAYERS)}
+                self.history.add(step, self._monitor.layers, rows)
         return logs

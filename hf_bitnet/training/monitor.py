@@ -32,10 +32,19 @@ class _Snapshot(NamedTuple):
 class QuantMonitor:
     """Compares the layers with what they were at the previous call. Nothing is kept when `enabled` is False."""
 
-    NAMES = ("quant/flip_rate", "quant/zero_fraction", "quant/sqnr_db", "quant/latent_changed")
+    NAMES = (
+        "quant/flip_rate",
+        "quant/zero_fraction",
+        "quant/sqnr_db",
+        "quant/cosine",
+        "quant/latent_changed",
+        "quant/worst_sqnr_db",
+    )
+    OF_LAYERS = ("flip_rate", "zero_fraction", "sqnr_db", "cosine")
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
+        self.layers: list[str] = []
         self._last: dict[str, _Snapshot] = {}
         self._said = False
 
@@ -49,14 +58,17 @@ class QuantMonitor:
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> Tensor | None:
-        """float32 (4,) in the order of `NAMES`, on the device; None when there is nothing to measure.
+        """float32 on the device; None when there is nothing to measure.
 
-        flip_rate: share of codes that differ from the last call. zero_fraction: share of weights whose value is 0.
-        sqnr_db: 10 log10 (sum w^2 / sum (w - quantized)^2), mean over layers. latent_changed: share of a sample of the float
-        weights that differ from the last call; far below 1 the steps drown in rounding.
+        The first are the figures of the model, in the order of `NAMES`; then, layer by layer in the order of `layers`, those of
+        `OF_LAYERS`. flip_rate: share of codes that differ from the last call. zero_fraction: share of weights whose value is
+        0. sqnr_db: 10 log10 (sum w^2 / sum (w - quantized)^2), mean over layers (worst_sqnr_db: the lowest). cosine: between w
+        and its quantized value, mean over layers. latent_changed: share of a sample of the float weights that differ from the
+        last call; far below 1 the steps drown in rounding.
         """
-        counts, ratios, codes_total, watched_total = [], [], 0, 0
-        for name, layer in self._layers(model):
+        counts, distances, sizes = [], [], []
+        layers = self._layers(model)
+        for name, layer in layers:
             weight, quantized = _present(layer)
             new = _Snapshot(_packed(layer, quantized), _watched(weight))
             old = self._last.get(name, new)
@@ -64,15 +76,19 @@ class QuantMonitor:
             flips = torch.count_nonzero(_unpacked(layer, old.codes) != quantized.codes)
             zeros = torch.count_nonzero(quantized.codes == quantized.zero_point)
             counts.append(torch.stack((flips, zeros, torch.count_nonzero(old.latents != new.latents))))
-            ratios.append(_sqnr(weight, quantized))
-            codes_total += weight.numel()
-            watched_total += new.latents.numel()
+            distances.append(_distance(weight, quantized))
+            sizes.append((weight.numel(), new.latents.numel()))
         if not counts:
             return None
+        self.layers = [name for name, _ in layers]
         # integer sums: float32 stops counting at 2**24
-        flips, zeros, changed = torch.stack(counts).sum(dim=0)
-        sqnr = torch.stack(ratios).mean()
-        return torch.stack((flips / codes_total, zeros / codes_total, sqnr, changed / watched_total))
+        every = torch.stack(counts)
+        flips, zeros, changed = every.sum(dim=0)
+        sqnr, cosine = torch.stack(distances).unbind(dim=1)
+        total, watched = (sum(each) for each in zip(*sizes, strict=True))
+        mean = (flips / total, zeros / total, sqnr.mean(), cosine.mean(), changed / watched, sqnr.min())
+        shares = every[:, :2] / torch.tensor([[size] for size, _ in sizes]).to(every.device, non_blocking=True)
+        return torch.cat((torch.stack(mean), torch.cat((shares, sqnr[:, None], cosine[:, None]), dim=1).flatten()))
 
     def _layers(self, model: nn.Module) -> list[tuple[str, TrainedLayer]]:
         if not self.enabled:
@@ -113,8 +129,13 @@ def _watched(weight: Tensor) -> Tensor:
     return flat[:: max(1, -(-flat.numel() // _WATCHED))].clone()
 
 
-def _sqnr(weight: Tensor, quantized: Quantized) -> Tensor:
-    """0-dim float32, in dB."""
-    noise = quantized.dequantize().sub_(weight)
-    power, noise_power = weight.float().square().sum(), noise.square_().sum()
-    return 10 * torch.log10(power.clamp(min=_SMALLEST) / noise_power.clamp(min=_SMALLEST))
+def _distance(weight: Tensor, quantized: Quantized) -> Tensor:
+    """float32 (2,): SQNR in dB, and cosine, of a weight and its quantized value."""
+    weight = weight.reshape(-1).float()
+    value = quantized.dequantize().reshape(-1)
+    power, value_power = torch.dot(weight, weight), torch.dot(value, value)
+    noise = value.sub_(weight)
+    noise_power = torch.dot(noise, noise)
+    sqnr = 10 * torch.log10(power.clamp(min=_SMALLEST) / noise_power.clamp(min=_SMALLEST))
+    product = (power + value_power - noise_power) / 2
+    return torch.stack((sqnr, product / (power * value_power).sqrt().clamp(min=_SMALLEST)))

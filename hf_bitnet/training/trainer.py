@@ -34,6 +34,7 @@ from .distillation.alignment import auxiliary_weight
 from .distillation.cached import COLUMNS, CachedCollator, check_cached, without_cached
 from .distillation.teacher import CACHED, Teacher, classes_of, fingerprint, make_teacher, prepare_teacher
 from .guarded import Guards
+from .layer_history import LayerHistory
 from .lean import rounds_stochastically, to_lean
 from .metrics import TrainMetrics
 from .monitor import QuantMonitor
@@ -141,6 +142,11 @@ class QATMixin(Guards):
             if any(type(callback) is stock for callback in self.callback_handler.callbacks):
                 self.remove_callback(stock)
                 self.add_callback(ours)
+
+    @property
+    def quant_history(self) -> LayerHistory:
+        """The figures of each layer at each logging step; `quant_history.worst()` says which layer hurts."""
+        return self._qat_metrics.history
 
     # ---- training ----
 
