@@ -210,8 +210,7 @@ def test_early_stopping_waits_for_full_strength(added: str, tmp_path: Path) -> N
         "eval_strategy": "steps",
         "eval_steps": 1,
         "metric_for_best_model": "loss",
-        "strength_schedule": "linear",
-        "strength_end": 0.5,
+        "quantization_schedule": {"ramp": "linear", "end": 0.5},
         "learning_rate": 0.0,  # nothing ever gets better
         "save_strategy": "no",
     }
