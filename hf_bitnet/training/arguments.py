@@ -11,7 +11,7 @@ from .distillation import DistillationConfig
 from .lean import set_lean
 from .learning_rate import TwoStage
 from .noise import GridPullOptions, WeightNoiseOptions
-from .options import number, plain, read_options, whole
+from .options import number, plain, read_options
 from .presets import TRAINING_PRESETS
 from .quantization_schedule import QuantizationSchedule
 from .ranges import OnlineCalibrationOptions

@@ -8,7 +8,15 @@ from typing import Any
 
 from accelerate.state import GradientState
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from ..modules import TrainedLayer
 from ..surgery import kept_codes, trained_layers
@@ -91,3 +99,11 @@ class ReadablePrinter(PrinterCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_local_process_zero:
             print(readable(logs, state))
+
+
+def make_logs_readable(trainer: Trainer) -> None:
+    """Puts our progress bar or printer in the place of the stock one, where there is one."""
+    for stock, ours in ((ProgressCallback, ReadableProgress), (PrinterCallback, ReadablePrinter)):
+        if any(type(callback) is stock for callback in trainer.callback_handler.callbacks):
+            trainer.remove_callback(stock)
+            trainer.add_callback(ours)

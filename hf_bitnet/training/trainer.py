@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..surgery import check_calibrated, probing, quantized_layers, trained_layers
 from .add_ons import add_ons
 from .arguments import QATArguments
-from .callbacks import KeptCodesCallback, ReadablePrinter, ReadableProgress, kept_where_whole
+from .callbacks import KeptCodesCallback, kept_where_whole, make_logs_readable
 from .checks import (
     LossStyle,
     check_arguments,
@@ -117,7 +117,7 @@ class QATMixin(Guards):
         balance = [self._balance] if self._balance else []
         for callback in (self._strength, self._codes, self._qat_metrics, *balance, *self._add_ons):
             self.add_callback(callback)
-        self._make_logs_readable()
+        make_logs_readable(self)
 
     def _setup_teacher(self, teacher: Teacher | None) -> None:
         # the arguments hold a DistillationConfig, whatever form it was written in
@@ -136,12 +136,6 @@ class QATMixin(Guards):
             self._fingerprint = fingerprint(made)
             wrapped = prepare_teacher(made, self.accelerator, config)
         self._distiller = Distiller(config, wrapped, made, compiled=self.args.torch_compile)
-
-    def _make_logs_readable(self) -> None:
-        for stock, ours in ((ProgressCallback, ReadableProgress), (PrinterCallback, ReadablePrinter)):
-            if any(type(callback) is stock for callback in self.callback_handler.callbacks):
-                self.remove_callback(stock)
-                self.add_callback(ours)
 
     @property
     def quant_history(self) -> LayerHistory:
@@ -170,7 +164,7 @@ class QATMixin(Guards):
         return super().train(resume_from_checkpoint, *others, **named)
 
     def prepare_run(self, checkpoint: str | bool | None) -> None:
-        """Before each start of the loop: schedule and learned balance of the losses go on from where the checkpoint left them."""
+        """Before each start of the loop: schedule and balance of the losses go on from where the checkpoint left them."""
         resumed_from = checkpoint if isinstance(checkpoint, str) else None
         self._strength.resumed_from = resumed_from
         if self._balance is not None:
