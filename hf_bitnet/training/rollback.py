@@ -20,6 +20,8 @@ from .options import number, whole
 
 logger = logging.getLogger(__name__)
 _NOTES = "qat_rollbacks.json"
+# losses are compared only where these are equal: while quantization fades in, a loss may rise for good reasons
+_STAGE = ("quant/strength", "quant/bits")
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ def find_spike(history: list[dict[str, Any]], options: RollbackOptions) -> Spike
     logs = [log for log in history if "loss" in log]
     if not logs:
         return None
-    last, strength = logs[-1], logs[-1].get("quant/strength")
-    before = [log for log in logs[:-1] if log.get("quant/strength") == strength][-options.window :]
+    last = logs[-1]
+    before = [log for log in logs[:-1] if all(log.get(key) == last.get(key) for key in _STAGE)][-options.window :]
     good = int(logs[-2]["step"]) if len(logs) > 1 else 0
     if not math.isfinite(last["loss"]):
         return SpikeError(last["step"], last["loss"], good, f"the loss is {last['loss']}")
