@@ -36,7 +36,10 @@ def test_every_field_has_a_help_text() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"quantization_schedule": "cosin"}, "unknown ramp 'cosin'; legal: .*Did you mean 'cosine'.*or a dict, JSON text"),
+        (
+            {"quantization_schedule": "cosin"},
+            "unknown ramp 'cosin'; legal: .*Did you mean 'cosine'.*Or write a dict, JSON text",
+        ),
         ({"quantization_schedule": "gone.json"}, "quantization_schedule='gone.json' is no file that can be read"),
         ({"quantization_schedule": {"ende": 0.2}}, "quantization_schedule has no key 'ende'.*Did you mean 'end'"),
         ({"quantization_schedule": {"stairs": 0}}, "quantization_schedule: stairs must be a whole number"),

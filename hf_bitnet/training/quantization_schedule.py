@@ -101,7 +101,7 @@ class QuantizationSchedule:
         try:
             RAMPS.get(value)
         except ValueError as error:
-            forms = 'or a dict, JSON text (\'{"ramp": "linear", "end": 0.3}\') or the path of a .json file'
+            forms = 'Or write a dict, JSON text (\'{"ramp": "linear", "end": 0.3}\') or the path of a .json file'
             raise ValueError(f"{field}: {error} {forms}") from None
         return cls(ramp=value)
 
