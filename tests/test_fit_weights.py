@@ -295,6 +295,8 @@ def test_wrong_inputs() -> None:
 
 
 def test_models_that_cannot_be_fitted() -> None:
+    with pytest.raises(TypeError, match=r"fit_weights takes an nn.Module, got str; pass the quantized model itself"):
+        hb.fit_weights("model", batches=None, method="least_squares")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no layer in train form; call quantize_model"):
         hb.fit_weights(trained_llama(), [batch()])
     with pytest.raises(ValueError, match=r"packed.*fit before pack_model"):

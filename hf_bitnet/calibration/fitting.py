@@ -131,6 +131,8 @@ class _Fit:
 
 def _layers(model: nn.Module) -> dict[str, TrainedLayer]:
     """Every layer in train form, checked."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fit_weights takes an nn.Module, got {type(model).__name__}; pass the quantized model itself")
     layers = dict(trained_layers(model))
     if not layers:
         packed = next(quantized_layers(model), None) is not None

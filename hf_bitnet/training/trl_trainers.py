@@ -20,7 +20,13 @@ from .distillation.teacher import CACHED, Teacher
 from .trainer import QATMixin
 
 try:
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
+    # trl fills its module lazily, so a type checker sees neither the names nor that they are public
+    from trl import (  # pyright: ignore[reportMissingImports]
+        DPOConfig,  # pyright: ignore[reportPrivateImportUsage]
+        DPOTrainer,  # pyright: ignore[reportPrivateImportUsage]
+        SFTConfig,  # pyright: ignore[reportPrivateImportUsage]
+        SFTTrainer,  # pyright: ignore[reportPrivateImportUsage]
+    )
 except ModuleNotFoundError as error:
     if error.name != "trl":
         raise
