@@ -183,6 +183,11 @@ MODELS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ValueError,
         ["itself a Linear", "quantize_model(nn.Sequential(layer), config)"],
     ),
+    "a bare layer, back": (
+        lambda: dequantize_model(_quantized().get_submodule("0")),
+        ValueError,
+        ["itself a BitLinear", "wrap it"],
+    ),
     "quantized twice": (
         lambda: quantize_model(_quantized(), _config()),
         ValueError,

@@ -12,6 +12,7 @@ class Places:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._of: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
         for parent in model.modules():
             for name, child in parent._modules.items():
@@ -19,6 +20,19 @@ class Places:
                     self._of.setdefault(child, []).append((parent, name))
 
     def put(self, old: nn.Module, new: nn.Module) -> None:
-        """Puts `new` wherever `old` hangs, which may be in several places, or in none: the model itself hangs nowhere."""
+        """Puts `new` wherever `old` hangs, which may be in several places.
+
+        Raises ValueError for the model itself, which hangs nowhere.
+        """
+        check_inside(old, self._model)
         for parent, name in self._of.pop(old, ()):
             parent._modules[name] = new
+
+
+def check_inside(module: nn.Module, model: nn.Module) -> None:
+    """Raises ValueError when the module to be replaced is the whole model."""
+    if module is model:
+        raise ValueError(
+            f"the model is itself a {type(model).__name__}, which cannot be replaced in place; wrap it: "
+            "quantize_model(nn.Sequential(layer), config)"
+        )

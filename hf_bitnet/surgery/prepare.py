@@ -26,6 +26,7 @@ from ..modules import (
 from ..quantizers import ACTIVATION_SCHEMES
 from .attached import attach, attach_native, is_listed
 from .coverage import check_finite
+from .places import Places
 from .select import Choice, choose, choose_tables
 from .swap import check_coverage, check_layer, chosen_layers, make_spec, swap_layers
 from .walk import quantized_layers, quantized_tables
@@ -64,6 +65,7 @@ def prepare_native(model: nn.Module, config: NativeBitNetConfig, skip: list[str]
     spec = replace(spec, sub_norm=False)  # these layers bring their own
     rms_norm_eps = config.sub_norm_eps if config.sub_norm else None
     kind = NativeBitLinear if config.divides else NativeOfflineLinear
+    places = Places(model)
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear) or not should_convert_module(name, skip):
             continue
@@ -78,7 +80,7 @@ def prepare_native(model: nn.Module, config: NativeBitNetConfig, skip: list[str]
                 device=module.weight.device,
                 dtype=module.weight.dtype,
             )
-        model.set_submodule(name, layer)
+        places.put(module, layer)
     attach_native(model, config)
 
 

@@ -33,7 +33,7 @@ from ..relaxations import RELAXATIONS
 from ..ste import ESTIMATORS
 from .attached import attach, config_of, copied, detach
 from .coverage import check_finite, coverage, float_dtype
-from .places import Places
+from .places import Places, check_inside
 from .select import Choice, check_tables, choose, choose_tables, is_linear
 from .vocabulary import head_layers, table_spec, ties_kept
 from .walk import layers_of, quantized_tables
@@ -121,11 +121,7 @@ def chosen_layers(model: nn.Module, config: BitNetQuantizationConfig) -> list[Ch
 
 def check_layer(choice: Choice, model: nn.Module, config: BitNetQuantizationConfig) -> None:
     """Raises ValueError when a chosen layer cannot be quantized as the config says."""
-    if choice.module is model:
-        raise ValueError(
-            f"the model is itself a {type(model).__name__}, which cannot be replaced in place; wrap it: "
-            "quantize_model(nn.Sequential(layer), config)"
-        )
+    check_inside(choice.module, model)
     weight = choice.module._parameters["weight"]
     assert weight is not None
     check_finite(choice.name, weight)
@@ -268,6 +264,8 @@ def dequantize_model(model: Model, *, dtype: torch.dtype | None = None) -> Model
 
     Args:
         dtype: of the new weights; None takes the model's own.
+
+    Raises ValueError when the model has no quantized layer, or is itself one.
     """
     layers = layers_of(model, QuantizedLayer, "dequantize_model", "quantize_model(model, config)")
     dtype = dtype or float_dtype(model)
