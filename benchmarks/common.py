@@ -18,10 +18,32 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import hf_bitnet as hb
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+def model_and_windows(
+    name: str, dtype: torch.dtype = torch.float32, **splits: int | None
+) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """A model of ../shared/models, and windows of the novels for it, int64 (count, 256).
+
+    Args:
+        splits: of the novels, "train" or "valid": how many windows from the start of the text; None takes all.
+
+    Raises SystemExit where ../shared is missing.
+    """
+    if not SHARED.is_dir():
+        raise SystemExit("the models and texts beside the checkout (../shared) are missing: nothing to measure")
+    path, novels = SHARED / "models" / name, SHARED / "data" / "novels"
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    windows = {split: hb.text_windows(tokenizer, novels / f"{split}.txt", max_windows=most) for split, most in splits.items()}
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), windows
 
 
 def interleave(arms: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:

@@ -10,11 +10,8 @@ import argparse
 import copy
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 import hf_bitnet as hb
-from benchmarks.common import SHARED, table, write_results
+from benchmarks.common import model_and_windows, table, write_results
 from hf_bitnet.quantizers import SCALE_RULES, WEIGHT_SCHEMES, make_weight_quantizer
 
 
@@ -40,14 +37,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=256)
     parser.add_argument("--smoke", action="store_true", help="a few windows of the small model, nothing written")
     args = parser.parse_args(argv)
-    if not SHARED.is_dir():
-        raise SystemExit("the models and texts beside the checkout (../shared) are missing: nothing to measure")
     rows: list[dict[str, Any]] = []
     for name in ["novels-llama-small"] if args.smoke else args.models:
-        path = SHARED / "models" / name
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        tokens = hb.text_windows(tokenizer, SHARED / "data" / "novels" / "valid.txt")[: 4 if args.smoke else args.windows]
+        model, windows = model_and_windows(name, valid=4 if args.smoke else args.windows)
+        tokens = windows["valid"]
         full = hb.perplexity(model, tokens, progress=False)
         print(f"{name}: full precision {full:.2f}", flush=True)
         for fields in configurations():

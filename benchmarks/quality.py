@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import hf_bitnet as hb
-from benchmarks.common import RESULTS, SHARED, machine, table, write_results
+from benchmarks.common import RESULTS, machine, model_and_windows, table, write_results
 
 PRESETS = {
     "bitnet_b158": hb.BitNetQuantizationConfig.bitnet_b158,
@@ -40,11 +40,8 @@ def collate(rows: list[tuple[torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def run(args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    path = SHARED / "models" / args.model
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    valid = hb.text_windows(tokenizer, SHARED / "data" / "novels" / "valid.txt")[: args.valid_windows or None]
-    train = hb.text_windows(tokenizer, SHARED / "data" / "novels" / "train.txt")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model, windows = model_and_windows(args.model, valid=args.valid_windows or None, train=None)
+    valid = windows["valid"]
     full = hb.perplexity(model, valid)
     config = PRESETS[args.preset]()
     for field in args.set:
@@ -74,7 +71,7 @@ def run(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     )
     teacher = "self" if args.alpha > 0 else None
     trainer = hb.QATTrainer(
-        model=model, args=arguments, train_dataset=TensorDataset(train), data_collator=collate, teacher=teacher
+        model=model, args=arguments, train_dataset=TensorDataset(windows["train"]), data_collator=collate, teacher=teacher
     )
     start = time.perf_counter()
     trainer.train()
@@ -131,8 +128,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--try", dest="trial", action="store_true", help="print the row, do not write it")
     args = parser.parse_args(argv)
-    if not SHARED.is_dir():
-        raise SystemExit("the models and texts beside the checkout (../shared) are missing: nothing to measure")
     with tempfile.TemporaryDirectory() as folder:
         row = run(args, folder)
     print(table([row]))

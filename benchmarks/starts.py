@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_bitnet as hb
-from benchmarks.common import RESULTS, SHARED, table, write_results
+from benchmarks.common import RESULTS, model_and_windows, table, write_results
 
 WEIGHTS = ("binary", "ternary", "int2_seq", "int4")
 GROUP = 64
@@ -53,24 +52,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--calibration-windows", type=int, default=64)
     parser.add_argument("--smoke", action="store_true", help="a few windows of the small model, nothing written")
     args = parser.parse_args(argv)
-    if not SHARED.is_dir():
-        raise SystemExit("the models and texts beside the checkout (../shared) are missing: nothing to measure")
     if args.smoke:
         args.models, args.weights, args.granularities = ["novels-llama-small"], ["ternary"], ["channel"]
         args.windows = args.calibration_windows = 2
     rows: list[dict[str, Any]] = []
     for name in args.models:
-        path = SHARED / "models" / name
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        tokens, text = (
-            hb.text_windows(tokenizer, SHARED / "data" / "novels" / f"{split}.txt", max_windows=count)
-            for split, count in (("valid", args.windows), ("train", args.calibration_windows))
-        )
+        model, windows = model_and_windows(name, valid=args.windows, train=args.calibration_windows)
         for weight in args.weights:
             for granularity in args.granularities:
                 fields = {"weight": weight, "granularity": granularity, "group_size": GROUP if granularity == "group" else None}
-                rows += [{"model": name, **row} for row in fitted_rows(model, tokens, text, fields)]
+                rows += [{"model": name, **row} for row in fitted_rows(model, windows["valid"], windows["train"], fields)]
                 if not args.smoke:
                     _write(rows, args)
     print(table(rows))

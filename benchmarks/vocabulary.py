@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import hf_bitnet as hb
-from benchmarks.common import SHARED, table, write_results
+from benchmarks.common import model_and_windows, table, write_results
 
 LINEARS: dict[str, dict[str, Any]] = {
     "full precision": {"keep": [r"\.layers\."]},
@@ -58,14 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--smoke", action="store_true", help="a few windows of the small model, nothing written")
     args = parser.parse_args(argv)
-    if not SHARED.is_dir():
-        raise SystemExit("the models and texts beside the checkout (../shared) are missing: nothing to measure")
     rows: list[dict[str, Any]] = []
     for name in ["novels-llama-small"] if args.smoke else args.models:
-        path = SHARED / "models" / name
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-        tokens = hb.text_windows(AutoTokenizer.from_pretrained(path), SHARED / "data" / "novels" / "valid.txt")
-        tokens = tokens[: 2 if args.smoke else args.windows]
+        model, windows = model_and_windows(name, torch.bfloat16, valid=2 if args.smoke else args.windows)
+        tokens = windows["valid"]
         for linears, fields in LINEARS.items():
             base = None
             for embeddings, value in EMBEDDINGS.items():

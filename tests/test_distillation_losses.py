@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_bitnet import DistillationConfig
 from hf_bitnet.training import distill_from_logits, hidden_loss, relation_loss
 from hf_bitnet.training.distillation.divergences import DIVERGENCES
 from hf_bitnet.training.distillation.hidden import HIDDEN_LOSSES
 from hf_bitnet.training.distillation.logits import TopRows
+from tests.largest import Largest
 
 TOKENS, CLASSES = 11, 9
 
@@ -215,23 +215,10 @@ def test_relations_under_autocast_stay_float32() -> None:
         assert torch.equal(relation_loss(student, teacher, 2, torch.ones(2, 6)), exact)
 
 
-class _Largest(TorchDispatchMode):
-    """The most elements of any tensor made inside."""
-
-    most = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                self.most = max(self.most, tensor.numel())
-        return out
-
-
 def test_relations_never_hold_a_whole_matrix() -> None:
     batch, length, heads, width, chunk = 2, 128, 4, 16, 32
     student, teacher = torch.randn(batch, length, width, requires_grad=True), torch.randn(batch, length, width)
-    with _Largest() as largest:
+    with Largest() as largest:
         relation_loss(student, teacher, heads, torch.ones(batch, length), chunk_rows=chunk).backward()
     assert largest.most <= max(chunk * length, batch * length * width)
     assert largest.most < length * length  # not even of one head

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_bitnet import DistillationConfig
 from hf_bitnet.training import distill_from_hidden, distill_from_logits
+from tests.largest import Largest
 
 TOKENS, HIDDEN, CLASSES = 13, 6, 9
 
@@ -94,24 +94,11 @@ def test_bfloat16_autocast_keeps_the_softmax_in_float32() -> None:
     torch.testing.assert_close(sums[0], exact, rtol=2e-2, atol=0)
 
 
-class _Largest(TorchDispatchMode):
-    """The most elements of any tensor made inside."""
-
-    most = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                self.most = max(self.most, tensor.numel())
-        return out
-
-
 def test_memory_holds_one_chunk_of_logits() -> None:
     tokens, hidden, classes, chunk = 64, 4, 50, 8
     x, w = torch.randn(tokens, hidden, requires_grad=True), torch.randn(classes, hidden, requires_grad=True)
     teacher_x, labels = torch.randn(tokens, hidden), torch.randint(classes, (tokens,))
-    with _Largest() as largest:
+    with Largest() as largest:
         teacher = lambda rows: F.linear(teacher_x[rows], w.detach())  # noqa: E731
         distill_from_hidden(x, w, None, teacher, labels, _config(0.5, 1.0, chunk))[0].backward()
     # the teacher's rows count too; the hidden states were there before

@@ -27,10 +27,9 @@ def set_strength(model: nn.Module, strength: float, *, hard: bool = True) -> Non
     """
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0.0 <= strength <= 1.0:
         raise ValueError(f"strength must be a number from 0 (full precision) to 1 (quantized), got {strength!r}")
-    layers = [layer for _, layer in layers_of(model, TrainedLayer, "set_strength", "quantize_model(model, config)")]
-    for layer in [*layers, *trained_tables(model)]:
-        layer.strength.fill_(strength)
-        layer.relaxed = strength < 1.0 or (layer.relaxed and not hard)
+    found = layers_of(model, TrainedLayer, "set_strength", "quantize_model(model, config)")
+    layers = [*(layer for _, layer in found), *trained_tables(model)]
+    _mix(layers, [strength] * len(layers), [strength < 1.0 or (layer.relaxed and not hard) for layer in layers])
 
 
 def set_strengths(
@@ -41,12 +40,16 @@ def set_strengths(
     Args:
         relaxed: whether a layer stays on the float path; it has to where its strength is below 1.
     """
-    for layer, soft in zip(layers, relaxed, strict=True):
-        layer.relaxed = soft
+    _mix(layers, strengths, relaxed)
     norms = [layer._modules.get("sub_norm") for layer in layers]
     blends = [(norm.blend, to) for norm, to in zip(norms, strengths, strict=True) if isinstance(norm, SubNorm)]
-    _fill([layer.strength for layer in layers], strengths)
     _fill([blend for blend, _ in blends], [to for _, to in blends])
+
+
+def _mix(layers: Sequence[TrainedLayer | BitEmbedding], strengths: Sequence[float], relaxed: Sequence[bool]) -> None:
+    for layer, soft in zip(layers, relaxed, strict=True):
+        layer.relaxed = soft
+    _fill([layer.strength for layer in layers], strengths)
 
 
 def _fill(tensors: list[Tensor], values: Sequence[float]) -> None:
@@ -99,11 +102,9 @@ def kept_codes(model: nn.Module) -> Iterator[None]:
 
 def reset_state(model: nn.Module) -> None:
     """Puts the unsaved buffers (strength, fixed temperatures) of all layers to their starting values."""
-    for _, layer in trained_layers(model):
-        layer.strength.fill_(1.0)
+    layers = [layer for _, layer in trained_layers(model)]
+    for layer in layers:
         if not isinstance(layer.ste_temperature, nn.Parameter):
             layer.ste_temperature.fill_(layer.spec.temperature)
-        layer.relaxed = False
-    for table in trained_tables(model):
-        table.strength.fill_(1.0)
-        table.relaxed = False
+    both = [*layers, *trained_tables(model)]
+    _mix(both, [1.0] * len(both), [False] * len(both))

@@ -20,13 +20,12 @@ from transformers import (
 
 from ..modules import TrainedLayer
 from ..surgery import kept_codes, trained_layers
+from .sharding import is_sharded
 
 
 def kept_where_whole(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """`kept_codes`, except where weights are sharded (FSDP, ZeRO-3): codes of the whole model would undo the sharding."""
-    weight = trained_layers(model)[0][1].weight
-    sharded = hasattr(weight, "full_tensor") or weight.numel() == 0
-    return contextlib.nullcontext() if sharded else kept_codes(model)
+    return contextlib.nullcontext() if is_sharded(trained_layers(model)[0][1].weight) else kept_codes(model)
 
 
 class KeptCodesCallback(TrainerCallback):

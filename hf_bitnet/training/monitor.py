@@ -15,6 +15,7 @@ from .. import kernels
 from ..modules import TrainedLayer
 from ..quantizers import Quantized
 from ..surgery import trained_layers
+from .sharding import whole_weight
 
 logger = logging.getLogger(__name__)
 # latents watched in a layer, evenly spread: all of them would need a second copy of the weights
@@ -104,13 +105,8 @@ class QuantMonitor:
 
 def _present(layer: TrainedLayer) -> tuple[Tensor, Quantized]:
     """The float weight (N, K) and its codes, whole also where FSDP shards them (every rank has to call this)."""
-    weight, scale = (_whole(tensor) for tensor in (layer.matrix, layer.weight_scale))
-    assert weight is not None
+    weight, scale = whole_weight(layer)
     return weight.detach(), layer.source.codes(weight, scale)
-
-
-def _whole(tensor: Tensor | None) -> Tensor | None:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[union-attr]
 
 
 def _packed(layer: TrainedLayer, quantized: Quantized) -> Tensor:

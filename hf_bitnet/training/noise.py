@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..modules import NativeLayer, TrainedLayer
+from ..modules import NativeLayer
 from ..noise import NOISES, make_key
 from ..surgery import trained_layers
 from .options import number, whole
+from .sharding import spread_like, whole_codes
 
 
 @dataclass(frozen=True)
@@ -98,21 +99,8 @@ class GridPullCallback(TrainerCallback):
         if (state.global_step + 1) % self._options.every == 0:  # the step is counted after this event
             for _, layer in trained_layers(kwargs["model"]):
                 if layer.weight.requires_grad:
-                    layer.matrix.lerp_(_value_like(layer), self._options.factor)
+                    value = whole_codes(layer).dequantize(layer.matrix.dtype)
+                    layer.matrix.lerp_(spread_like(value, layer.matrix), self._options.factor)
 
     def finish(self, model: nn.Module) -> None:
         pass
-
-
-def _value_like(layer: TrainedLayer) -> Tensor:
-    """The quantized value of a layer's matrix, in its dtype, sharded as it is."""
-    matrix: Any = layer.matrix
-    if not hasattr(matrix, "full_tensor"):
-        return layer.quantized_weight().dequantize(matrix.dtype)
-    from torch.distributed.tensor import DTensor, Replicate
-
-    scale: Any = layer.weight_scale
-    whole_scale = scale.full_tensor() if scale is not None else None
-    value = layer.source.codes(matrix.full_tensor(), whole_scale).dequantize(matrix.dtype)
-    mesh = matrix.device_mesh
-    return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim).redistribute(placements=matrix.placements)

@@ -22,6 +22,7 @@ from ..quantizers import Grid, Quantized
 from ..registry import Registry
 from ..surgery import trained_layers
 from .options import number, read_mapping
+from .sharding import whole_codes, whole_weight
 
 Regularizer = Callable[[Tensor, Quantized, Grid], Tensor]
 REGULARIZERS: Registry[Regularizer] = Registry("regularizer")
@@ -93,9 +94,9 @@ class Regularization:
 
     def _of_layer(self, layer: TrainedLayer, scaler: Any) -> Tensor:
         with torch.no_grad():
-            quantized = layer.quantized_weight() if not _sharded(layer) else layer.source.codes(*_whole_weight(layer))
+            quantized = whole_codes(layer)
         with torch.enable_grad():
-            weight = _whole_weight(layer)[0].float()
+            weight = whole_weight(layer)[0].float()
             terms = [coefficient * term(weight, quantized, layer.quantizer.grid) for term, coefficient in self._terms]
             total = torch.stack(terms).sum()
         (gradient,) = torch.autograd.grad(total if scaler is None else scaler.scale(total), layer.weight)
@@ -111,15 +112,3 @@ class Regularization:
         means = self._sums / max(steps, 1)
         self._sums = torch.zeros_like(self._sums)
         return means
-
-
-def _sharded(layer: TrainedLayer) -> bool:
-    return hasattr(layer.weight, "full_tensor")
-
-
-def _whole_weight(layer: TrainedLayer) -> tuple[Tensor, Tensor | None]:
-    """Weight (N, K) and learned scale, gathered where FSDP shards them; the gradient finds its way back."""
-    matrix, scale = layer.matrix, layer.weight_scale
-    if not _sharded(layer):
-        return matrix, scale
-    return matrix.full_tensor(), None if scale is None else scale.full_tensor()  # type: ignore[operator]

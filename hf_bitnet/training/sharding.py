@@ -1,9 +1,12 @@
-"""Mixed precision under FSDP 2 without rounding the float weights that codes are made of. Own.
+"""Weights that are spread over processes: which are, how they come back whole, and in which precision. Own.
 
-FSDP's own mixed precision casts the weights before the layers see them, so that codes and scales come from bfloat16 weights,
-and differ from those of the saved float32 ones: the model that is deployed is then not the one that was trained. Here the
-weights stay float32, as in one process, and autocast chooses the dtype of the products. Costs twice the bytes when weights
-are gathered.
+Under FSDP 2 a weight is a DTensor, which `full_tensor` gathers: every rank has to call it. DeepSpeed ZeRO-3 leaves a weight
+without elements outside of forward, and there is nothing to gather then.
+
+Mixed precision: FSDP's own casts the weights before the layers see them, so that codes and scales come from bfloat16
+weights, and differ from those of the saved float32 ones: the model that is deployed is then not the one that was trained.
+Here the weights stay float32, as in one process, and autocast chooses the dtype of the products. Costs twice the bytes when
+weights are gathered.
 """
 
 from __future__ import annotations
@@ -12,6 +15,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
+
+from ..modules import TrainedLayer
+from ..quantizers import Quantized
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,3 +36,38 @@ def keep_weights_float32(accelerator: Accelerator) -> torch.dtype | None:
 
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
     return dtype
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether this process holds only a part of `weight` (FSDP), or none of it (ZeRO-3)."""
+    return _is_spread(weight) or weight.numel() == 0
+
+
+def whole_weight(layer: TrainedLayer) -> tuple[Tensor, Tensor | None]:
+    """Weight (N, K) and learned scale, gathered where FSDP spreads them; the gradient finds its way back."""
+    scale = layer.weight_scale
+    return _gathered(layer.matrix), None if scale is None else _gathered(scale)
+
+
+def whole_codes(layer: TrainedLayer) -> Quantized:
+    """`layer.quantized_weight()`, of the gathered weight where FSDP spreads it."""
+    return layer.source.codes(*whole_weight(layer)) if _is_spread(layer.weight) else layer.quantized_weight()
+
+
+def spread_like(whole: Tensor, weight: Tensor) -> Tensor:
+    """`whole`, which is the same in every process, placed as `weight` is; no process sends anything."""
+    if not _is_spread(weight):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(weight, DTensor)
+    mesh = weight.device_mesh
+    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim).redistribute(placements=weight.placements)
+
+
+def _is_spread(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if _is_spread(tensor) else tensor  # type: ignore[operator]

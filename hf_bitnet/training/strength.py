@@ -19,6 +19,7 @@ from ..quantizers import WeightQuantizer, make_weight_quantizer
 from ..surgery import set_strengths, trained_layers, trained_tables
 from .arguments import QATArguments
 from .quantization_schedule import Plan, QuantizationSchedule
+from .sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 _FILE = "qat_schedule.json"
@@ -189,7 +190,7 @@ def _stages(schedule: QuantizationSchedule, named: list[tuple[str, TrainedLayer]
                 f"{most:g}); leave that stage out"
             )
         made.append(finer)
-    sharded = next((name for name, layer in named if layer.weight_scale is not None and _is_sharded(layer)), None)
+    sharded = next((name for name, layer in named if layer.weight_scale is not None and is_sharded(layer.weight)), None)
     if made and sharded is not None:
         raise ValueError(
             f"stages: the learned scale of {sharded} has to start anew from the whole weight, which is spread over processes; "
@@ -202,10 +203,6 @@ def _stages(schedule: QuantizationSchedule, named: list[tuple[str, TrainedLayer]
             "hf_bitnet.convert_native(model) before training in stages"
         )
     return made
-
-
-def _is_sharded(layer: TrainedLayer) -> bool:
-    return hasattr(layer.weight, "full_tensor") or layer.weight.numel() == 0
 
 
 def _steps_per_epoch(loader: Any, accumulate: int) -> int | None:

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from ...surgery import full_precision_copy, output_head
+from ..sharding import is_sharded
 from .config import DistillationConfig
 
 Teacher = nn.Module | str | os.PathLike[str]
@@ -168,9 +169,7 @@ def _prepare_deepspeed(teacher: nn.Module, accelerator: Accelerator) -> nn.Modul
 def whole_head(teacher: nn.Module) -> nn.Linear | None:
     """The teacher's output head where its weight lies whole on this device, else None."""
     head = output_head(teacher)
-    if head is None or hasattr(head.weight, "full_tensor") or head.weight.numel() == 0:
-        return None
-    return head
+    return None if head is None or is_sharded(head.weight) else head
 
 
 @torch.no_grad()
