@@ -47,6 +47,7 @@ class Measurement:
         metric: name of the figure.
         kind: "result" is of the model that the card is for; "step" of what it was on the way; "reference" of the
             full-precision model, by which the others are divided.
+        task: in the Hub's words.
     """
 
     what: str
@@ -54,6 +55,7 @@ class Measurement:
     dataset: str
     metric: str = "perplexity"
     kind: str = "result"
+    task: str = "text-generation"
 
 
 def model_card(
@@ -61,6 +63,7 @@ def model_card(
     *,
     name: str,
     base_model: str | None = None,
+    from_scratch: bool = False,
     license: str | None = None,
     measurements: Sequence[Measurement] = (),
     training: Mapping[str, Any] | None = None,
@@ -72,6 +75,7 @@ def model_card(
         model: carries its BitNetQuantizationConfig, from which the card is written.
         name: of the model.
         base_model: Hub id or path of the model that was quantized. A path of this machine does not get into the card.
+        from_scratch: it was trained from random weights; there is no base model.
         license: of the model; None takes the base model's, where it has a card that says so (`license_of`).
         measurements: figures; the results among them also go into the metadata.
         training: settings and sizes of the training run; None for a model that was not trained.
@@ -90,7 +94,11 @@ def model_card(
         tags=["hf_bitnet", "bitnet", "quantized", config.weight, f"{config.bits:g}-bit"],
         eval_results=[_eval_result(each) for each in measurements if each.kind == "result"] or None,
     )
-    sections = [_summary(model, config, name, base_model, training), _use(model, config), _quantization(model, config)]
+    sections = [
+        _summary(model, config, name, _origin(base_model, from_scratch, training)),
+        _use(model, config),
+        _quantization(model, config),
+    ]
     sections += [_results(measurements)] if measurements else []
     sections += ["## Training\n\n" + _table("setting", "value", training)] if training else []
     sections += ["## Versions\n\n" + _table("package", "version", versions)] if versions else []
@@ -99,7 +107,7 @@ def model_card(
 
 def _eval_result(each: Measurement) -> EvalResult:
     return EvalResult(
-        task_type="text-generation",
+        task_type=each.task,
         # a Hub id where it is one; the format asks for some identifier
         dataset_type=each.dataset if "/" in each.dataset else "text",
         dataset_name=each.dataset,
@@ -109,17 +117,21 @@ def _eval_result(each: Measurement) -> EvalResult:
     )
 
 
-def _summary(
-    model: nn.Module, config: BitNetQuantizationConfig, name: str, base_model: str | None, training: Mapping[str, Any] | None
-) -> str:
-    base = "a full-precision model" if base_model is None else f"`{hub_id(base_model) or Path(base_model).name}`"
-    how = "with quantization-aware training" if training else "without any training"
-    covered = coverage(model)
+def _summary(model: nn.Module, config: BitNetQuantizationConfig, name: str, origin: tuple[str, str]) -> str:
+    covered, (what, how) = coverage(model), origin
     return (
-        f"# {name}\n\n{base} with {config.weight} weights ({config.bits:g} bits) and activations {config.activation!r}, made "
+        f"# {name}\n\n{what} with {config.weight} weights ({config.bits:g} bits) and activations {config.activation!r}, made "
         f"{how} by hf_bitnet. {covered.fraction:.1%} of the weights of its linear maps "
         f"are quantized. {covered.bytes_float / 1e6:.1f} MB in full precision are {covered.bytes_packed / 1e6:.1f} MB packed."
     )
+
+
+def _origin(base_model: str | None, from_scratch: bool, training: Mapping[str, Any] | None) -> tuple[str, str]:
+    """What was quantized, and how."""
+    if from_scratch:
+        return "a model", "with quantization-aware training from random weights"
+    base = "a full-precision model" if base_model is None else f"`{hub_id(base_model) or Path(base_model).name}`"
+    return base, "with quantization-aware training" if training else "without any training"
 
 
 def _use(model: nn.Module, config: BitNetQuantizationConfig) -> str:

@@ -20,12 +20,8 @@ out/teacher is the cache, out/packed the model to deploy, out/results.json has e
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shutil
 import time
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,21 +33,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 from hf_bitnet import (
     BitNetQuantizationConfig,
     DistillationConfig,
+    MeasuredRun,
     QATArguments,
     QATTrainer,
     cache_teacher_logits,
     command_line_defaults,
     coverage,
-    pack_model,
-    perplexity,
     quantize_model,
-    text_windows,
+    read_windows,
 )
 
 STEPS = ("all", "cache", "train")
-_LEFT = ("results.json", "train", "packed")
-# of the reloaded packed model to the trained one: the same codes, summed in another order
-_AGREEMENT = 1e-3
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -89,10 +81,6 @@ class DataArguments:
     max_validation_windows: int | None = field(default=None, metadata={"help": "Measure on so many windows; default all."})
 
 
-def windows_of(tokenizer: Any, files: list[str], length: int, most: int | None) -> Tensor:
-    return text_windows(tokenizer, [Path(file) for file in files], length, max_windows=most)
-
-
 def make_cache(models: ModelArguments, training: QATArguments, windows: Tensor, folder: Path) -> None:
     """Writes the teacher's outputs. Raises ValueError in a run of several processes, which would all write."""
     if training.world_size > 1:
@@ -112,96 +100,39 @@ def distillation(training: QATArguments) -> DistillationConfig:
     return training.distillation if isinstance(training.distillation, DistillationConfig) else DistillationConfig()
 
 
-def check(models: ModelArguments, training: QATArguments, cache: Path) -> Path:
-    """The folder of the run. Raises ValueError on what an earlier run left, and on a cache that is not there."""
-    folder = Path(str(training.output_dir))
-    if models.step == "train" and not cache.exists():
-        raise ValueError(f"there is no cache {str(cache)!r}; make it first: --step cache, or name another one: --cache FOLDER")
-    left = [name for name in _LEFT if (folder / name).exists()] if models.step != "cache" else []
-    if left and not models.overwrite:
-        raise ValueError(
-            f"{str(folder)!r} holds {', '.join(left)} of an earlier run; choose another --output_dir, or replace it "
-            "(--overwrite)"
-        )
-    if training.process_index == 0:
-        for name in left:
-            shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
-    return folder
-
-
-class Measured:
-    """Perplexities of the run, told as they are found."""
-
-    def __init__(self, training: QATArguments, windows: Tensor) -> None:
-        self.training, self.windows = training, windows
-        self.perplexity: dict[str, float] = {}
-
-    def add(self, step: str, model: Any) -> None:
-        model.to(self.training.device)
-        value = perplexity(model, self.windows, self.training.per_device_eval_batch_size, progress=False)
-        self.perplexity[step] = value
-        if self.training.process_index == 0:
-            print(f"{step + ':':<16} perplexity {value:.2f}", flush=True)
-
-    def check_packed(self) -> None:
-        packed, trained = self.perplexity["packed"], self.perplexity["trained"]
-        if not abs(packed - trained) <= _AGREEMENT * trained:
-            raise RuntimeError(
-                f"the packed model, reloaded, differs from the trained one: {self.perplexity}; please report this"
-            )
-
-
-def train(model: Any, tokenizer: Any, training: QATArguments, cached: Any, folder: Path) -> Any:
-    trainer = QATTrainer(model=model, args=training, train_dataset=cached, processing_class=tokenizer, teacher="cached")
-    resume = str(training.resume_from_checkpoint or "false")
-    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(resume.lower(), resume))
-    trainer.save_model(str(folder / "train"))
-    trainer.accelerator.wait_for_everyone()
-    return trainer
-
-
-def pack(folder: Path, tokenizer: Any, training: QATArguments) -> Any:
-    if training.process_index == 0:
-        pack_model(AutoModelForCausalLM.from_pretrained(folder / "train")).save_pretrained(folder / "packed")
-        tokenizer.save_pretrained(folder / "packed")
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    return AutoModelForCausalLM.from_pretrained(folder / "packed")
-
-
-def results_of(models: ModelArguments, data: DataArguments, trainer: Any, cached: Any, measured: Measured) -> dict[str, Any]:
-    saved = trainer.args.to_dict()
-    names = (
-        "training_preset",
-        "learning_rate",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "weight_decay",
-        "num_train_epochs",
-        "seed",
-    )
-    base, teacher = (Path(str(name)).name for name in (models.model_name_or_path, models.teacher or models.model_name_or_path))
-    return {
-        "recipe": "distill_offline",
-        "base_model": base,
-        "data": {
-            "train": ", ".join(Path(file).name for file in data.train_file),
-            "train_windows": len(cached),
-            "validation": ", ".join(Path(file).name for file in data.validation_file),
-            "window_tokens": data.block_size,
-        },
-        "quantization": {key: value for key, value in trainer.model.config.quantization_config.fields().items() if value},
-        "training": {
-            "steps": trainer.state.global_step,
-            "teacher": f"cached: {teacher}",
-            "k": models.k,
-            **{name: saved[name] for name in names},
-            "distillation": asdict(trainer.distillation),
-        },
-        "perplexity": measured.perplexity,
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
-        "history": trainer.state.log_history,
+def train(models: ModelArguments, data: DataArguments, run: MeasuredRun, tokenizer: Any, cached: Any) -> dict[str, Any]:
+    """Trains on the cache, packs, measures; what results.json holds."""
+    valid, valid_text = read_windows(tokenizer, data.validation_file, length=data.block_size)
+    valid = valid[: data.max_validation_windows]
+    # float32 weights: in 16 bits most small steps of training would be lost in rounding
+    model: Any = AutoModelForCausalLM.from_pretrained(models.model_name_or_path, dtype=torch.float32)
+    model.to(run.args.device)
+    run.measure("full_precision", model, valid)
+    run.clear()
+    config = getattr(BitNetQuantizationConfig, models.preset)()
+    quantize_model(model, config)
+    run.say(str(coverage(model)))
+    run.measure("before_training", model, valid)
+    trainer = QATTrainer(model=model, args=run.args, train_dataset=cached, processing_class=tokenizer, teacher="cached")
+    run.train(trainer)
+    packed = run.pack_measured(AutoModelForCausalLM, trainer, valid)
+    texts = {
+        "train": ", ".join(Path(file).name for file in data.train_file),
+        "train_windows": len(cached),
+        "validation": valid_text,
+        "validation_windows": len(valid),
+        "window_tokens": data.block_size,
     }
+    teacher = Path(models.teacher or models.model_name_or_path).name
+    return run.finish(
+        trainer,
+        packed,
+        config,
+        base_model=models.model_name_or_path,
+        data=texts,
+        training={"teacher": f"cached: {teacher}", "k": models.k},
+        recipe="distill_offline",
+    )
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -210,33 +141,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = HfArgumentParser(groups, usage=usage, description=__doc__, formatter_class=HelpFormatter)  # type: ignore[arg-type]
     parser.set_defaults(**command_line_defaults(argv))
     models, data, training = parser.parse_args_into_dataclasses(args=argv)
-    cache = Path(models.cache or Path(str(training.output_dir)) / "teacher")
-    folder = check(models, training, cache)
+    cache = Path(models.cache or Path(training.output_dir) / "teacher")
+    if models.step == "train" and not cache.exists():
+        raise ValueError(f"there is no cache {str(cache)!r}; make it first: --step cache, or name another one: --cache FOLDER")
+    run = None if models.step == "cache" else MeasuredRun(training, overwrite=models.overwrite)
     set_seed(training.seed)
     tokenizer = AutoTokenizer.from_pretrained(models.model_name_or_path)
+    start = time.perf_counter()
     if models.step != "train":
-        start = time.perf_counter()
-        make_cache(models, training, windows_of(tokenizer, data.train_file, data.block_size, data.max_train_windows), cache)
-        if models.step == "cache":
-            return {"recipe": "distill_offline", "cache": str(cache), "seconds": round(time.perf_counter() - start, 1)}
-    cached = datasets.load_from_disk(str(cache))
-
-    measured = Measured(training, windows_of(tokenizer, data.validation_file, data.block_size, data.max_validation_windows))
-    model: Any = AutoModelForCausalLM.from_pretrained(models.model_name_or_path, dtype=torch.float32)
-    measured.add("full_precision", model)
-    quantize_model(model, getattr(BitNetQuantizationConfig, models.preset)())
-    if training.process_index == 0:
-        print(coverage(model), flush=True)
-    measured.add("before_training", model)
-    trainer = train(model, tokenizer, training, cached, folder)
-    measured.add("trained", trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
-    measured.add("packed", pack(folder, tokenizer, training))
-    measured.check_packed()
-    results = results_of(models, data, trainer, cached, measured)
-    if training.process_index == 0:
-        (folder / ".results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        os.replace(folder / ".results.json", folder / "results.json")
-    return results
+        windows, _ = read_windows(tokenizer, data.train_file, length=data.block_size)
+        make_cache(models, training, windows[: data.max_train_windows], cache)
+    if run is None:
+        return {"recipe": "distill_offline", "cache": str(cache), "seconds": round(time.perf_counter() - start, 1)}
+    return train(models, data, run, tokenizer, datasets.load_from_disk(str(cache)))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -39,8 +38,7 @@ from hf_bitnet import (
     QATArguments,
     command_line_defaults,
     convert,
-    dataset_texts,
-    text_windows,
+    read_windows,
 )
 
 
@@ -114,21 +112,6 @@ class QuantizationArguments:
         return start(**changed)
 
 
-def read(
-    tokenizer: Any, data: DataArguments, files: list[str] | None, split: str, max_windows: int | None
-) -> tuple[torch.Tensor, str]:
-    """Token windows (count, block_size) of text files, or else of a split of the dataset; and the name of the text."""
-    if files is not None:
-        # all of it: a run that ends before the text does takes its windows from everywhere
-        windows = text_windows(tokenizer, [Path(file) for file in files], data.block_size)
-        return windows, ", ".join(Path(file).name for file in files)
-    if data.dataset_name is None:
-        raise ValueError("which text? Give --train_file and --validation_file, or --dataset_name")
-    column, streaming = data.text_column, max_windows is not None
-    texts = dataset_texts(data.dataset_name, data.dataset_config, split=split, column=column, streaming=streaming)
-    return text_windows(tokenizer, texts, data.block_size, max_windows=max_windows), data.dataset_name
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     groups = (ModelArguments, DataArguments, QuantizationArguments, QATArguments)
     usage = "qat_causal_lm.py --model_name_or_path MODEL --train_file TEXT --validation_file TEXT --output_dir FOLDER [options]"
@@ -142,8 +125,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(models.model_name_or_path)
     most = None if data.max_train_tokens is None else -(-data.max_train_tokens // data.block_size)
-    train, train_text = read(tokenizer, data, data.train_file, data.train_split, most)
-    valid, valid_text = read(tokenizer, data, data.validation_file, data.validation_split, data.max_validation_windows)
+    named: dict[str, Any] = {"dataset": data.dataset_name, "config": data.dataset_config}
+    named |= {"column": data.text_column, "length": data.block_size}
+    train, train_text = read_windows(tokenizer, data.train_file, split=data.train_split, max_windows=most, **named)
+    most = data.max_validation_windows
+    valid, valid_text = read_windows(tokenizer, data.validation_file, split=data.validation_split, max_windows=most, **named)
     # float32 weights: in 16 bits most small steps of training would be lost in rounding. --bf16 computes in bfloat16
     model = AutoModelForCausalLM.from_pretrained(models.model_name_or_path, dtype=torch.float32)
 

@@ -21,12 +21,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
-import os
-import shutil
-import time
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,12 +43,12 @@ from transformers import (
 from hf_bitnet import (
     TRAINING_PRESETS,
     BitNetQuantizationConfig,
+    MeasuredRun,
     QATArguments,
     QATTrainer,
     calibrate,
     command_line_defaults,
     coverage,
-    pack_model,
     quantize_model,
 )
 
@@ -73,7 +69,10 @@ _ANY_RUN = ("per_device_train_batch_size", "per_device_eval_batch_size", "save_s
 _TEXT_COLUMNS, _LABEL_COLUMNS = ("text", "sentence"), ("label",)
 _MAX_LABELS = 1000
 _PACKED_AGREEMENT = 0.99
-_LEFT = ("results.json", "full_precision", "train", "packed")
+FULL_PRECISION = "full_precision"
+# what the fine-tuning has in common with the quantized training
+_SHARED = ("seed", "use_cpu", "bf16", "fp16", "disable_tqdm", "logging_steps", "gradient_accumulation_steps")
+_SHARED += ("per_device_train_batch_size", "per_device_eval_batch_size")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -215,102 +214,60 @@ def encode(rows: list[tuple[str, str]], names: list[str], path: str, tokenizer: 
 # ---- the run ----
 
 
-class Run:
-    """Models, figures and seconds of one run."""
+class Classification:
+    """What the steps of one run share: the rows, the figures and how a Trainer is made."""
 
-    def __init__(self, training: QATArguments, tokenizer: Any, train: list[Any], valid: list[Any]) -> None:
-        self.training, self.tokenizer, self.train, self.valid = training, tokenizer, train, valid
-        self._collator = DataCollatorWithPadding(tokenizer)
-        assert training.output_dir is not None
-        self.folder = Path(training.output_dir)
-        self.learned: dict[str, Any] | None = None
-        self.accuracy: dict[str, float] = {}
-        self.seconds: dict[str, float] = {}
-        names = ("seed", "use_cpu", "bf16", "fp16", "disable_tqdm", "logging_steps", "gradient_accumulation_steps")
-        names += ("per_device_train_batch_size", "per_device_eval_batch_size")
-        self._shared = {name: getattr(training, name) for name in names}
-
-    def stock(self, **fields: Any) -> dict[str, Any]:
-        """Arguments of a stock Trainer, as far as these are the run's."""
-        settings = {"save_strategy": "no", "report_to": "none", **self._shared, **fields}
-        args = TrainingArguments(output_dir=str(self.folder / "full_precision"), **settings)
-        return {"args": args, "data_collator": self._collator, "processing_class": self.tokenizer}
+    def __init__(self, run: MeasuredRun, tokenizer: Any, train: list[Any], valid: list[Any]) -> None:
+        self.run, self.tokenizer, self.train, self.valid = run, tokenizer, train, valid
+        self.collator = DataCollatorWithPadding(tokenizer)
 
     def measure(self, step: str, model: Any) -> Tensor:
         """Accuracy on the validation rows: the share of labels that the model finds. Returns what it finds."""
-        loader = DataLoader(self.valid, self.training.per_device_eval_batch_size, collate_fn=self._collator)  # type: ignore[arg-type]
-        model.to(self.training.device).eval()
+        args = self.run.args
+        loader = DataLoader(self.valid, args.per_device_eval_batch_size, collate_fn=self.collator)  # type: ignore[arg-type]
+        model.to(args.device).eval()
         found, right = [], []
-        for batch in loader:  # every process measures all rows
-            with torch.no_grad():
-                logits = model(
-                    **{name: value.to(self.training.device) for name, value in batch.items() if name != "labels"}
-                ).logits
-            found.append(logits.argmax(-1).cpu())
-            right.append(batch["labels"])
+        with self.run.timed("evaluate"), torch.no_grad():
+            for batch in loader:  # every process measures all rows
+                right.append(batch.pop("labels"))
+                found.append(model(**batch.to(args.device)).logits.argmax(-1).cpu())
         predicted = torch.cat(found)
-        self.accuracy[step] = float((predicted == torch.cat(right)).float().mean())
-        if self.training.process_index == 0:
-            print(f"{step + ':':<18} accuracy {100 * self.accuracy[step]:.2f} %", flush=True)
+        self.run.note(step, float((predicted == torch.cat(right)).float().mean()))
         return predicted
 
     def fine_tune(self, model: Any, epochs: float, learning_rate: float) -> None:
-        start = time.perf_counter()
-        options = self.stock(num_train_epochs=epochs, learning_rate=learning_rate, warmup_steps=0.1)
-        trainer = Trainer(model=model, train_dataset=self.train, **options)  # type: ignore[arg-type]
-        trainer.train()
-        trainer.save_model(str(self.folder / "full_precision"))
-        self.seconds["fine_tune"] = round(time.perf_counter() - start, 1)
+        """In full precision, with a stock Trainer; saves the model."""
+        settings = {name: getattr(self.run.args, name) for name in _SHARED}
+        settings |= {"num_train_epochs": epochs, "learning_rate": learning_rate, "warmup_steps": 0.1}
+        out = str(self.run.folder / FULL_PRECISION)
+        args = TrainingArguments(output_dir=out, save_strategy="no", report_to="none", **settings)
+        with self.run.timed("fine_tune"):
+            trainer = Trainer(model=model, args=args, **self._rows())
+            trainer.train()
+        self.run.save(trainer, FULL_PRECISION)
 
     def quantize(self, model: Any, config: BitNetQuantizationConfig) -> None:
         quantize_model(model, config)
         if config.sub_norm:
-            calibrate(model, [self._collator(self.train[:64])])
-        if self.training.process_index == 0:
-            print(coverage(model), flush=True)
+            calibrate(model, [self.collator(self.train[:64])])
+        self.run.say(str(coverage(model)))
 
-    def train_quantized(self, model: Any, teacher: str | None) -> Any:
-        start = time.perf_counter()
-        options = {**self.stock(), "args": self.training}
-        trainer = QATTrainer(model=model, teacher=teacher, train_dataset=self.train, **options)
-        self.learned = None if trainer.distillation is None else asdict(trainer.distillation)
-        resume = str(self.training.resume_from_checkpoint or "false")
-        trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(resume.lower(), resume))
-        self.seconds["train"] = round(time.perf_counter() - start, 1)
-        trainer.save_model(str(self.folder / "train"))
-        return trainer
-
-    def pack(self, trained: Tensor) -> None:
-        """Packs what was saved, reloads it, measures it. Raises RuntimeError when it is not what was trained."""
-        if self.training.process_index == 0:
-            packed = pack_model(AutoModelForSequenceClassification.from_pretrained(self.folder / "train"))
-            packed.save_pretrained(self.folder / "packed")
-            self.tokenizer.save_pretrained(self.folder / "packed")
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        packed = AutoModelForSequenceClassification.from_pretrained(self.folder / "packed")
+    def train_and_pack(self, model: Any, teacher: str | None) -> tuple[QATTrainer, Any]:
+        """Raises RuntimeError when the packed model, reloaded, is not what was trained."""
+        trainer = QATTrainer(model=model, args=self.run.args, teacher=teacher, **self._rows())
+        self.run.train(trainer)
+        trained = self.measure("trained", self.run.trained_model(trainer))
+        self.run.save(trainer)
+        packed = self.run.pack(AutoModelForSequenceClassification, trainer)
         same = float((self.measure("packed", packed) == trained).float().mean())
         if same < _PACKED_AGREEMENT:  # only rounding may differ
             raise RuntimeError(
                 f"the packed model agrees with the trained one on {same:.1%} of the rows only; please report this"
             )
+        return trainer, packed
 
-
-def check_folder(training: QATArguments, overwrite: bool, fine_tuned: str | None) -> None:
-    folder = Path(str(training.output_dir))
-    if fine_tuned is not None and folder.resolve() in Path(fine_tuned).resolve().parents:
-        raise ValueError(
-            f"--fine_tuned {fine_tuned} lies in the folder of this run, {str(folder)!r}; choose another --output_dir"
-        )
-    left = [name for name in _LEFT if (folder / name).exists()]
-    if left and training.resume_from_checkpoint is None and not overwrite:
-        raise ValueError(
-            f"{str(folder)!r} holds {', '.join(left)} of an earlier run; choose another --output_dir, replace it "
-            "(--overwrite), or continue that run (--resume_from_checkpoint true)"
-        )
-    if overwrite and training.process_index == 0:
-        for name in left:
-            shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+    def _rows(self) -> dict[str, Any]:
+        return {"train_dataset": self.train, "data_collator": self.collator, "processing_class": self.tokenizer}
 
 
 def read(data: DataArguments, tokenizer: Any) -> tuple[list[Any], list[Any], list[str]]:
@@ -327,33 +284,18 @@ def read(data: DataArguments, tokenizer: Any) -> tuple[list[Any], list[Any], lis
     return encoded[0], encoded[1], names
 
 
-def results_of(
-    run: Run, models: ModelArguments, teacher: str, config: BitNetQuantizationConfig, data: DataArguments
-) -> dict[str, Any]:
-    saved, base = run.training.to_dict(), str(models.fine_tuned or models.model_name_or_path)
-    settings = ("training_preset", "learning_rate", "lr_scheduler_type", "num_train_epochs", "per_device_train_batch_size")
-    settings += ("gradient_accumulation_steps", "warmup_steps", "weight_decay", "max_steps", "seed")
-    packages = {name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "datasets")}
-    return {
-        "recipe": "qat_classification",
-        "base_model": models.base_name or (Path(base).name if Path(base).exists() else base),
-        "fine_tuning": {
-            "from": "fine_tuned" if models.fine_tuned else "model_name_or_path",
-            "epochs": None if models.fine_tuned else models.full_precision_epochs,
-            "learning_rate": None if models.fine_tuned else models.full_precision_learning_rate,
-        },
-        "data": {
-            "train": Path(str(data.train_file)).name,
-            "train_rows": len(run.train),
-            "validation": Path(str(data.validation_file)).name,
-            "validation_rows": len(run.valid),
-        },
-        "quantization": {key: value for key, value in config.fields().items() if value},
-        "training": {"teacher": teacher, **{name: saved[name] for name in settings}, "distillation": run.learned},
-        "accuracy": run.accuracy,
-        "seconds": run.seconds,
-        "versions": packages,
-    }
+def full_precision(job: Classification, models: ModelArguments, names: list[str]) -> Any:
+    """The fine-tuned classifier with float32 weights; it is made here unless --fine_tuned or a stopped run has it."""
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
+    load = partial(AutoModelForSequenceClassification.from_pretrained, dtype=torch.float32, **labels)
+    if models.fine_tuned is not None:
+        return load(models.fine_tuned)
+    own = job.run.folder / FULL_PRECISION
+    if not (job.run.resumes and own.exists()):
+        # the head of an encoder that knew other labels is made anew
+        fresh = load(models.model_name_or_path, ignore_mismatched_sizes=True)
+        job.fine_tune(fresh, models.full_precision_epochs, models.full_precision_learning_rate)
+    return load(own)  # what is saved: what was trained may be in shards
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -369,30 +311,39 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise ValueError("which model? Give --model_name_or_path (to be fine-tuned) or --fine_tuned")
     preset, config = training.training_preset, quantization.config()
     teacher = models.teacher or ("self" if preset is None else TRAINING_PRESETS.get(preset).teacher or "none")
-    check_folder(training, models.overwrite, models.fine_tuned)
+    folder = Path(training.output_dir).resolve()
+    if models.fine_tuned is not None and folder in Path(models.fine_tuned).resolve().parents:
+        raise ValueError(
+            f"--fine_tuned {models.fine_tuned} lies in the folder of this run, {training.output_dir!r}; choose another "
+            "--output_dir"
+        )
+    run = MeasuredRun(training, overwrite=models.overwrite, metric="accuracy", also=(FULL_PRECISION,))
     set_seed(training.seed)
-
     tokenizer = AutoTokenizer.from_pretrained(base)
     train, valid, names = read(data, tokenizer)
-    run = Run(training, tokenizer, train, valid)
-    done = models.fine_tuned or (run.folder / "full_precision" if training.resume_from_checkpoint is not None else None)
-    labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
-    # float32 weights, whatever the file has; the head of an encoder that knew other labels is made anew
-    fresh = {**labels, "ignore_mismatched_sizes": done is None, "dtype": torch.float32}
-    model: Any = AutoModelForSequenceClassification.from_pretrained(done or base, **fresh)
-    if done is None:
-        run.fine_tune(model, models.full_precision_epochs, models.full_precision_learning_rate)
-    run.measure("full_precision", model)
-    run.quantize(model, config)
-    run.measure("before_training", model)
-    trainer = run.train_quantized(model, None if teacher == "none" else teacher)
-    run.pack(run.measure("trained", trainer.accelerator.unwrap_model(trainer.model)))
-    results = results_of(run, models, teacher if teacher in ("self", "none") else Path(teacher).name, config, data)
-    if training.process_index == 0:
-        temporary = run.folder / ".results.json"
-        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, run.folder / "results.json")
-    return results
+    run.clear()
+    job = Classification(run, tokenizer, train, valid)
+    model = full_precision(job, models, names)
+    job.measure("full_precision", model)
+    job.quantize(model, config)
+    job.measure("before_training", model)
+    trainer, packed = job.train_and_pack(model, None if teacher == "none" else teacher)
+    rows = {
+        "train": Path(str(data.train_file)).name,
+        "train_rows": len(train),
+        "validation": Path(str(data.validation_file)).name,
+        "validation_rows": len(valid),
+    }
+    fine_tuning = {
+        "from": "fine_tuned" if models.fine_tuned else "model_name_or_path",
+        "epochs": None if models.fine_tuned else models.full_precision_epochs,
+        "learning_rate": None if models.fine_tuned else models.full_precision_learning_rate,
+    }
+    more = {"recipe": "qat_classification", "fine_tuning": fine_tuning}
+    # these also where they are the defaults
+    chosen = {name: getattr(training, name) for name in ("training_preset", "num_train_epochs", "max_steps")}
+    chosen["teacher"] = Path(teacher).name
+    return run.finish(trainer, packed, config, base_model=models.base_name or base, data=rows, training=chosen, **more)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ def _setting(result: dict[str, Any]) -> tuple[str, ...]:
     weights = f"{quantization['weight']}, {quantization.get('granularity') or 'default'}"
     model = str(result["base_model"] or "from scratch")
     rate = f"{training['learning_rate']:g}"
-    return (result["recipe"], model, f"{data['train']}, {amount}", weights, training["teacher"], rate, length)
+    recipe = result.get("recipe", "qat_causal_lm")  # what `convert` writes does not name it
+    return (recipe, model, f"{data['train']}, {amount}", weights, training["teacher"], rate, length)
 
 
 def _line(cells: Any) -> str:

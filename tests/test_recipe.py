@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +19,7 @@ from huggingface_hub import ModelCard
 import hf_bitnet as hb
 from hf_bitnet.training import measured_run
 from tests import corpus
+from tests.launched import launch
 from tests.tiny import tiny
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -287,6 +286,20 @@ def test_max_train_tokens_does_not_prolong_a_run(tmp_path: Path) -> None:
     assert args.max_steps == -1  # the caller's are as they were
 
 
+def test_a_measured_run_knows_its_metrics_and_steps(tmp_path: Path) -> None:
+    args = hb.QATArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match=r"unknown metric 'f1'; legal: perplexity, accuracy; MeasuredRun\(args, metric="):
+        hb.MeasuredRun(args, metric="f1")
+    lines: list[str] = []
+    run = hb.MeasuredRun(args, metric="accuracy", say=lines.append)
+    with pytest.raises(
+        ValueError, match="unknown step 'tuned' of a run; legal: full_precision, before_training, trained, packed"
+    ):
+        run.note("tuned", 0.5)
+    run.note("trained", 0.5)
+    assert run.measured == {"trained": 0.5} and lines == ["trained, before packing:     accuracy 50.00%"]
+
+
 def test_recipe_needs_a_text(recipe: ModuleType, base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="which text"):
         recipe.main(arguments(base, tmp_path, train_file=None))
@@ -324,36 +337,11 @@ def test_help(recipe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--quantization_schedule" in out and "--train_file" in out and "(default: 0.0001)" in out
 
 
-_SHARDED = """
-import importlib.util, os, sys
-from tests.test_training_distributed import take_processes_for_gpus
-if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-    take_processes_for_gpus()
-spec = importlib.util.spec_from_file_location("qat_causal_lm", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-sys.modules["qat_causal_lm"] = module
-spec.loader.exec_module(module)
-module.main(sys.argv[2:])
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_two_processes_with_the_shipped_configs(base: Path, tmp_path: Path, name: str) -> None:
     """bfloat16, as in the configs: the model that is packed is the one that was trained, also where it was in shards."""
-    script = tmp_path / "launched.py"
-    script.write_text(_SHARDED)
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(RECIPES / "accelerate" / f"{name}.yaml"),
-    ]
-    words = [str(script), str(RECIPES / "qat_causal_lm.py"), *arguments(base, tmp_path / "out", per_device_train_batch_size=4)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *words], env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    words = arguments(base, tmp_path / "out", per_device_train_batch_size=4)
+    results = launch("qat_causal_lm", name, words, tmp_path)
     assert (results["training"]["processes"], results["training"]["mixed_precision"]) == (2, "bf16")
     assert results["perplexity"]["packed"] == pytest.approx(results["perplexity"]["trained"], rel=1e-3)

@@ -14,9 +14,12 @@ import datasets
 import pytest
 import torch
 import transformers as tf
+from huggingface_hub import ModelCard
 
 import hf_bitnet as hb
+from hf_bitnet.training import measured_run
 from tests import corpus
+from tests.launched import launch
 from tests.tiny import tiny
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -98,6 +101,10 @@ def test_classification(classified: tuple[Path, dict[str, Any]], encoder: Path) 
     assert right / len(rows) == results["accuracy"]["packed"]
     assert hb.coverage(packed).fraction > 0.9
     assert str(encoder.parent) not in json.dumps(results)
+    card = ModelCard.load(out / "packed" / "README.md")
+    (figure,) = card.data.eval_results
+    assert (figure.task_type, figure.metric_value) == ("text-classification", results["accuracy"]["packed"])
+    assert card.data.base_model == "a/b"
 
 
 def test_classification_without_teacher_from_the_fine_tuned(
@@ -170,7 +177,7 @@ def test_classification_refuses_command_lines(classified: tuple[Path, dict[str, 
         main(classification(encoder, tmp_path / "out", model_name_or_path=None))
     with pytest.raises(ValueError, match="which rows"):
         main(classification(encoder, tmp_path / "out", train_file=None))
-    with pytest.raises(ValueError, match=r"holds results.json, full_precision, train, packed of an earlier run"):
+    with pytest.raises(ValueError, match=r"holds full_precision, packed, results.json, train of an earlier run"):
         main(classification(encoder, classified[0]))
     inside = {"model_name_or_path": None, "fine_tuned": classified[0] / "full_precision", "overwrite": True}
     with pytest.raises(ValueError, match=r"full_precision lies in the folder of this run, .*; choose another --output_dir"):
@@ -215,7 +222,8 @@ def test_pretraining(base: Path, tmp_path: Path) -> None:
     valid = hb.text_windows(corpus.tokenizer(), base / "valid.txt", 16)
     assert hb.perplexity(packed, valid, progress=False) == pytest.approx(results["perplexity"]["packed"], rel=1e-5)
     assert results["perplexity"]["packed"] == pytest.approx(results["perplexity"]["trained"], rel=1e-3)
-    with pytest.raises(ValueError, match=r"holds results.json, train, packed of an earlier run"):
+    assert "quantization-aware training from random weights" in (tmp_path / "out" / "packed" / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"holds packed, results.json, train of an earlier run"):
         recipe.main(pretraining(base, tmp_path / "out"))
 
 
@@ -232,7 +240,7 @@ def test_pretraining_takes_the_sizes_of_a_model(base: Path) -> None:
     [
         ({"train_file": None}, "which text"),
         ({"hidden_size": 30, "num_attention_heads": 4}, "--hidden_size 30 must be a multiple of twice --num_attention_heads 4"),
-        ({"max_train_tokens": 100}, "--max_train_tokens 100 is less than one step of 128"),
+        ({"max_train_tokens": 100}, "max_train_tokens=100 is less than one step, which takes 128 tokens"),
         ({"training_preset": "scratch"}, r"unknown training preset 'scratch'.*Did you mean 'scratch_b158'"),
     ],
 )
@@ -258,11 +266,42 @@ def test_offline_distillation(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert results["perplexity"]["packed"] == pytest.approx(results["perplexity"]["trained"], rel=1e-3)
     assert (results["training"]["steps"], results["training"]["teacher"]) == (2, f"cached: {base.name}")
     assert any(key.startswith("distill/") for row in results["history"] for key in row)
-    with pytest.raises(ValueError, match=r"holds results.json, train, packed of an earlier run"):
+    with pytest.raises(ValueError, match=r"holds packed, results.json, train of an earlier run"):
         recipe.main([*arguments, "--step", "train"])
 
 
+def test_a_packed_model_that_differs_is_no_success(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoilt(model: Any) -> Any:
+        hb.pack_model(model).model.norm.weight.data *= 1.5
+        return model
+
+    monkeypatch.setattr(measured_run, "pack_model", spoilt)
+    with pytest.raises(RuntimeError, match="the packed model, reloaded, has perplexity"):
+        load("pretrain_causal_lm").main(pretraining(base, tmp_path / "out", max_train_tokens=128))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".packed.incomplete", "train"]
+
+
 # ---- all of them ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_with_the_shipped_configs(name: str, config: str, base: Path, encoder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    many = {"per_device_train_batch_size": 4}
+    if name == "qat_classification":
+        arguments = classification(encoder, out, **many)
+    elif name == "pretrain_causal_lm":
+        arguments = pretraining(base, out, **many)
+    else:
+        arguments = language(base, out, model_name_or_path=base, max_train_windows=16, k=8)
+        load(name).main([*arguments, "--step", "cache"])
+        arguments = [*language(base, out, model_name_or_path=base, k=8, **many), "--step", "train"]
+    results = launch(name, config, arguments, tmp_path)
+    assert results["training"]["mixed_precision"] == "bf16"
+    metric = "accuracy" if name == "qat_classification" else "perplexity"
+    assert results[metric]["packed"] == pytest.approx(results[metric]["trained"], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -5,7 +5,7 @@ from .layers import LayerReport, layer_report
 from .losses import SensitivityReport, sensitivity
 from .outputs import OutputReport, output_report
 from .suggest import suggest_overrides
-from .text import dataset_texts, perplexity, text_windows
+from .text import dataset_texts, perplexity, read_windows, text_windows
 
 __all__ = [
     "LayerReport",
@@ -17,6 +17,7 @@ __all__ = [
     "layer_report",
     "output_report",
     "perplexity",
+    "read_windows",
     "sensitivity",
     "suggest_overrides",
     "text_windows",

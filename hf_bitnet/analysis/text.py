@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,34 @@ def dataset_texts(
         if column not in row:
             raise ValueError(f"the dataset {name!r} has no column {column!r}; its columns: {', '.join(row)}")
         yield row[column]
+
+
+def read_windows(
+    tokenizer: Any,
+    files: Sequence[str | os.PathLike[str]] | None,
+    dataset: str | None = None,
+    config: str | None = None,
+    *,
+    split: str = "train",
+    column: str = "text",
+    length: int = 256,
+    max_windows: int | None = None,
+) -> tuple[Tensor, str]:
+    """What `--train_file` and `--dataset_name` of a command line mean: windows, int64 (count, length), and the text's name.
+
+    Args:
+        files: of text; all of them is read, whatever `max_windows` says: a run that ends earlier takes windows from everywhere.
+        dataset, config, split, column: as in `dataset_texts`, where there are no files.
+        max_windows: of a dataset, reads no further than these.
+
+    Raises ValueError when there are neither files nor a dataset, and as `text_windows` and `dataset_texts` do.
+    """
+    if files is not None:
+        return text_windows(tokenizer, [Path(file) for file in files], length), ", ".join(Path(file).name for file in files)
+    if dataset is None:
+        raise ValueError("which text? Give text files, or the name of a dataset: read_windows(tokenizer, ['train.txt'])")
+    texts = dataset_texts(dataset, config, split=split, column=column, streaming=max_windows is not None)
+    return text_windows(tokenizer, texts, length, max_windows=max_windows), dataset
 
 
 def _handfuls(texts: Iterator[str]) -> Iterator[list[str]]:

@@ -26,19 +26,19 @@ from .. import (
     command_line_defaults,
     convert,
     coverage,
-    dataset_texts,
     fit_weights,
     kernels,
     load_native,
     pack_model,
     perplexity,
     quantize_model,
+    read_windows,
     text_windows,
 )
 from ..calibration import METHODS, FitReport
 from ..hub import library_versions, model_card, new_folder, refuse_existing, without_bars, write_card
 from ..training import TrainingPreset
-from ..training.pipeline import earlier_run
+from ..training.run_folder import earlier_run
 from .options import UsageError, quantization_fields
 from .presets import presets
 
@@ -292,14 +292,10 @@ class _Fields(transformers.HfArgumentParser):
 def _windows(
     arguments: argparse.Namespace, tokenizer: Any, files: list[str] | None, split: str, most: int | None
 ) -> tuple[torch.Tensor, str]:
-    if files is not None:
-        windows = text_windows(tokenizer, [Path(file) for file in files], arguments.length)
-        return windows, ", ".join(Path(file).name for file in files)
-    if arguments.dataset is None:
+    if files is None and arguments.dataset is None:
         raise UsageError("which text? Give --train-file and --validation-file, or --dataset")
-    column, streaming = arguments.text_column, most is not None
-    texts = dataset_texts(arguments.dataset, arguments.dataset_config, split=split, column=column, streaming=streaming)
-    return text_windows(tokenizer, texts, arguments.length, max_windows=most), arguments.dataset
+    where = {"split": split, "column": arguments.text_column, "length": arguments.length, "max_windows": most}
+    return read_windows(tokenizer, files, arguments.dataset, arguments.dataset_config, **where)
 
 
 def _eval(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from ..training.pipeline import Windows
+from ..training import TokenWindows
 
 END = "<|end|>"
 # Folders under the standard library that hold tests, third-party packages, or tables instead of prose.
@@ -77,7 +77,7 @@ class Text:
 
     def datasets(self) -> dict[str, Any]:
         """Both sides under the names of Trainer's arguments."""
-        return {"train_dataset": Windows(self.train), "eval_dataset": Windows(self.validation)}
+        return {"train_dataset": TokenWindows(self.train), "eval_dataset": TokenWindows(self.validation)}
 
 
 def collect_corpus(*, max_modules: int | None = None, validation_share: int = 16) -> Corpus:

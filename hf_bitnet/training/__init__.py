@@ -1,6 +1,7 @@
 """Floor 6: how a run trains. Schedule of the quantization, distillation, parameter groups, metrics, exact resume,
 and the whole way from a full-precision model to a packed one."""
 
+from .amounts import TokenWindows
 from .arguments import QATArguments
 from .distillation import (
     DistillationConfig,
@@ -12,6 +13,7 @@ from .distillation import (
     hidden_loss,
     relation_loss,
 )
+from .measured_run import MeasuredRun
 from .pipeline import CONVERSION_DEFAULTS, command_line_defaults, convert
 from .presets import TRAINING_PRESETS, TrainingPreset
 from .quantization_schedule import QuantizationSchedule
@@ -25,6 +27,7 @@ __all__ = [
     "TRAINING_PRESETS",
     "DistillationConfig",
     "HiddenStates",
+    "MeasuredRun",
     "QATArguments",
     "QATMixin",
     "QATSeq2SeqArguments",
@@ -32,6 +35,7 @@ __all__ = [
     "QATTrainer",
     "QuantizationSchedule",
     "Relations",
+    "TokenWindows",
     "TrainingPreset",
     "cache_teacher_logits",
     "command_line_defaults",

@@ -17,6 +17,7 @@ from transformers.trainer_utils import has_length
 from ..modules import BitEmbedding, NativeLayer, TrainedLayer
 from ..quantizers import WeightQuantizer, make_weight_quantizer
 from ..surgery import set_strengths, trained_layers, trained_tables
+from .amounts import steps_per_epoch
 from .arguments import QATArguments
 from .quantization_schedule import Plan, QuantizationSchedule
 from .sharding import is_sharded
@@ -70,7 +71,9 @@ class StrengthCallback(TrainerCallback):
         assert isinstance(schedule, QuantizationSchedule)
         named = [(name.replace("_orig_mod.", ""), layer) for name, layer in trained_layers(kwargs["model"])]
         self._layers, self._tables = [layer for _, layer in named], trained_tables(kwargs["model"])
-        per_epoch = _steps_per_epoch(kwargs.get("train_dataloader"), args.gradient_accumulation_steps)
+        loader = kwargs.get("train_dataloader")
+        batches = len(loader) if loader is not None and has_length(loader) else None
+        per_epoch = None if batches is None else steps_per_epoch(batches, args.gradient_accumulation_steps)
         plan = schedule.plan(state.max_steps, [name for name, _ in named], per_epoch)
         self._stages = [*_stages(schedule, named), [None] * len(named)]
         # a compiled graph is made anew when a layer goes over to integers: then all of them go at once
@@ -203,10 +206,3 @@ def _stages(schedule: QuantizationSchedule, named: list[tuple[str, TrainedLayer]
             "hf_bitnet.convert_native(model) before training in stages"
         )
     return made
-
-
-def _steps_per_epoch(loader: Any, accumulate: int) -> int | None:
-    """Optimizer steps of an epoch, as Trainer counts them."""
-    if loader is None or not has_length(loader):
-        return None
-    return max(-(-len(loader) // accumulate), 1)
