@@ -9,7 +9,10 @@
     python recipes/qat_classification.py --fine_tuned out/seed1/full_precision --teacher none \\
         --train_file train.csv --validation_file dev.csv --text_column review --label_column stars --output_dir out/alone
 
-    accelerate launch --config_file recipes/accelerate/single_gpu.yaml recipes/qat_classification.py ...
+    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/qat_classification.py ...
+    # FSDP has to be told which layers of an encoder are its units: accelerate shards BERT's embeddings twice otherwise
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml --fsdp_transformer_layer_cls_to_wrap BertLayer \\
+        recipes/qat_classification.py ...
 
 Files are .tsv, .csv (two columns, text and label, without a header; or any columns with one) or folders of
 `datasets.Dataset.save_to_disk`. What happens: fine-tune in full precision (unless --fine_tuned has it), accuracy; quantize,

@@ -24,8 +24,10 @@ module.main(sys.argv[2:])
 """
 
 
-def launch(recipe: str, config: str, words: list[str], folder: Path) -> dict[str, Any]:
+def launch(recipe: str, config: str, words: list[str], folder: Path, *options: str) -> dict[str, Any]:
     """Runs `recipes/<recipe>.py` with `recipes/accelerate/<config>.yaml` and the command line `words`.
+
+    `options` are accelerate's, beside the file.
 
     Returns what the run wrote to `folder`/out/results.json.
     """
@@ -34,7 +36,7 @@ def launch(recipe: str, config: str, words: list[str], folder: Path) -> dict[str
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     launcher += ["--config_file", str(RECIPES / "accelerate" / f"{config}.yaml")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(script), str(RECIPES / f"{recipe}.py"), *words]
+    command = [*launcher, *options, str(script), str(RECIPES / f"{recipe}.py"), *words]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "out" / "results.json").read_text())

@@ -32,6 +32,7 @@ def test_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "train_dataset": [{"input_ids": row, "labels": row} for row in tokens.repeat(4, 1)],
         "chats": chats(),
         "tokenizer": tokenizer(),
+        "windows": tokens,
         "batches": [{"input_ids": tokens, "labels": tokens}],
     }
     found = snippets()
