@@ -30,10 +30,9 @@ from hf_bitnet import (
     set_norm_blend,
     unpack_model,
 )
-from hf_bitnet.config import NativeBitNetConfig
 from hf_bitnet.modules import BitLinear, NativeLayer, PackedBitLinear
 from hf_bitnet.modules.native import pack_rows, unpack_rows
-from hf_bitnet.surgery import full_precision_copy, prepare_native, quantized_layers, set_strength
+from hf_bitnet.surgery import full_precision_copy, quantized_layers, set_strength
 from tests.checkpoints import (
     DISK,
     assert_same_layers,
@@ -397,11 +396,3 @@ def test_export_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     # the model is as it was
     assert model.config.quantization_config.form == "train"
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_shared_layer_is_replaced_in_all_its_places() -> None:
-    shared = nn.Linear(8, 8)
-    model = nn.ModuleList([shared, nn.Sequential(shared, nn.Linear(8, 4))])
-    prepare_native(model, NativeBitNetConfig({"linear_class": "autobitlinear", "quantization_mode": "online"}), [])
-    assert isinstance(model[0], NativeLayer)
-    assert model[1][0] is model[0]

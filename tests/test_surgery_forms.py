@@ -21,9 +21,10 @@ from hf_bitnet import (
     set_strength,
     unpack_model,
 )
-from hf_bitnet.modules import PackedBitLinear, QuantizedLayer, SubNorm
+from hf_bitnet.config import NativeBitNetConfig
+from hf_bitnet.modules import NativeLayer, PackedBitLinear, QuantizedLayer, SubNorm
 from hf_bitnet.quantizers import Quantized
-from hf_bitnet.surgery import full_precision_copy, quantized_layers, reset_state, trained_layers
+from hf_bitnet.surgery import full_precision_copy, prepare_native, quantized_layers, reset_state, trained_layers
 from tests.layers import SCHEMES
 from tests.tiny import tiny
 
@@ -323,3 +324,11 @@ def test_a_layer_that_hangs_in_two_places_is_replaced_in_both() -> None:
     assert isinstance(model[0], PackedBitLinear) and model[2] is model[0]
     dequantize_model(model)
     assert type(model[0]) is nn.Linear and model[2] is model[0]
+
+
+def test_shared_native_layer_is_replaced_in_all_its_places() -> None:
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleList([shared, nn.Sequential(shared, nn.Linear(8, 4))])
+    prepare_native(model, NativeBitNetConfig({"linear_class": "autobitlinear", "quantization_mode": "online"}), [])
+    assert isinstance(model[0], NativeLayer)
+    assert model[1][0] is model[0]

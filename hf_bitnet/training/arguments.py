@@ -8,6 +8,7 @@ from typing import Any
 from transformers import SchedulerType, TrainingArguments
 
 from .distillation import DistillationConfig
+from .freezing import FreezingOptions
 from .lean import set_lean
 from .learning_rate import TwoStage
 from .noise import GridPullOptions, WeightNoiseOptions
@@ -24,6 +25,7 @@ _OBJECTS: dict[str, type] = {
     "two_stage": TwoStage,
     "weight_noise": WeightNoiseOptions,
     "grid_pull": GridPullOptions,
+    "oscillation_freezing": FreezingOptions,
     "online_calibration": OnlineCalibrationOptions,
     "spike_rollback": RollbackOptions,
 }
@@ -101,6 +103,13 @@ class QATArguments(TrainingArguments):
         metadata={
             "help": "Pulls the float weights towards the values they stand for every so many steps (WinQ): "
             '{"every": 200, "factor": 0.4}.'
+        },
+    )
+    oscillation_freezing: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights that flip back and forth are held at the code they had most: {} takes the defaults, "
+            '{"threshold": 0.1, "final_threshold": 0.02, "momentum": 0.02, "start": 0.5}.'
         },
     )
     online_calibration: dict | str | None = field(

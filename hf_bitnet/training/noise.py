@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..modules import NativeLayer
 from ..noise import NOISES, make_key
 from ..surgery import trained_layers
+from .add_on import AddOn
 from .options import number, whole
 from .sharding import spread_like, whole_codes
 
@@ -60,7 +61,7 @@ class GridPullOptions:
         number("factor", self.factor, 0.0, 1.0, hint="it is the share of the quantized value: factor=0.4")
 
 
-class WeightNoiseCallback(TrainerCallback):
+class WeightNoiseCallback(AddOn):
     """Gives each layer its noise, and a new key before each step."""
 
     def __init__(self, options: WeightNoiseOptions) -> None:
@@ -88,7 +89,7 @@ class WeightNoiseCallback(TrainerCallback):
             layer.set_noise(None)
 
 
-class GridPullCallback(TrainerCallback):
+class GridPullCallback(AddOn):
     """Pulls the float weights towards their quantized values after every `every`-th optimizer step."""
 
     def __init__(self, options: GridPullOptions) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..calibration import OBSERVERS, ObserverOptions
 from ..calibration.passes import Range
 from ..surgery import trained_layers
+from .add_on import AddOn
 from .options import number, whole
 
 
@@ -49,7 +50,7 @@ class OnlineCalibrationOptions:
         number("until", self.until, 0.0, 1.0, hint="it is a fraction of the training steps: until=0.8")
 
 
-class OnlineCalibrationCallback(TrainerCallback):
+class OnlineCalibrationCallback(AddOn):
     """Watches static layers by hooks that hang only in the steps that are observed.
 
     A layer without a range takes the first one from the first tensor that reaches it.

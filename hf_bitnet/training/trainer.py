@@ -113,9 +113,8 @@ class QATMixin(Guards):
         self.setup_guards(args)
         learned = [] if self._balance is None else self._balance.names
         self._qat_metrics = TrainMetrics(monitor, learned, args.device, self.regularization)
-        self._add_ons: list[Any] = add_ons(args)
-        balance = [self._balance] if self._balance else []
-        for callback in (self._strength, self._codes, self._qat_metrics, *balance, *self._add_ons):
+        self._add_ons = [*([self._balance] if self._balance else []), *add_ons(args)]
+        for callback in (self._strength, self._codes, self._qat_metrics, *self._add_ons):
             self.add_callback(callback)
         make_logs_readable(self)
 
@@ -167,8 +166,8 @@ class QATMixin(Guards):
         """Before each start of the loop: schedule and balance of the losses go on from where the checkpoint left them."""
         resumed_from = checkpoint if isinstance(checkpoint, str) else None
         self._strength.resumed_from = resumed_from
-        if self._balance is not None:
-            self._balance.start(resumed_from)
+        for each in self._add_ons:
+            each.start(None if resumed_from is None else Path(resumed_from))
 
     def clean_up(self) -> None:
         """After `train`, however it ended: what was there for training only is gone."""
@@ -319,6 +318,9 @@ class QATMixin(Guards):
             assert isinstance(self.model, nn.Module)
             schedule = self._strength.logs() | self._hard_gap()
             logs.update(self._qat_metrics.collect(self.model, self.state.global_step, schedule, self.accelerator))
+            if self.args.quant_logging:
+                for each in self._add_ons:
+                    logs.update(each.figures())
         super().log(logs, start_time)
 
     def _for_gap(self, inputs: dict[str, Any]) -> dict[str, Any] | None:
@@ -367,7 +369,8 @@ class QATMixin(Guards):
             self._strength.write(folder)
             if self._balance is not None:
                 write_teacher(folder, self._fingerprint)
-                self._balance.save(folder)
+            for each in self._add_ons:
+                each.save(folder)
         super()._save_checkpoint(model, trial)
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..add_on import AddOn
 from .config import DistillationConfig
 from .logits import CE, KL, MAIN
 
@@ -26,7 +27,7 @@ _LARGEST = 1e6
 _FILE = "qat_balance.json"
 
 
-class LossBalance(TrainerCallback):
+class LossBalance(AddOn):
     """Makes one loss of the terms of a step.
 
     Checkpoints hold the running means, so a resumed run continues exactly.
@@ -68,21 +69,21 @@ class LossBalance(TrainerCallback):
         terms = torch.cat((losses[self._first : self._last + 1], inner)).detach()
         return loss, terms, torch.cat((self._outer, self.factors))
 
-    def start(self, checkpoint: str | Path | None) -> None:
+    def start(self, checkpoint: Path | None) -> None:
         """Before a run: the means of a checkpoint (if it has any), or none."""
         means = torch.zeros_like(self._means)
         try:
-            saved = None if checkpoint is None else json.loads((Path(checkpoint) / _FILE).read_text())
+            saved = None if checkpoint is None else json.loads((checkpoint / _FILE).read_text())
         except OSError:
             saved = None
         if saved is not None and len(saved["means"]) == len(means):
             means = torch.tensor(saved["means"], device=means.device)
         self._set(means)
 
-    def save(self, checkpoint: str | Path) -> None:
+    def save(self, checkpoint: Path) -> None:
         """Float32 survives the text exactly."""
         if self._active:
-            (Path(checkpoint) / _FILE).write_text(json.dumps({"means": self._means.tolist()}) + "\n")
+            (checkpoint / _FILE).write_text(json.dumps({"means": self._means.tolist()}) + "\n")
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self._active:
