@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # before transformers and datasets are imported, which read these once: a test that asks the network fails at once
@@ -30,6 +31,14 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _light_garbage_collection() -> None:
+    """What was imported and collected so far is never looked at again: each Trainer.train() collects garbage, which would
+    take most of a tiny run where so many modules are loaded."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

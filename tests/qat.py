@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ from hf_bitnet import BitNetQuantizationConfig, QATArguments, QATTrainer, quanti
 from hf_bitnet.surgery import trained_layers
 from tests.tiny import VOCABULARY, tiny
 
-# each Trainer.train() collects garbage, which takes most of a tiny run where so many modules are loaded
-gc.collect()
-gc.freeze()
+# fields of a config, for tests that train many times and do not care how deep a model is: seven linear layers are left
+ONE_LAYER: dict[str, Any] = {"num_hidden_layers": 1}
 
 
 def examples(name: str = "llama", number: int = 32, seed: int = 0) -> list[dict[str, Tensor]]:

@@ -1,8 +1,14 @@
-"""Each benchmark runs, on sizes at which its figures mean nothing; and writes nothing then."""
+"""Each benchmark runs, on sizes at which its figures mean nothing; and writes nothing then.
+
+Those that measure in processes of their own do so in the slow tests; the fast ones run the same code in this process.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +27,8 @@ from benchmarks import (
 )
 from benchmarks.common import RESULTS
 from hf_bitnet.kernels.cpu import library
+from tests import corpus
+from tests.tiny import tiny
 
 Captured = pytest.CaptureFixture[str]
 # torchao, a peer that is measured where it is installed, warns about what it could do on other machines
@@ -69,6 +77,16 @@ def test_distillation_memory(capsys: Captured) -> None:
     assert peaks["relations: 1024 rows"] > 0
 
 
+@pytest.mark.parametrize("arm", train_memory.ARMS[:2])
+def test_train_memory_of_one_arm(arm: str, capsys: Captured) -> None:
+    size = {"hidden": 64, "ffn": 96, "layers": 2, "vocabulary": 128}
+    train_memory.main(["--one", json.dumps({"arm": arm, "size": size, "batch": 1, "length": 16, "steps": 2})])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    # weights, gradients and Adam's two moments, all float32; and a step counter of each tensor
+    assert found["counted"] // found["parameters"] == 4 * 4 and found["before"] > 0
+
+
+@pytest.mark.slow
 def test_train_memory(capsys: Captured) -> None:
     train_memory.main(["--smoke"])
     full, ours, lean = capsys.readouterr().out.splitlines()[1:]
@@ -90,14 +108,44 @@ def test_ptq_table(shared_dir: Path, capsys: Captured, monkeypatch: pytest.Monke
     assert "novels-llama-small: full precision" in capsys.readouterr().out
 
 
-def test_starts(shared_dir: Path, capsys: Captured) -> None:
+def test_starts(tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tiny model under the name of the real one."""
+    folder = tmp_path / "models" / "novels-llama-small"
+    tiny("llama", max_position_embeddings=512)[0].save_pretrained(folder)
+    corpus.tokenizer().save_pretrained(folder)
+    (tmp_path / "data" / "novels").mkdir(parents=True)
+    for name in ("train.txt", "valid.txt"):
+        corpus.write(tmp_path / "data" / "novels", name=name)
+    monkeypatch.setattr(starts, "SHARED", tmp_path)
+    _check_starts(capsys)
+
+
+@pytest.mark.slow
+def test_starts_of_a_real_model(shared_dir: Path, capsys: Captured) -> None:
+    _check_starts(capsys)
+
+
+def _check_starts(capsys: Captured) -> None:
     starts.main(["--smoke"])
     out = capsys.readouterr().out
     assert "least_squares, weighted" in out and "gptq" in out
 
 
-def test_generate(tmp_path: Path, capsys: Captured) -> None:
-    generate.main(["--folder", str(tmp_path), "--smoke", "--layers", "2", "--rounds", "1", "--tokens", "4", "--prompt", "8"])
+def test_generate(tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(given: argparse.Namespace, *flags: str) -> dict[str, Any]:
+        return generate.work(given.folder, given.prompt, given.tokens, "--optimized" in flags, "--breakdown" in flags)
+
+    monkeypatch.setattr(generate, "in_a_process", here)
+    _check_generate(tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_generate_in_processes_of_its_own(tmp_path: Path, capsys: Captured) -> None:
+    _check_generate(tmp_path, capsys)
+
+
+def _check_generate(folder: Path, capsys: Captured) -> None:
+    generate.main(["--folder", str(folder), "--smoke", "--layers", "2", "--rounds", "1", "--tokens", "4", "--prompt", "8"])
     out = capsys.readouterr().out
     assert "decode_tokens_per_s" in out and "decoder layers, a call each" in out and "norms" in out
 

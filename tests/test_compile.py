@@ -78,21 +78,25 @@ def _product() -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def _check_training(model: nn.Module, strength: float) -> None:
+def _check_training(model: nn.Module, strength: float, backend: str = "aot_eager") -> None:
     x = torch.randn(3, 5, WIDTH, requires_grad=True)
     set_strength(model, strength)
     expected = _step(model, lambda: model(x).square().mean())
     x_grad, x.grad = x.grad, None
-    compiled = _compiled(model)
+    compiled = _compiled(model, backend)
     _assert_same_step(_step(model, lambda: compiled(x).square().mean()), expected)
     assert x.grad is not None and x_grad is not None
     torch.testing.assert_close(x.grad, x_grad)
     assert _graphs() == 1
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_every_member_trains_in_one_graph(strength: float) -> None:
-    _check_training(_one_of_everything(), strength)
+# "eager" runs what was traced as it is; "aot_eager" traces the backward pass of the graph, too, which takes most of the time
+@pytest.mark.parametrize(
+    ("strength", "backend"),
+    [(1.0, "eager"), (0.5, "eager"), *(pytest.param(each, "aot_eager", marks=pytest.mark.slow) for each in (1.0, 0.5))],
+)
+def test_every_member_trains_in_one_graph(strength: float, backend: str) -> None:
+    _check_training(_one_of_everything(), strength, backend)
 
 
 @pytest.mark.slow
@@ -111,10 +115,11 @@ def test_packed_layers_serve_in_one_graph(make: Callable[[], nn.Module]) -> None
     assert _graphs() == 1
 
 
-def test_training_a_model_while_the_strength_moves() -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_training_a_model_while_the_strength_moves(backend: str) -> None:
     model, batch = tiny("llama", labels=True, num_hidden_layers=1)
     quantize_model(model, BitNetQuantizationConfig(ste="tanh", overrides={"down_proj": {"weight": "int4"}})).train()
-    compiled = _compiled(model)
+    compiled = _compiled(model, backend)
 
     def check() -> float:
         found = _step(model, lambda: compiled(**batch).loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import shutil
@@ -317,18 +318,38 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 # ---- which library, which level ----
 
 
-def test_environment_variable_chooses_the_level() -> None:
+def _dispatch_at(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Imports the dispatch module again, as a fresh process with this environment would."""
+    monkeypatch.setenv("HF_BITNET_CPU_LEVEL", name)
+    spec = importlib.util.find_spec("hf_bitnet.kernels.dispatch")
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_environment_variable_chooses_the_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = library.level()
+    try:
+        _dispatch_at("portable", monkeypatch)
+        assert library.level() == "portable"
+    finally:
+        library.choose_level(before)
+
+
+@pytest.mark.slow
+def test_environment_variable_chooses_the_level_of_a_process() -> None:
     done = run_python("from hf_bitnet.kernels import dispatch; print(dispatch.library.level())", HF_BITNET_CPU_LEVEL="portable")
     assert done.stdout.strip() == "portable", done.stderr
 
 
 @pytest.mark.parametrize(("name", "words"), [("avx3", "names no level"), (None, "is not offered by this machine")])
-def test_wrong_levels_name_the_legal_ones(name: str | None, words: str) -> None:
+def test_wrong_levels_name_the_legal_ones(name: str | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = name or next(level for level in library.LEVELS if level not in LEVELS)
-    done = run_python("import hf_bitnet.kernels", HF_BITNET_CPU_LEVEL=name)
-    last = done.stderr.strip().splitlines()[-1]
-    assert f"ValueError: HF_BITNET_CPU_LEVEL={name!r} {words}" in last
-    assert f"legal here: {', '.join(LEVELS)}, or leave it unset" in last
+    before = library.level()
+    with pytest.raises(ValueError) as error:
+        _dispatch_at(name, monkeypatch)
+    assert f"HF_BITNET_CPU_LEVEL={name!r} {words}" in str(error.value)
+    assert f"legal here: {', '.join(LEVELS)}, or leave it unset" in str(error.value)
+    assert library.level() == before
 
 
 WITHOUT = """

@@ -17,7 +17,7 @@ from hf_bitnet import set_strength
 from hf_bitnet.surgery import attention_heads, attention_projections, transformer_layers
 from hf_bitnet.training import hidden_loss, relation_loss
 from hf_bitnet.training.distillation.inner import layer_pairs
-from tests.qat import assert_same, examples, losses, make_trainer, quantized, weights
+from tests.qat import ONE_LAYER, assert_same, examples, losses, make_trainer, quantized, weights
 from tests.tiny import FAMILIES, tiny
 
 BOTH = {"hidden": {"loss": "mse"}, "relations": {}}
@@ -71,7 +71,7 @@ def test_terms_equal_the_formula(tmp_path: Path) -> None:
     torch.testing.assert_close(result.inner[1], torch.stack(parts).mean())
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "bert"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", *(pytest.param(each, marks=pytest.mark.slow) for each in ("qwen3", "bert"))])
 def test_accumulation_of_4x2_equals_8(name: str, tmp_path: Path) -> None:
     """Two steps, so that the balance that the first one measured is used."""
     found = []
@@ -133,12 +133,12 @@ class _StopAt(tf.TrainerCallback):
 
 def test_resume_continues_the_balance_bit_for_bit(tmp_path: Path) -> None:
     run = {"teacher": "self", "distillation": BOTH, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
-    whole = make_trainer(tmp_path / "whole", quantized(), **run)
+    whole = make_trainer(tmp_path / "whole", quantized(model=ONE_LAYER), **run)
     whole.train()
     with pytest.raises(InterruptedError):
-        make_trainer(tmp_path / "half", quantized(), callbacks=[_StopAt()], **run).train()
+        make_trainer(tmp_path / "half", quantized(model=ONE_LAYER), callbacks=[_StopAt()], **run).train()
     assert json.loads((tmp_path / "half" / "checkpoint-2" / "qat_balance.json").read_text())["means"][0] > 0
-    resumed = make_trainer(tmp_path / "half", quantized(), **run)
+    resumed = make_trainer(tmp_path / "half", quantized(model=ONE_LAYER), **run)
     resumed.train(resume_from_checkpoint=True)
     assert losses(resumed) == losses(whole)
     assert_same(weights(resumed.model), weights(whole.model))
@@ -149,7 +149,7 @@ def test_resume_continues_the_balance_bit_for_bit(tmp_path: Path) -> None:
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     results = []
     for on in (False, True):
-        model = quantized()
+        model = quantized(model=ONE_LAYER)
         make_trainer(tmp_path, model, teacher="self", distillation=BOTH, activation_checkpointing=on).train()
         results.append(weights(model))
     assert_same(*results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import xml.etree.ElementTree as ElementTree
+from itertools import product
 from typing import Any
 
 import pytest
@@ -129,8 +130,20 @@ def test_models_without_a_chain_are_run_as_a_whole(between: bool, twice: bool) -
 # ---- what comes out ----
 
 
-@pytest.mark.parametrize("weight", ["binary", "ternary", "int2", "int2_seq", "int4"])
-@pytest.mark.parametrize("fields", [{"granularity": "tensor"}, {"granularity": "channel"}, {"group_size": 16}], ids=str)
+# every scheme once and every granularity in the fast tests, the rest of the product in the slow ones
+GRIDS: list[tuple[str, dict[str, Any]]] = list(
+    product(
+        ("binary", "ternary", "int2", "int2_seq", "int4"),
+        ({"granularity": "tensor"}, {"granularity": "channel"}, {"group_size": 16}),
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("weight", "fields"),
+    [pytest.param(*each, marks=[] if i % 3 == i // 3 % 3 else pytest.mark.slow) for i, each in enumerate(GRIDS)],
+    ids=str,
+)
 def test_the_fit_beats_rounding_on_unseen_text(weight: str, fields: dict[str, Any]) -> None:
     model = hb.quantize_model(trained_llama(), hb.BitNetQuantizationConfig(weight=weight, **fields))
     rounded, full = loss(model), loss(trained_llama())
@@ -151,7 +164,9 @@ def test_method_without_text_and_with_it() -> None:
     assert all(row.error is None and row.changed > 0 for row in report)
 
 
-@pytest.mark.parametrize("scale", ["absmean", "threshold", "least_squares", "learned"])
+@pytest.mark.parametrize(
+    "scale", ["least_squares", "learned", *(pytest.param(each, marks=pytest.mark.slow) for each in ("absmean", "threshold"))]
+)
 def test_training_starts_from_exactly_what_was_found(scale: str, tmp_path: Any) -> None:
     model = quantized_llama(weight_scale=scale)
     hb.fit_weights(model, [batch(seed=2)])

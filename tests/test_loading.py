@@ -47,6 +47,7 @@ def test_weights_are_the_file_itself(folder: Path) -> None:
     assert model.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @mapped
 def test_memory_of_a_fresh_process(folder: Path) -> None:
     """Resident memory grows by less than the packed file, although nothing was touched but what loading touches."""

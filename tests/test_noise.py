@@ -13,7 +13,7 @@ from hf_bitnet import QATArguments
 from hf_bitnet.noise import NOISES, make_key, mix, normal, uniform
 from hf_bitnet.surgery import trained_layers
 from tests.layers import IN, OUT, make_layer
-from tests.qat import assert_same, losses, make_trainer, quantized, weights
+from tests.qat import ONE_LAYER, assert_same, losses, make_trainer, quantized, weights
 
 
 def _key(step: int = 0, layer: int = 0) -> torch.Tensor:
@@ -141,13 +141,13 @@ class _Stop(tf.TrainerCallback):
 @pytest.mark.parametrize("kind", NOISES.names())
 def test_resume_equals_no_stop(kind: str, tmp_path: Path) -> None:
     fields = {**NOISY, "weight_noise": {"kind": kind, "sigma": 0.02}}
-    whole = make_trainer(tmp_path / "whole", quantized(), **fields)
+    whole = make_trainer(tmp_path / "whole", quantized(model=ONE_LAYER), **fields)
     whole.train()
-    stopped = quantized()
+    stopped = quantized(model=ONE_LAYER)
     with pytest.raises(InterruptedError):
         make_trainer(tmp_path / "half", stopped, callbacks=[_Stop()], **fields).train()
     assert all(layer.noise is None for _, layer in trained_layers(stopped))
-    resumed = make_trainer(tmp_path / "half", quantized(), **fields)
+    resumed = make_trainer(tmp_path / "half", quantized(model=ONE_LAYER), **fields)
     resumed.train(resume_from_checkpoint=True)
     assert losses(resumed) == losses(whole)
     assert_same(weights(resumed.model), weights(whole.model))
@@ -156,7 +156,7 @@ def test_resume_equals_no_stop(kind: str, tmp_path: Path) -> None:
 def test_checkpointing_sees_the_same_noise(tmp_path: Path) -> None:
     results = []
     for on in (False, True):
-        model = quantized()
+        model = quantized(model=ONE_LAYER)
         noise = {"kind": "gaussian", "sigma": 0.05}
         make_trainer(tmp_path, model, activation_checkpointing=on, weight_noise=noise).train()
         results.append(weights(model))
@@ -171,7 +171,7 @@ def test_noise_ends(tmp_path: Path) -> None:
             seen.append(trained_layers(kwargs["model"])[0][1].noise is not None)
 
     fields = {"weight_noise": {"until": 0.5}, "gradient_accumulation_steps": 2}
-    make_trainer(tmp_path, quantized(), callbacks=[Watch()], **fields).train()
+    make_trainer(tmp_path, quantized(model=ONE_LAYER), callbacks=[Watch()], **fields).train()
     assert seen == [True, True, False, False]
 
 

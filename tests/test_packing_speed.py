@@ -12,18 +12,31 @@ from hf_bitnet.quantizers import WEIGHT_SCHEMES
 from hf_bitnet.surgery.coverage import check_finite
 from tests.layers import PLACES, as_conv1d, make_layer, scale_rules
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [(scheme, rule, *place) for scheme in WEIGHT_SCHEMES for rule in scale_rules(scheme) for place in PLACES]
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# each case once, with the next dtype and the other layout in turn; the rest of the product is for the slow tests
+FORMS = [(dtype, conv1d) for dtype in DTYPES for conv1d in (False, True)]
+PRODUCT = [
+    pytest.param(case, *form, marks=[] if sum(divmod(index, len(PLACES))) % len(FORMS) == chosen else pytest.mark.slow)
+    for index, case in enumerate(CASES)
+    for chosen, form in enumerate(FORMS)
+]
 
 
 # ---- quantizing and packing ----
 
 
-@each_dtype
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case[:3])))
+def _name(value: object) -> str:
+    """Of a parameter, in the test's id."""
+    if isinstance(value, bool):
+        return "conv1d" if value else "linear"
+    return "-".join(map(str, value[:3])) if isinstance(value, tuple) else str(value)
+
+
+@pytest.mark.parametrize(("case", "dtype", "conv1d"), PRODUCT, ids=_name)
 def test_packed_bytes_are_those_of_the_codes(
-    level: str | None, case: tuple[str, str, str, int | None], conv1d: bool, dtype: torch.dtype
+    level: str | None, case: tuple[str, str, str, int | None], dtype: torch.dtype, conv1d: bool
 ) -> None:
     torch.manual_seed(0)
     made = make_layer(*case, size=(136, 9))

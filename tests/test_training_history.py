@@ -13,7 +13,7 @@ import transformers as tf
 from hf_bitnet.surgery import trained_layers
 from hf_bitnet.training.layer_history import FILE
 from hf_bitnet.training.monitor import QuantMonitor
-from tests.qat import losses, make_trainer, quantized
+from tests.qat import ONE_LAYER, losses, make_trainer, quantized
 
 
 def test_figures_of_each_layer(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_figures_of_each_layer(tmp_path: Path) -> None:
 
 
 def test_of_a_weight_on_the_grid_and_of_an_empty_one() -> None:
-    model = quantized()
+    model = quantized(model=ONE_LAYER)
     for _, layer in trained_layers(model):
         layer.weight.data = layer.quantized_weight().dequantize()
     trained_layers(model)[0][1].weight.data.zero_()
@@ -63,16 +63,16 @@ class _Stop(tf.TrainerCallback):
 
 def test_file_and_resume(tmp_path: Path) -> None:
     fields = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
-    whole = make_trainer(tmp_path / "whole", quantized(), **fields)
+    whole = make_trainer(tmp_path / "whole", quantized(model=ONE_LAYER), **fields)
     whole.train()
     lines = [json.loads(line) for line in (tmp_path / "whole" / FILE).read_text().splitlines()]
     assert lines == whole.quant_history.entries
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     with pytest.raises(InterruptedError):
-        make_trainer(tmp_path / "half", quantized(), callbacks=[_Stop()], **fields).train()
+        make_trainer(tmp_path / "half", quantized(model=ONE_LAYER), callbacks=[_Stop()], **fields).train()
     with (tmp_path / "half" / FILE).open("a") as file:
         file.write('{"step": 4, "lay')  # killed while it was written
-    resumed = make_trainer(tmp_path / "half", quantized(), **fields)
+    resumed = make_trainer(tmp_path / "half", quantized(model=ONE_LAYER), **fields)
     resumed.train(resume_from_checkpoint=True)
     assert [entry["step"] for entry in resumed.quant_history.entries] == [1, 2, 3, 4, 5, 6]
     assert resumed.quant_history.entries[-2:] == whole.quant_history.entries[-2:]
@@ -80,7 +80,7 @@ def test_file_and_resume(tmp_path: Path) -> None:
 
 
 def test_nothing_without_quant_logging(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, quantized(), quant_logging=False, max_steps=1)
+    trainer = make_trainer(tmp_path, quantized(model=ONE_LAYER), quant_logging=False, max_steps=1)
     trainer.train()
     assert not trainer.quant_history.entries
     assert not (tmp_path / FILE).exists()
@@ -89,7 +89,7 @@ def test_nothing_without_quant_logging(tmp_path: Path) -> None:
 
 
 def test_plot(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, quantized(), max_steps=3)
+    trainer = make_trainer(tmp_path, quantized(model=ONE_LAYER), max_steps=3)
     trainer.train()
     with pytest.raises(ValueError, match="unknown figure 'sqnr'; legal: 'flip_rate', 'zero_fraction', 'sqnr_db', 'cosine'"):
         trainer.quant_history.worst("sqnr")

@@ -11,7 +11,7 @@ import transformers as tf
 
 from hf_bitnet import QATArguments
 from hf_bitnet.training.learning_rate import TwoStage
-from tests.qat import assert_same, losses, make_trainer, quantized, weights
+from tests.qat import ONE_LAYER, assert_same, losses, make_trainer, quantized, weights
 
 RUN: dict[str, Any] = {
     "max_steps": 8,
@@ -40,7 +40,7 @@ class _Watch(tf.TrainerCallback):
 
 
 def _model() -> tf.PreTrainedModel:
-    return quantized(weight_scale="learned")
+    return quantized(model=ONE_LAYER, weight_scale="learned")
 
 
 def test_values(tmp_path: Path) -> None:

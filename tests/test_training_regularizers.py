@@ -13,7 +13,7 @@ from hf_bitnet import QATArguments
 from hf_bitnet.quantizers import WEIGHT_SCHEMES, Quantized, make_weight_quantizer
 from hf_bitnet.surgery import trained_layers
 from hf_bitnet.training.regularizers import REGULARIZERS
-from tests.qat import arguments, losses, make_trainer, quantized
+from tests.qat import ONE_LAYER, arguments, losses, make_trainer, quantized
 from tests.tiny import tiny
 
 DESCENT: dict[str, Any] = {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "learning_rate": 0.5}
@@ -67,8 +67,15 @@ def _update(folder: Path, batch: int, accumulate: int, teacher: Any, name: str =
     return nn.utils.parameters_to_vector(model.parameters()).detach() - before
 
 
-@pytest.mark.parametrize("distilled", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "distilled"),
+    [
+        ("llama", True),
+        ("gpt2", False),
+        pytest.param("llama", False, marks=pytest.mark.slow),
+        pytest.param("gpt2", True, marks=pytest.mark.slow),
+    ],
+)
 def test_counts_once_an_optimizer_step(name: str, distilled: bool, tmp_path: Path) -> None:
     """A step with the term differs from one without by -lr times its gradient, however many micro-batches there are."""
     coefficient = 0.01
@@ -88,10 +95,10 @@ def test_counts_once_an_optimizer_step(name: str, distilled: bool, tmp_path: Pat
 
 def test_is_logged_and_part_of_the_loss(tmp_path: Path) -> None:
     fields = {"max_steps": 2, "logging_steps": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.0}
-    plain = make_trainer(tmp_path, quantized(), **fields)
+    plain = make_trainer(tmp_path, quantized(model=ONE_LAYER), **fields)
     plain.train()
     coefficients = {"l2_to_grid": 0.01, "sparsity": 0.001}
-    model = quantized()
+    model = quantized(model=ONE_LAYER)
     trainer = make_trainer(tmp_path, model, regularizers=coefficients, quant_logging=False, **fields)
     trainer.train()
     (log,) = losses(trainer)
@@ -110,7 +117,7 @@ def test_what_they_are_for(tmp_path: Path) -> None:
     runs = {}
     for name, coefficient in ((None, 0.0), ("l2_to_grid", 1.0), ("oscillation_damping", 1.0), ("sparsity", 0.1)):
         fields = {"regularizers": {name: coefficient}} if name else {}
-        trainer = make_trainer(tmp_path, quantized(), max_steps=16, learning_rate=3e-3, **fields)
+        trainer = make_trainer(tmp_path, quantized(model=ONE_LAYER), max_steps=16, learning_rate=3e-3, **fields)
         trainer.train()
         runs[name] = losses(trainer)[-1]
     assert runs["l2_to_grid"]["quant/sqnr_db"] > runs[None]["quant/sqnr_db"] + 0.5
@@ -119,7 +126,7 @@ def test_what_they_are_for(tmp_path: Path) -> None:
 
 
 def test_frozen_weights_are_left_alone(tmp_path: Path) -> None:
-    model = quantized()
+    model = quantized(model=ONE_LAYER)
     frozen = trained_layers(model)[0][1]
     frozen.weight.requires_grad = False
     before = frozen.weight.clone()

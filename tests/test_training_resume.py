@@ -19,7 +19,7 @@ import torch
 import transformers as tf
 
 from hf_bitnet.training.resume import last_complete_checkpoint
-from tests.qat import assert_same, losses, make_trainer, quantized, weights
+from tests.qat import ONE_LAYER, assert_same, losses, make_trainer, quantized, weights
 from tests.tiny import tiny
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -44,7 +44,7 @@ SCHEDULES: dict[str, Any] = {
         "layer_window": 0.5,
     },
 }
-DROPOUT = {"attention_dropout": 0.3}  # so that the random state matters too
+DROPOUT = {**ONE_LAYER, "attention_dropout": 0.3}  # so that the random state matters too
 
 
 class _StopAt(tf.TrainerCallback):
@@ -130,7 +130,9 @@ make_trainer(sys.argv[1], _model(), callbacks=[Report()], **_run(sys.argv[2])).t
 """
 
 
-@each_schedule
+@pytest.mark.parametrize(
+    "schedule", ["progressive", pytest.param("together", marks=pytest.mark.slow)], scope="module"
+)  # a process takes seconds to start
 def test_resume_after_sigkill(schedule: str, tmp_path: Path, uninterrupted: tuple) -> None:
     """A real process, killed without warning at a random moment after the first checkpoint."""
     moment = random.Random().choice([f"{what} {step}" for step in range(SAVED + 1, STEPS - 1) for what in ("step", "half")])

@@ -14,7 +14,7 @@ from hf_bitnet import QATArguments
 from hf_bitnet.surgery import trained_layers
 from hf_bitnet.training.rollback import RollbackOptions, find_spike
 from hf_bitnet.training.stability import PatientEarlyStopping, StuckWatch
-from tests.qat import assert_same, losses, make_trainer, quantized, said, weights
+from tests.qat import ONE_LAYER, assert_same, losses, make_trainer, quantized, said, weights
 
 # ---- NaN ----
 
@@ -60,7 +60,7 @@ def test_nan_is_named(do: Any, words: str, accumulate: int, tmp_path: Path) -> N
 
 
 def test_without_the_guard(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, quantized(), callbacks=[_Poison(_break_weight)], nan_guard=False)
+    trainer = make_trainer(tmp_path, quantized(model=ONE_LAYER), callbacks=[_Poison(_break_weight)], nan_guard=False)
     trainer.train()
     assert math.isnan(losses(trainer)[-1]["grad_norm"])
 
@@ -68,7 +68,7 @@ def test_without_the_guard(tmp_path: Path) -> None:
 def test_the_guard_changes_nothing(tmp_path: Path) -> None:
     results = []
     for guard in (False, True):
-        model = quantized()
+        model = quantized(model=ONE_LAYER)
         make_trainer(tmp_path, model, nan_guard=guard).train()
         results.append(weights(model))
     assert_same(*results)
@@ -89,7 +89,7 @@ RUN: dict[str, Any] = {
 
 def _spiky(folder: Path, above: float, step: int = 6, **fields: Any) -> Any:
     """A run whose loss is 100 times too large in step `step + 1` while the learning rate is above `above`."""
-    trainer = make_trainer(folder, quantized(), **{**RUN, **fields})
+    trainer = make_trainer(folder, quantized(model=ONE_LAYER), **{**RUN, **fields})
     original = trainer.compute_loss
 
     def compute_loss(*args: Any, **named: Any) -> Any:
@@ -164,7 +164,7 @@ def test_nan_is_rolled_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
             broken.append(True)
             _break_weight(model)
 
-    trainer = make_trainer(tmp_path, quantized(), callbacks=[_Poison(once)], **RUN)
+    trainer = make_trainer(tmp_path, quantized(model=ONE_LAYER), callbacks=[_Poison(once)], **RUN)
     trainer.train()
     assert trainer.state.global_step == 10
     assert any(
@@ -215,7 +215,8 @@ def test_early_stopping_waits_for_full_strength(added: str, tmp_path: Path) -> N
         "save_strategy": "no",
     }
     stock: Any = tf.EarlyStoppingCallback if added == "class" else tf.EarlyStoppingCallback(early_stopping_patience=2)
-    trainer = make_trainer(tmp_path, quantized(), **fields, **({} if added == "add_callback" else {"callbacks": [stock]}))
+    model = quantized(model=ONE_LAYER)
+    trainer = make_trainer(tmp_path, model, **fields, **({} if added == "add_callback" else {"callbacks": [stock]}))
     if added == "add_callback":
         trainer.add_callback(stock)
     assert any(isinstance(each, PatientEarlyStopping) for each in trainer.callback_handler.callbacks)
@@ -230,7 +231,7 @@ def test_early_stopping_waits_for_full_strength(added: str, tmp_path: Path) -> N
 
 
 def test_stuck_weights_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = quantized()
+    model = quantized(model=ONE_LAYER)
     for _, layer in trained_layers(model):
         layer.weight.data.mul_(1000.0)
     fields = {"learning_rate": 1e-9, "lr_scheduler_type": "constant", "max_steps": 6}

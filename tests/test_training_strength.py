@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from torch import nn
 from torch._dynamo.utils import counters
 
 from hf_bitnet import BitNetQuantizationConfig, QuantizationSchedule, quantize_model
@@ -16,7 +17,7 @@ from hf_bitnet.modules import TrainedLayer
 from hf_bitnet.relaxations import RELAXATIONS
 from hf_bitnet.surgery import trained_layers
 from hf_bitnet.training.strength import StrengthCallback
-from tests.qat import arguments, assert_same, examples, losses, make_trainer, quantized, weights
+from tests.qat import ONE_LAYER, arguments, assert_same, examples, losses, make_trainer, quantized, weights
 from tests.tiny import tiny
 
 PROGRESSIVE = {"ramp": "none", "stages": {"int8": 2, "int4": 4}}
@@ -103,7 +104,7 @@ def test_evaluation_is_of_the_final_scheme_and_changes_nothing(fields: dict, tmp
     schedule = {"ramp": "linear", "end": 5, "stages": {"int8": 2, "int4": 4}, "layers": "forward"}
     runs = {}
     for every in (False, True):
-        model = quantized(**fields)
+        model = quantized(model=ONE_LAYER, **fields)
         strategy = {"eval_strategy": "steps", "eval_steps": 1} if every else {}
         trainer = make_trainer(tmp_path, model, quantization_schedule=schedule, max_steps=6, **strategy)
         trainer.train()
@@ -117,7 +118,7 @@ def test_evaluation_is_of_the_final_scheme_and_changes_nothing(fields: dict, tmp
         def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             # a twin that has these weights, and its scales from them, measures the same
             if state.global_step == 1:
-                twin = quantized(**fields)
+                twin = quantized(model=ONE_LAYER, **fields)
                 twin.load_state_dict(weights(kwargs["model"]))
                 for layer in _layers(twin):
                     layer.reset_scale()
@@ -125,7 +126,8 @@ def test_evaluation_is_of_the_final_scheme_and_changes_nothing(fields: dict, tmp
 
     same: list[float] = []
     strategy = {"eval_strategy": "steps", "eval_steps": 1, "callbacks": [Evaluate()]}
-    make_trainer(tmp_path, quantized(**fields), quantization_schedule=schedule, max_steps=6, **strategy).train()
+    model = quantized(model=ONE_LAYER, **fields)
+    make_trainer(tmp_path, model, quantization_schedule=schedule, max_steps=6, **strategy).train()
     assert same == [found[0]]
 
 
@@ -194,7 +196,7 @@ def test_every_relaxation_ends_hard(name: str, tmp_path: Path) -> None:
     """With distillation and accumulation; 4 micro-batches of 2 are 2 of 4, and the end is the integer step."""
     found = []
     for batch, accumulate in ((4, 2), (2, 4)):
-        model = quantized(relaxation=name, weight="int2_seq", weight_scale="learned")
+        model = quantized(model=ONE_LAYER, relaxation=name, weight="int2_seq", weight_scale="learned")
         schedule = {"ramp": "linear", "end": 3, "layers": "forward", "layer_window": 0.5}
         run = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate, "optim": "sgd"}
         trainer = make_trainer(tmp_path, model, quantization_schedule=schedule, teacher="self", max_steps=4, **run)
@@ -236,11 +238,20 @@ def test_gap_between_soft_and_hard(tmp_path: Path) -> None:
 
 # torch (2.13) itself makes an instance of autograd.Function while it traces one
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_one_graph_while_the_strengths_move() -> None:
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["linear layers", "llama"])
+def test_one_graph_while_the_strengths_move(whole: bool) -> None:
     """Under torch.compile layers go over to integers together, and each stage is one recompilation."""
     torch._dynamo.reset()
     counters.clear()
-    model, batch = tiny("llama", labels=True, num_hidden_layers=1)
+    model: Any
+    if whole:
+        model, batch = tiny("llama", labels=True, num_hidden_layers=1)
+    else:
+        model, batch = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)), {"input": torch.randn(5, 16)}
+
+    def loss(run: Any) -> float:
+        return (run(**batch).loss if whole else run(**batch).square().mean()).item()
+
     quantize_model(model, BitNetQuantizationConfig()).train()
     compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
     schedule = {"ramp": "linear", "end": 6, "stages": {"int4": 3}, "layers": "forward", "layer_window": 0.5}
@@ -251,19 +262,14 @@ def test_one_graph_while_the_strengths_move() -> None:
     for step in range(8):
         state.global_step = step
         (callback.on_train_begin if step == 0 else callback.on_step_begin)(args, state, control, model=model)
-        found.append(compiled(**batch).loss.item())
+        found.append(loss(compiled))
         with torch.compiler.set_stance("force_eager"):
-            assert found[-1] == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+            assert found[-1] == pytest.approx(loss(model), rel=1e-5)
         graphs.append(counters["stats"]["unique_graphs"])
     assert not counters["graph_break"]
     assert graphs == [1, 1, 1, 2, 2, 2, 3, 3]
     assert len({round(loss, 6) for loss in found[:6]}) == 6  # the strengths did arrive
     callback.finish()
-
-
-test_one_graph_while_the_strengths_move = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")(
-    test_one_graph_while_the_strengths_move
-)
 
 
 @pytest.mark.parametrize("schedule", [None, "linear", PROGRESSIVE, {"layers": "forward"}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,12 @@ def _update(name: str, folder: Path, teacher: Any, batch: int, accumulate: int, 
     return nn.utils.parameters_to_vector(model.parameters()).detach() - before
 
 
-@pytest.mark.parametrize("alpha", [None, 0.5, 1.0])
-@pytest.mark.parametrize("name", ["llama", "bert", "t5", "gpt2"])
+# every family and every loss in the fast tests, the rest of the product in the slow ones
+FAST = [("llama", None), ("llama", 0.5), ("bert", 0.5), ("t5", 0.5), ("gpt2", 1.0)]
+SLOW = [pair for pair in product(("llama", "bert", "t5", "gpt2"), (None, 0.5, 1.0)) if pair not in FAST]
+
+
+@pytest.mark.parametrize(("name", "alpha"), [*FAST, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW)])
 def test_accumulation_of_4x2_equals_8(name: str, alpha: float | None, tmp_path: Path) -> None:
     teacher = None if alpha is None else tiny(name, seed=1)[0]
     whole = _update(name, tmp_path, teacher, 8, 1, distillation=None if alpha is None else {"alpha": alpha})
@@ -67,7 +72,8 @@ def test_distillation_equals_the_formula_in_the_trainer(tmp_path: Path) -> None:
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "t5", "bert", "gemma3"])
+# an own head, a tied one, labels that are not shifted
+@pytest.mark.parametrize("name", ["llama", "qwen3", "t5", *(pytest.param(each, marks=pytest.mark.slow) for each in ("bert", "gemma3"))])
 def test_head_and_logits_give_the_same_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = _update(name, tmp_path, "self", 4, 1)
     monkeypatch.setattr("hf_bitnet.training.distillation.distiller.logits_are_plain", lambda *_: False)
