@@ -22,7 +22,7 @@ from hf_bitnet.demo.run import perplexity
 
 @pytest.fixture(scope="module")
 def documents() -> corpus.Corpus:
-    return corpus.collect_corpus(max_modules=60)
+    return corpus.collect_corpus(max_modules=30)
 
 
 def _paragraphs(texts: list[str]) -> list[str]:
@@ -37,7 +37,7 @@ def test_no_paragraph_of_the_validation_side_is_trained_on(documents: corpus.Cor
 
 
 def test_the_text_is_the_same_every_time(documents: corpus.Corpus) -> None:
-    assert corpus.collect_corpus(max_modules=60) == documents
+    assert corpus.collect_corpus(max_modules=30) == documents
 
 
 def test_definitions_are_shown_with_their_signature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,8 +46,18 @@ def on_load(model: Any, folder: Path, quantization: BitNetQuantizationConfig, **
 # ---- on load == in place == restored ----
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "bert", "t5", "vit", "whisper", "mixtral"])
-@pytest.mark.parametrize("form", ["train", "packed"])
+FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "bert", "t5", "vit", "whisper", "mixtral")
+
+
+# each ends in the other form, so that the fast tests begin with one of the two in turn
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param(name, form, marks=[] if (i + j) % 2 else pytest.mark.slow)
+        for i, name in enumerate(FAMILIES)
+        for j, form in enumerate(("train", "packed"))
+    ],
+)
 def test_families(name: str, form: str, tmp_path: Path) -> None:
     quantization = config(form=form, **RICH)
     model, batch = tiny(name)

@@ -73,7 +73,9 @@ def test_distillation_equals_the_formula_in_the_trainer(tmp_path: Path) -> None:
 
 
 # an own head, a tied one, labels that are not shifted
-@pytest.mark.parametrize("name", ["llama", "qwen3", "t5", *(pytest.param(each, marks=pytest.mark.slow) for each in ("bert", "gemma3"))])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3", "t5", *(pytest.param(each, marks=pytest.mark.slow) for each in ("bert", "gemma3"))]
+)
 def test_head_and_logits_give_the_same_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = _update(name, tmp_path, "self", 4, 1)
     monkeypatch.setattr("hf_bitnet.training.distillation.distiller.logits_are_plain", lambda *_: False)
