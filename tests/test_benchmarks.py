@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import (
+    common,
     cpu_kernels,
     distillation_memory,
     generate,
@@ -116,7 +117,7 @@ def test_starts(tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "data" / "novels").mkdir(parents=True)
     for name in ("train.txt", "valid.txt"):
         corpus.write(tmp_path / "data" / "novels", name=name)
-    monkeypatch.setattr(starts, "SHARED", tmp_path)
+    monkeypatch.setattr(common, "SHARED", tmp_path)
     _check_starts(capsys)
 
 
