@@ -27,6 +27,7 @@ from ..quantizers import Quantized, WeightQuantizer
 from ..surgery import trained_layers
 from .add_on import AddOn
 from .options import number
+from .sharding import is_sharded
 
 _FILE = "qat_freezing.safetensors"
 # how far a held weight may go towards the next level, in steps of the grid; codes change at 0.5
@@ -126,7 +127,7 @@ class FreezingCallback(AddOn):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for name, layer in trained_layers(kwargs["model"]):
-            if hasattr(layer.weight, "full_tensor") or layer.weight.numel() == 0:
+            if is_sharded(layer.weight):
                 raise ValueError(
                     f"oscillation_freezing keeps a record of each weight, and those of {name} are sharded; leave it out, or "
                     "train without FSDP and ZeRO-3. regularizers={'oscillation_damping': 1e-4} works with both"
