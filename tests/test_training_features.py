@@ -18,7 +18,7 @@ from hf_bitnet.surgery import trained_layers
 from hf_bitnet.training.checks import LossStyle, check_parallelism, loss_style
 from hf_bitnet.training.distillation.alignment import logits_of
 from hf_bitnet.training.distillation.teacher import prepare_teacher
-from hf_bitnet.training.optimizers import split_groups
+from hf_bitnet.training.optimizers import set_up
 from tests.qat import arguments, assert_same, examples, losses, make_trainer, quantized, said, weights
 from tests.tiny import FAMILIES, tiny
 
@@ -308,9 +308,9 @@ def test_ways_to_split_work_that_do_not_fit() -> None:
 def test_an_optimizer_that_manages_parameters_itself(tmp_path: Path) -> None:
     model = quantized()
     partial = torch.optim.SGD([next(model.parameters())], lr=0.1)
-    split_groups(partial, model, arguments(tmp_path))
+    set_up(partial, model, arguments(tmp_path))
     assert len(partial.param_groups) == 1
     with pytest.raises(
         ValueError, match=r"scale_weight_decay=0.1 cannot be used: the optimizer of optim=.*manages the parameters itself"
     ):
-        split_groups(partial, model, arguments(tmp_path, scale_weight_decay=0.1))
+        set_up(partial, model, arguments(tmp_path, scale_weight_decay=0.1))

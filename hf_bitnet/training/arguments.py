@@ -77,6 +77,13 @@ class QATArguments(TrainingArguments):
     scale_weight_decay: float = field(
         default=0.0, metadata={"help": "Weight decay of learned scales and learned temperatures."}
     )
+    cautious: bool = field(
+        default=False,
+        metadata={
+            "help": "Weights whose update goes against their present gradient stay where they are, the others move so much "
+            "further (arXiv 2411.16085). For any torch optimizer; holds a second copy of the parameters during a step."
+        },
+    )
     two_stage: dict | str | None = field(
         default=None,
         metadata={
@@ -189,6 +196,10 @@ class QATArguments(TrainingArguments):
             if getattr(self, name) is not None:
                 number(name, getattr(self, name), 0.0)
         number("scale_weight_decay", self.scale_weight_decay, 0.0)
+        if self.cautious and self.lean:
+            raise ValueError(
+                "cautious=True changes what the optimizer wrote, and would undo lean's stochastic rounding; leave one out"
+            )
         if self.training_preset is not None:
             self._check_preset(self.training_preset)
 

@@ -13,21 +13,22 @@ from torch import nn
 
 from ..surgery import trained_layers, trained_tables
 from .arguments import QATArguments
+from .cautious import make_cautious
 
 _OPTIONS = ("latent_learning_rate", "scale_learning_rate", "latent_weight_decay")
 
 
-def split_groups(optimizer: Any, model: nn.Module, args: QATArguments) -> None:
-    """Splits each group of a fresh optimizer into "rest", "latent" and "scale", in place.
+def set_up(optimizer: Any, model: nn.Module, args: QATArguments) -> None:
+    """Splits each group of a fresh optimizer into "rest", "latent" and "scale", in place, and makes it cautious if asked to.
 
     The rest comes first, because Trainer logs the learning rate of the first group. Raises ValueError when the arguments ask
-    for rates that this optimizer cannot have.
+    for what this optimizer cannot have.
     """
     kinds = _kinds(model)
     held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     if not isinstance(optimizer, torch.optim.Optimizer) or not trainable <= held:
-        refuse_rates(args, f"the optimizer of optim={str(args.optim)!r} manages the parameters itself")
+        refuse_options(args, f"the optimizer of optim={str(args.optim)!r} manages the parameters itself")
         return
     groups = optimizer.param_groups
     optimizer.param_groups = []
@@ -36,13 +37,14 @@ def split_groups(optimizer: Any, model: nn.Module, args: QATArguments) -> None:
             members = [p for p in group["params"] if kinds.get(id(p), "rest") == kind]
             if members:
                 optimizer.add_param_group({**group, "params": members, "name": kind, **_settings(kind, args)})
+    if args.cautious:
+        make_cautious(optimizer)
 
 
-def refuse_rates(args: QATArguments, why: str) -> None:
-    """Raises ValueError when a rate of a parameter group is set that would not be used."""
-    asked = [name for name in _OPTIONS if getattr(args, name) is not None] + ["scale_weight_decay"] * (
-        args.scale_weight_decay != 0.0
-    )
+def refuse_options(args: QATArguments, why: str) -> None:
+    """Raises ValueError when something is asked for that would not be done."""
+    asked = [name for name in _OPTIONS if getattr(args, name) is not None]
+    asked += [name for name in ("scale_weight_decay", "cautious") if getattr(args, name)]
     if asked:
         raise ValueError(
             f"{asked[0]}={getattr(args, asked[0])!r} cannot be used: {why}. Leave it out, or use optim='adamw_torch' without "

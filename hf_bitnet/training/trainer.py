@@ -38,7 +38,7 @@ from .layer_history import LayerHistory
 from .lean import rounds_stochastically, to_lean
 from .metrics import TrainMetrics
 from .monitor import QuantMonitor
-from .optimizers import refuse_rates, split_groups
+from .optimizers import refuse_options, set_up
 from .resume import check_teacher, last_complete_checkpoint, write_teacher
 from .sharding import keep_weights_float32
 from .strength import StrengthCallback
@@ -134,7 +134,7 @@ class QATMixin(Guards):
             made = make_teacher(teacher, student, config, self.accelerator)
             self._fingerprint = fingerprint(made)
             wrapped = prepare_teacher(made, self.accelerator, config)
-        self._distiller = Distiller(config, wrapped, made, compiled=self.args.torch_compile)
+        self._distiller = Distiller(config, wrapped, made, compiled=self.args.torch_compile, seed=self.args.seed)
 
     @property
     def quant_history(self) -> LayerHistory:
@@ -189,11 +189,11 @@ class QATMixin(Guards):
         """As Trainer's, with groups "rest", "latent" and "scale"."""
         if self.optimizer is not None:
             if not self._made_optimizer:
-                refuse_rates(self.args, "the optimizer was made outside of the trainer")
+                refuse_options(self.args, "the optimizer was made outside of the trainer")
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
         assert isinstance(self.model, nn.Module)
-        split_groups(optimizer, self.model if model is None else model, self.args)
+        set_up(optimizer, self.model if model is None else model, self.args)
         self._made_optimizer = True
         return optimizer
 
@@ -251,7 +251,7 @@ class QATMixin(Guards):
     ) -> tuple[Tensor, Any]:
         assert isinstance(self.model, nn.Module) and self._balance is not None
         micro_batches = getattr(self, "current_gradient_accumulation_steps", 1)
-        result = distiller(model, self.model, inputs)
+        result = distiller(model, self.model, inputs, self.state.global_step)
         sums = torch.cat((result.main, torch.stack(result.inner).to(result.main.dtype))) if result.inner else result.main
         means = sums / (max(result.tokens, 1) * micro_batches if items is None else items)
         loss, *terms = self._balance.weigh(self._over_ranks(means) if items is not None else means)

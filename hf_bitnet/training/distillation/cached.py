@@ -141,7 +141,7 @@ def check_cached(dataset: Any, config: DistillationConfig, classes: int | None) 
 
     Raises:
         ValueError: it has no teacher columns; they were made at another temperature or for another vocabulary; inner states
-            are asked for.
+            or token noise are asked for.
     """
     columns = getattr(dataset, "column_names", None)
     if columns is not None and not set(COLUMNS) <= set(columns):
@@ -153,6 +153,11 @@ def check_cached(dataset: Any, config: DistillationConfig, classes: int | None) 
         raise ValueError(
             f"teacher='cached' holds outputs only, and the distillation wants {', '.join(config.inner_terms)}; leave these "
             "out, or pass the teacher itself: teacher=model"
+        )
+    if config.token_noise:
+        raise ValueError(
+            f"teacher='cached' knows what the teacher said of the text as it is, not of one with token_noise="
+            f"{config.token_noise:g}; leave it out, or pass the teacher itself: teacher=model"
         )
     note = cache_note(dataset)
     if note is None:

@@ -32,6 +32,7 @@ from .head import HeadRows, forward_replaced, identity
 from .inner import InnerStates, InnerTerms
 from .logits import TeacherRows, distill_from_hidden, distill_from_logits
 from .teacher import refuse_shared, whole_head
+from .token_noise import noisy_tokens
 
 
 class Result(NamedTuple):
@@ -52,11 +53,14 @@ class Distiller:
         teacher: in eval mode, as it is wrapped for the devices; None where its logits come with the batch.
         inner: the same, unwrapped.
         compiled: whether the student is wrapped in torch.compile.
+        seed: of the token noise.
     """
 
-    def __init__(self, config: DistillationConfig, teacher: nn.Module | None, inner: nn.Module | None, compiled: bool) -> None:
+    def __init__(
+        self, config: DistillationConfig, teacher: nn.Module | None, inner: nn.Module | None, compiled: bool, seed: int = 0
+    ) -> None:
         self.teacher, self._inner = teacher, inner
-        self._config, self._compiled = config, compiled
+        self._config, self._compiled, self._seed = config, compiled, seed
         self._head_loss = _HeadLoss(compiled)
         self._arguments = {} if inner is None else inspect.signature(type(inner).forward).parameters
         # found out on the first batch
@@ -74,13 +78,16 @@ class Distiller:
             refuse_shared(self._inner, student)
             self._inner_terms(student)
 
-    def __call__(self, model: nn.Module, student: nn.Module, inputs: dict[str, Any]) -> Result:
+    def __call__(self, model: nn.Module, student: nn.Module, inputs: dict[str, Any], step: int = 0) -> Result:
         """Runs both models on one batch.
 
         Args:
             model: the student as it is wrapped for training. student: the same, unwrapped.
             inputs: the batch, with `labels`; -100 masks a token. Without labels (alpha 1 only) the attention mask counts.
+            step: optimizer steps done, for the token noise.
         """
+        if self._config.token_noise:
+            inputs = noisy_tokens(inputs, self._config.token_noise, self._seed, step)
         inputs, cached = without_cached(inputs)
         inputs, labels = without_labels(student, inputs, self._labels_are_next(student, inputs))
         if labels is not None and cached is not None and self._inner is None and cached.known.shape == labels.shape:
