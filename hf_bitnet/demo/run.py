@@ -68,16 +68,16 @@ class Settings:
     intermediate_size: int = 768
     window: int = 128
     batch: int = 4
-    steps: int = 1500
+    steps: int = 700
     learning_rate: float = 2e-3
-    further_steps: int = 600
+    further_steps: int = 300
     further_learning_rate: float = 1e-3
     ternary_learning_rate: float = 2e-3
-    evaluations: int = 5
+    evaluations: int = 4
     new_tokens: int = 80
     max_modules: int | None = None
     max_validation_windows: int | None = None
-    seconds: tuple[int, int, int] | None = (75, 45, 30)
+    seconds: tuple[int, int, int] | None = (35, 23, 15)
 
 
 QUICK = Settings(
