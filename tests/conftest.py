@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import common
 from hf_bitnet.kernels.cpu import library
+from tests import corpus
 from tests.cpu_kernels import LEVELS
 from tests.tiny import FAMILIES, tiny
 
@@ -72,3 +74,15 @@ def level(request: pytest.FixtureRequest) -> Iterator[str | None]:
     library.choose_level(request.param)
     yield request.param
     library.choose_level(before)
+
+
+@pytest.fixture
+def tiny_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model and a short text under the names of the real ones."""
+    folder = tmp_path / "models" / "novels-llama-small"
+    tiny("llama", max_position_embeddings=512, hidden_size=64, intermediate_size=128)[0].save_pretrained(folder)
+    corpus.tokenizer().save_pretrained(folder)
+    (tmp_path / "data" / "novels").mkdir(parents=True)
+    for name in ("train.txt", "valid.txt"):
+        corpus.write(tmp_path / "data" / "novels", name=name)
+    monkeypatch.setattr(common, "SHARED", tmp_path)

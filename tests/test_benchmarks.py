@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from benchmarks import (
-    common,
     cpu_kernels,
     distillation_memory,
     generate,
@@ -28,8 +27,6 @@ from benchmarks import (
 )
 from benchmarks.common import RESULTS
 from hf_bitnet.kernels.cpu import library
-from tests import corpus
-from tests.tiny import tiny
 
 Captured = pytest.CaptureFixture[str]
 # torchao, a peer that is measured where it is installed, warns about what it could do on other machines
@@ -109,15 +106,8 @@ def test_ptq_table(shared_dir: Path, capsys: Captured, monkeypatch: pytest.Monke
     assert "novels-llama-small: full precision" in capsys.readouterr().out
 
 
-def test_starts(tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a tiny model under the name of the real one."""
-    folder = tmp_path / "models" / "novels-llama-small"
-    tiny("llama", max_position_embeddings=512)[0].save_pretrained(folder)
-    corpus.tokenizer().save_pretrained(folder)
-    (tmp_path / "data" / "novels").mkdir(parents=True)
-    for name in ("train.txt", "valid.txt"):
-        corpus.write(tmp_path / "data" / "novels", name=name)
-    monkeypatch.setattr(common, "SHARED", tmp_path)
+@pytest.mark.usefixtures("tiny_shared")
+def test_starts(capsys: Captured) -> None:
     _check_starts(capsys)
 
 

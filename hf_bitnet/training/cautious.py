@@ -22,17 +22,17 @@ _FEWEST = 1e-3
 
 def make_cautious(optimizer: torch.optim.Optimizer) -> None:
     """Changes every later `step` of the optimizer. Steps that are skipped (float16 overflow) are not touched."""
-    before: list[tuple[Tensor, Tensor]] = []
+    before: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, its value before the step, its gradient
 
     def remember(optimizer: Any, *_: Any) -> None:
         parameters = [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
-        before[:] = [(each, each.detach().clone()) for each in parameters]
+        before[:] = [(each, each.detach().clone(), each.grad) for each in parameters]
 
     @torch.no_grad()
     def mask(*_: Any) -> None:
-        for parameter, old in before:
+        for parameter, old, gradient in before:
             update = parameter - old
-            uphill = update * parameter.grad > 0
+            uphill = update * gradient > 0
             share = (1.0 - uphill.float().mean()).clamp_min(_FEWEST).to(update.dtype)
             # in this form nothing is rounded where all weights agree
             parameter.copy_(torch.where(uphill, old, parameter + update * (share.reciprocal() - 1.0)))

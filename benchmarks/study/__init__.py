@@ -1,0 +1,11 @@
+"""Perplexity after training, method against method: same model, tokens and data order, the same learning rates tried for each.
+
+    python -m benchmarks.study --list                      # the studies, and which of their runs are still missing
+    python -m benchmarks.study ternary --minutes 60        # runs what is missing, for about an hour
+    python -m benchmarks.study ternary channel --table     # the tables of what has been run
+
+How: text of novels/train.txt except its last 128 windows, on which the learning rate is chosen (seed 0); every figure is of
+novels/valid.txt, another book, over full precision there. The other seeds run at the chosen rate. Seeds are paired: they draw
+the same batches for every arm. Measured is the packed model, saved and loaded again, in float32. Tokens are positions that
+pass through the student in training; an arm that fits its start on calibration text trains that much less.
+"""

@@ -1,0 +1,123 @@
+"""Which arms are compared in which study, on how many tokens, with how many seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.study.arms import ARMS
+
+SMALL, LARGE = "novels-llama-small", "novels-llama"
+_COMPARED = (
+    "plain",
+    "full-precision twin",
+    "labels only",
+    "AutoBitLinear, ramp",
+    "learned scale",
+    "softmax relaxation",
+    "annealed residual",
+    "pull and noise",
+    "GPTQ start",
+    "cautious",
+    "token noise",
+    "cautious, token noise",
+)
+_CONVERSIONS = ("plain", "learned scale", "GPTQ start", "cautious, token noise")
+_TEXT_ONLY = ("full-precision twin", "labels only")
+
+
+@dataclass(frozen=True)
+class Study:
+    """One table.
+
+    Attributes:
+        purpose: one line.
+        quantization: fields of BitNetQuantizationConfig of every arm, below the arm's own.
+        arms: names of `ARMS`; the first is what others are compared with.
+        tokens: that pass through the student in each run. seeds: how many.
+        model: of ../shared/models. scratch: its shape with random weights in place of its weights.
+        rates: None tries each arm's own; else these, the same for all arms.
+    """
+
+    purpose: str
+    quantization: Mapping[str, Any]
+    arms: tuple[str, ...]
+    tokens: int = 1_500_000
+    seeds: int = 5
+    model: str = SMALL
+    scratch: bool = False
+    rates: tuple[float, ...] | None = field(default=None)
+
+
+_TERNARY = {"weight": "ternary"}
+
+STUDIES: dict[str, Study] = {
+    "ternary": Study("1.58 bits, one scale a tensor: the comparison", _TERNARY, _COMPARED),
+    "ternary-6m": Study(
+        "the same, four times the tokens", _TERNARY, ("plain", "cautious, token noise"), tokens=6_000_000, rates=(1e-3, 2e-3)
+    ),
+    "channel": Study("1.58 bits, one scale a channel", {**_TERNARY, "granularity": "channel"}, _CONVERSIONS),
+    "2-bit": Study("2 bits, one scale a channel", {"weight": "int2_seq", "granularity": "channel"}, _CONVERSIONS),
+    "1-bit": Study("1 bit, one scale a channel", {"weight": "binary", "granularity": "channel"}, ("plain", "GPTQ start")),
+    "4-bit": Study(
+        "4 bits, one scale a channel", {"weight": "int4", "granularity": "channel"}, _CONVERSIONS, rates=(1e-4, 3e-4, 1e-3)
+    ),
+    "scratch": Study(
+        "from random weights, 1.58 bits against full precision",
+        _TERNARY,
+        _TEXT_ONLY,
+        tokens=10_000_000,
+        seeds=1,
+        scratch=True,
+        rates=(1e-3, 2e-3, 4e-3, 8e-3),
+    ),
+    "large": Study(
+        "1.58 bits, a model that is less full", _TERNARY, ("plain",), tokens=2_000_000, seeds=1, model=LARGE, rates=(1e-3,)
+    ),
+    "ablation": Study(
+        "what each part does, 1.58 bits, one learning rate",
+        _TERNARY,
+        tuple(name for name in ARMS if name != "full-precision twin"),
+        tokens=500_000,
+        seeds=3,
+        rates=(2e-3,),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    study: str
+    arm: str
+    rate: float
+    seed: int
+
+    def is_row(self, row: Mapping[str, Any]) -> bool:
+        return all(row[key] == value for key, value in vars(self).items())
+
+
+def missing(name: str, rows: list[dict[str, Any]], arms: list[str] | None = None) -> list[Run]:
+    """The runs of a study that have no row yet. Those of further seeds appear once an arm's rates have all been tried."""
+    study, found = STUDIES[name], []
+    for arm in arms or study.arms:
+        grid = [Run(name, arm, rate, 0) for rate in rates_of(study, arm)]
+        open_ones = [run for run in grid if not any(run.is_row(row) for row in rows)]
+        if not open_ones:
+            best = best_rate(name, arm, rows)
+            seeds = [Run(name, arm, best, seed) for seed in range(1, study.seeds)]
+            open_ones = [run for run in seeds if not any(run.is_row(row) for row in rows)]
+        found += open_ones
+    return found
+
+
+def rates_of(study: Study, arm: str) -> tuple[float, ...]:
+    return study.rates or ARMS[arm].rates
+
+
+def best_rate(name: str, arm: str, rows: list[dict[str, Any]]) -> float:
+    """The rate with the lowest perplexity on the text it is chosen on, seed 0."""
+    tried = [row for row in rows if row["study"] == name and row["arm"] == arm and row["seed"] == 0]
+    return min(tried, key=lambda row: row["tuning perplexity"])["rate"]

@@ -1,0 +1,120 @@
+"""One run: quantize, train, pack, save, load, measure."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+import hf_bitnet as hb
+from benchmarks.common import machine, model_and_windows
+from benchmarks.study import peers
+from benchmarks.study.arms import ARMS, COMMON, Arm
+from benchmarks.study.plan import STUDIES, Run, Study
+
+LENGTH, TUNING_WINDOWS = 256, 128
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows of text, and the perplexity of the pretrained model on `valid`."""
+
+    train: Tensor
+    tuning: Tensor
+    valid: Tensor
+    full: float
+
+
+@functools.cache
+def text_of(model: str, limit: int | None = None) -> Text:
+    """The text in tokens of `model`; `limit` takes no more windows of each part."""
+    full, windows = model_and_windows(model, train=None, valid=limit)
+    train, tuning = windows["train"].split([len(windows["train"]) - TUNING_WINDOWS, TUNING_WINDOWS])
+    perplexity = hb.perplexity(full.to(DEVICE), windows["valid"], progress=False)  # type: ignore[arg-type]
+    return Text(train, tuning[:limit], windows["valid"], perplexity)
+
+
+def start_of(study: Study, seed: int) -> nn.Module:
+    """The model that training starts from, float32."""
+    model, _ = model_and_windows(study.model)
+    if not study.scratch:
+        return model
+    torch.manual_seed(seed)
+    return tf.AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+
+
+def prepare(model: nn.Module, study: Study, arm: Arm, train: Tensor) -> None:
+    """Quantizes `model` in place, as the arm says."""
+    if arm.peer is not None:
+        peers.use_ramped(model)
+    elif arm.quantization is not None:
+        hb.quantize_model(model, hb.BitNetQuantizationConfig(**{**study.quantization, **arm.quantization}))
+        batches = [{"input_ids": part.to(DEVICE)} for part in train[: arm.fit or 16].split(8)]
+        model.to(DEVICE)
+        if arm.calibrate:
+            hb.calibrate(model, batches)
+        if arm.fit:
+            hb.fit_weights(model, batches, progress=False)
+
+
+def make_trainer(model: nn.Module, arm: Arm, teacher: nn.Module | None, train: Tensor, fields: dict[str, Any]) -> tf.Trainer:
+    if arm.peer is None and arm.quantization is not None:
+        arguments = hb.QATArguments(**fields, distillation=dict(arm.distillation or {}) or None, quant_logging=False)
+        return hb.QATTrainer(model=model, args=arguments, train_dataset=hb.TokenWindows(train), teacher=teacher)
+    callbacks: list[Any] = [] if arm.peer is None else [peers.Ramp()]
+    plain = tf.TrainingArguments(**fields)
+    return peers.PlainTrainer(
+        model=model, args=plain, train_dataset=hb.TokenWindows(train), teacher=teacher, callbacks=callbacks
+    )
+
+
+def execute(run: Run, batch: int | None = None, limit: int | None = None, tokens: int | None = None) -> dict[str, Any]:
+    """Trains and measures. `batch`, `limit` and `tokens` make it small enough for a smoke test."""
+    study, arm = STUDIES[run.study], ARMS[run.arm]
+    text = text_of(study.model, limit)
+    model: Any = start_of(study, run.seed)
+    teacher = None if arm.distillation is None else start_of(study, run.seed)
+    began = time.perf_counter()
+    prepare(model, study, arm, text.train)
+    fields = {**COMMON, **arm.arguments}
+    if batch is not None:
+        fields["per_device_train_batch_size"] = batch
+    left = (tokens or study.tokens) - arm.fit * LENGTH
+    steps = max(1, left // (fields["per_device_train_batch_size"] * LENGTH))
+    with tempfile.TemporaryDirectory() as folder:
+        fields |= {
+            "output_dir": folder,
+            "max_steps": steps,
+            "learning_rate": run.rate,
+            "seed": run.seed,
+            "logging_steps": 50,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": DEVICE == "cpu",
+            "dataloader_pin_memory": False,
+        }
+        make_trainer(model, arm, teacher, text.train, fields).train()
+        seconds = time.perf_counter() - began
+        if arm.peer is None and arm.quantization is not None:
+            hb.pack_model(model).save_pretrained(f"{folder}/packed")
+            model = tf.AutoModelForCausalLM.from_pretrained(f"{folder}/packed")
+            model.to(DEVICE)
+        model.eval()
+        valid, tuning = (hb.perplexity(model, part, progress=False) for part in (text.valid, text.tuning))
+    return {
+        **vars(run),
+        "tokens": steps * fields["per_device_train_batch_size"] * LENGTH + arm.fit * LENGTH,
+        "perplexity": valid,
+        "ratio": valid / text.full,
+        "tuning perplexity": tuning,
+        "seconds": round(seconds, 1),
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else machine()["processor"],
+        "commit": machine()["commit"],
+    }

@@ -1,0 +1,58 @@
+"""Tables of what has been run. Own."""
+
+from __future__ import annotations
+
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.study.arms import ARMS
+from benchmarks.study.plan import STUDIES, best_rate, missing
+
+
+def table_of(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each arm that has been tried, the best first.
+
+    "ratio" is the mean over seeds at the chosen rate, of perplexity over full precision; "spread" its standard deviation;
+    "difference" the mean paired difference to the first arm, with its standard error. "-" where there are too few seeds.
+    """
+    study, lines = STUDIES[name], []
+    chosen = {arm: _chosen(name, arm, rows) for arm in study.arms}
+    first = chosen[study.arms[0]]
+    for arm, runs in chosen.items():
+        if not runs:
+            continue
+        ratios = list(runs.values())
+        pairs = [ratio - first[seed] for seed, ratio in runs.items() if seed in first]
+        lines.append(
+            {
+                "arm": arm,
+                "rate": f"{best_rate(name, arm, rows):g}" + ("" if not _open_rates(name, arm, rows) else " (not all tried)"),
+                "seeds": len(ratios),
+                "ratio": mean(ratios),
+                "spread": _spread(ratios),
+                "difference": f"{mean(pairs):+.4f} +- {_error(pairs)}" if pairs and arm != study.arms[0] else "-",
+                "source": ARMS[arm].source,
+            }
+        )
+    return sorted(lines, key=lambda line: line["ratio"])
+
+
+def _chosen(name: str, arm: str, rows: list[dict[str, Any]]) -> dict[int, float]:
+    """Ratio by seed, at the chosen rate."""
+    tried = [row for row in rows if row["study"] == name and row["arm"] == arm]
+    if not any(row["seed"] == 0 for row in tried):
+        return {}
+    rate = best_rate(name, arm, rows)
+    return {row["seed"]: row["ratio"] for row in tried if row["rate"] == rate}
+
+
+def _open_rates(name: str, arm: str, rows: list[dict[str, Any]]) -> bool:
+    return any(run.seed == 0 for run in missing(name, rows, [arm]))
+
+
+def _spread(values: list[float]) -> str:
+    return f"{stdev(values):.4f}" if len(values) > 1 else "-"
+
+
+def _error(values: list[float]) -> str:
+    return f"{stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else "?"

@@ -1,0 +1,78 @@
+"""The study runs, chooses rates, pairs seeds; every arm trains; the models of the convergence benchmark do too."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from benchmarks import convergence
+from benchmarks.study import __main__ as study_main
+from benchmarks.study import run as study_run
+from benchmarks.study.arms import ARMS
+from benchmarks.study.plan import STUDIES, Run, missing
+from benchmarks.study.tables import table_of
+
+Captured = pytest.CaptureFixture[str]
+# transformers' AutoBitLinear, a peer, brings warnings of its own
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# of the small studies: an arm of ours, one that fits its start, one without quantization
+_FAST_ARMS = ("cautious, token noise", "GPTQ start", "full-precision twin")
+
+
+@pytest.mark.usefixtures("tiny_shared")
+@pytest.mark.parametrize("arm", [each if each in _FAST_ARMS else pytest.param(each, marks=pytest.mark.slow) for each in ARMS])
+def test_study_of(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_run, "TUNING_WINDOWS", 1)
+    study_run.text_of.cache_clear()
+    row = study_run.execute(Run("ternary", arm, 1e-3, 0), batch=2, limit=1, tokens=1024)
+    study_run.text_of.cache_clear()
+    assert Run("ternary", arm, 1e-3, 0).is_row(row)
+    assert row["ratio"] > 0.5 and row["tuning perplexity"] > 1
+
+
+def _row(arm: str, rate: float, seed: int, ratio: float, tuning: float = 9.0) -> dict[str, Any]:
+    return {**vars(Run("channel", arm, rate, seed)), "ratio": ratio, "tuning perplexity": tuning}
+
+
+def test_study_tries_rates_then_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate is chosen where the tuning text says so, whatever the reported ratio is."""
+    monkeypatch.setitem(STUDIES, "channel", dataclasses.replace(STUDIES["channel"], arms=("plain",), seeds=3, rates=(1.0, 2.0)))
+    assert missing("channel", []) == [Run("channel", "plain", 1.0, 0), Run("channel", "plain", 2.0, 0)]
+    rows = [_row("plain", 1.0, 0, 1.1, tuning=8.0), _row("plain", 2.0, 0, 1.0, tuning=9.0)]
+    assert missing("channel", rows) == [Run("channel", "plain", 1.0, 1), Run("channel", "plain", 1.0, 2)]
+    assert missing("channel", [*rows, _row("plain", 1.0, 1, 1.2), _row("plain", 1.0, 2, 1.3)]) == []
+
+
+def test_study_table_pairs_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        STUDIES, "channel", dataclasses.replace(STUDIES["channel"], arms=("plain", "cautious"), seeds=2, rates=(1.0,))
+    )
+    rows = [_row("plain", 1.0, seed, ratio) for seed, ratio in enumerate((1.10, 1.20))]
+    rows += [_row("cautious", 1.0, seed, ratio) for seed, ratio in enumerate((1.08, 1.16))]
+    best, plain = table_of("channel", rows)
+    assert (best["arm"], best["seeds"], round(best["ratio"], 6)) == ("cautious", 2, 1.12)
+    assert best["difference"] == "-0.0300 +- 0.0100" and plain["difference"] == "-"
+
+
+def test_study_lists_what_is_missing(capsys: Captured) -> None:
+    study_main.main(["ternary", "--list"])
+    assert "ternary: 1.58 bits" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        study_main.main(["tenary"])
+    assert "unknown: tenary; studies: ternary," in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bits", ["full precision", "1.58"])
+def test_convergence(bits: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convergence, "STEPS", 4)
+    convergence.main(["--models", "llama", "--bits", bits, "--seeds", "1", "--try"])
+    assert f"llama, {bits} bits, seed 0" in capsys.readouterr().out  # four steps are too few
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", convergence.MODELS)
+def test_convergence_builds(model: str) -> None:
+    assert convergence.run(model, "2", 0, 1e-3)["finite"]
