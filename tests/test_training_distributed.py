@@ -14,8 +14,11 @@ import transformers as tf
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from hf_bitnet.training.cautious import make_cautious
 from tests.qat import assert_same, losses, make_trainer, quantized, weights
 from tests.tiny import tiny
 
@@ -166,3 +169,35 @@ def test_two_ranks_equal_one(name: str, teacher: str, tmp_path: Path) -> None:
         assert torch.equal(ranks[0][key], ranks[1][key])
         moved = (one[key] - before[key]).float().norm()
         assert (ranks[0][key] - one[key]).float().norm() <= 2e-3 * moved + 1e-7, key
+
+
+_CAUTIOUS = """
+import sys, torch, torch.distributed as dist
+from tests.test_training_distributed import cautious_weights
+dist.init_process_group("gloo")
+whole, sharded = cautious_weights(False), cautious_weights(True)
+dist.destroy_process_group()
+assert len(whole) == 4 and all(map(torch.equal, whole, sharded)), (whole, sharded)
+"""
+
+
+def cautious_weights(shard: bool) -> list[Tensor]:
+    """The parameters after five cautious steps of AdamW, gathered. The same batch on each rank."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 3))
+    if shard:
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+    make_cautious(optimizer)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        (model(torch.randn(4, 6, generator=generator)).square().sum() * torch.randn((), generator=generator)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [each.full_tensor() if shard else each.detach() for each in model.parameters()]  # type: ignore[operator]
+
+
+@pytest.mark.slow
+def test_cautious_updates_of_sharded_weights() -> None:
+    """The share of weights that agree is one of the whole tensor, not of a rank's part."""
+    _launch(_CAUTIOUS)
