@@ -249,6 +249,8 @@ def test_training_that_does_not_fit(tmp_path: Path) -> None:
         make_trainer(tmp_path, quantized(), **_arguments(train_dataset=_texts()))
     with pytest.raises(ValueError, match="holds outputs only, and the distillation wants hidden"):
         make_trainer(tmp_path, quantized(), **_arguments(train_dataset=cached, distillation={"hidden": {}}))
+    with pytest.raises(ValueError, match="said of the text as it is, not with token_noise; leave token_noise out"):
+        make_trainer(tmp_path, quantized(), **_arguments(train_dataset=cached, distillation={"token_noise": {}}))
     with pytest.raises(
         ValueError, match=r"at temperature 1, the distillation wants 2; write distillation=\{'temperature': 1\}"
     ):

@@ -154,10 +154,10 @@ def check_cached(dataset: Any, config: DistillationConfig, classes: int | None) 
             f"teacher='cached' holds outputs only, and the distillation wants {', '.join(config.inner_terms)}; leave these "
             "out, or pass the teacher itself: teacher=model"
         )
-    if config.token_noise:
+    if config.token_noise is not None:
         raise ValueError(
-            f"teacher='cached' knows what the teacher said of the text as it is, not of one with token_noise="
-            f"{config.token_noise:g}; leave it out, or pass the teacher itself: teacher=model"
+            "teacher='cached' knows what the teacher said of the text as it is, not with token_noise; leave token_noise out, "
+            "or pass the teacher itself: teacher=model"
         )
     note = cache_note(dataset)
     if note is None:

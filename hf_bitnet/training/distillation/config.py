@@ -14,6 +14,7 @@ import torch
 from ..options import number, read_options, whole
 from .divergences import DIVERGENCES
 from .hidden import HIDDEN_LOSSES
+from .token_noise import TokenNoise
 
 STATES = ("query", "key", "value")
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -105,8 +106,8 @@ class DistillationConfig:
             Jensen-Shannon divergence of GKD (arXiv 2306.13649).
         beta: share of the teacher in the mixture of "jsd", between 0 and 1; not used by the others.
         temperature: T of both distributions.
-        token_noise: share of the input tokens (0..1) that are replaced by others of the batch, for teacher and student alike;
-            see `token_noise.py`. Useful on the text that the teacher was trained on.
+        token_noise: a `TokenNoise`, or a dict of its fields: some input tokens are replaced, for teacher and student alike.
+            Useful on the text that the teacher was trained on. None leaves all as they are.
         chunk_tokens: rows of logits that exist at a time, of student and teacher together; fewer take less memory.
         hidden: a `HiddenStates`, or a dict of its fields; None leaves the term out.
         relations: a `Relations`, or a dict of its fields; None leaves the term out.
@@ -125,7 +126,7 @@ class DistillationConfig:
     divergence: str = "forward"
     beta: float = 0.5
     temperature: float = 1.0
-    token_noise: float = 0.0
+    token_noise: TokenNoise | dict[str, Any] | None = None
     chunk_tokens: int = 1024
     hidden: HiddenStates | dict[str, Any] | None = None
     relations: Relations | dict[str, Any] | None = None
@@ -142,7 +143,7 @@ class DistillationConfig:
                 f"beta={self.beta!r}: it must lie between 0 and 1; the ends are divergence='forward' and divergence='reverse'"
             )
         _positive("temperature", self.temperature, "1.0")
-        number("token_noise", self.token_noise, 0.0, 1.0, hint="it is a share of the tokens: token_noise=0.15")
+        object.__setattr__(self, "token_noise", read_options(TokenNoise, "token_noise", self.token_noise))
         whole("chunk_tokens", self.chunk_tokens)
         object.__setattr__(self, "hidden", read_options(HiddenStates, "hidden", self.hidden))
         object.__setattr__(self, "relations", read_options(Relations, "relations", self.relations))

@@ -32,7 +32,7 @@ from .head import HeadRows, forward_replaced, identity
 from .inner import InnerStates, InnerTerms
 from .logits import TeacherRows, distill_from_hidden, distill_from_logits
 from .teacher import refuse_shared, whole_head
-from .token_noise import noisy_tokens
+from .token_noise import TokenNoise, check_draws, noisy_tokens
 
 
 class Result(NamedTuple):
@@ -76,6 +76,8 @@ class Distiller:
         self._by_hidden = self._shift = self._terms = None
         if self._inner is not None:
             refuse_shared(self._inner, student)
+            if isinstance(self._config.token_noise, TokenNoise) and self._config.token_noise.source == "teacher":
+                check_draws(self._inner)
             self._inner_terms(student)
 
     def __call__(self, model: nn.Module, student: nn.Module, inputs: dict[str, Any], step: int = 0) -> Result:
@@ -86,8 +88,6 @@ class Distiller:
             inputs: the batch, with `labels`; -100 masks a token. Without labels (alpha 1 only) the attention mask counts.
             step: optimizer steps done, for the token noise.
         """
-        if self._config.token_noise:
-            inputs = noisy_tokens(inputs, self._config.token_noise, self._seed, step)
         inputs, cached = without_cached(inputs)
         inputs, labels = without_labels(student, inputs, self._labels_are_next(student, inputs))
         if labels is not None and cached is not None and self._inner is None and cached.known.shape == labels.shape:
@@ -96,6 +96,7 @@ class Distiller:
         tokens = self._tokens(labels, inputs)
         if self._by_hidden is None:
             self._by_hidden = self._logits_are_plain(student, inputs, labels)
+        inputs = self._with_noise(inputs, step)
         inner = self._inner_terms(student)
         with _kept(inner and inner.teacher) as theirs:
             teacher = self._teacher_rows(inputs, tokens, cached)
@@ -126,6 +127,18 @@ class Distiller:
         finally:
             self._head_loss.set()
         return logits_of(outputs), outputs
+
+    def _with_noise(self, inputs: dict[str, Any], step: int) -> dict[str, Any]:
+        noise = self._config.token_noise
+        if not isinstance(noise, TokenNoise):
+            return inputs
+
+        def logits_of(rows: Tensor) -> HeadRows:
+            made = self._teacher_rows(inputs, _Tokens(rows, None, None), None)
+            assert isinstance(made, HeadRows)
+            return made
+
+        return noisy_tokens(inputs, noise, self._seed, step, logits_of)
 
     def _inner_terms(self, student: nn.Module) -> InnerTerms | None:
         if self._terms is None and self._inner is not None and self._config.inner_terms:
