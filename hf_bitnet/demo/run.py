@@ -6,7 +6,7 @@ so that the comparison is fair. The ternary model is packed and reloaded. What r
 `results.json`, `index.html` and both models in the output folder.
 
 Steps, not seconds, bound the training, and everything is seeded. All of it runs on the CPU; training uses bfloat16 products
-where the processor has them (half the time) and float32 elsewhere, so last digits differ between kinds of processors.
+where the processor has units for them (AMX) and float32 elsewhere, so last digits differ between kinds of processors.
 Measurements are in float32. Leaves out: the text (`corpus.py`), what the trainings share (`training.py`), the page (`page.py`).
 """
 
@@ -43,7 +43,7 @@ from .. import BitNetQuantizationConfig, QATArguments, QATTrainer, __version__, 
 from .chart import Curve
 from .corpus import END, Text, collect_corpus, tokenize
 from .page import Measured, Results, Sample, render_page, text_table
-from .training import arguments, bfloat16_is_native, later, train
+from .training import arguments, later, train
 
 FULL_PRECISION, TERNARY = "full-precision", "ternary"
 """Folders of the two models in the output folder."""
@@ -56,7 +56,7 @@ RELOAD_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes and lengths of a run. The learning rates were chosen for these sizes, on the validation text.
+    """Sizes and lengths of a run. The learning rate was chosen for these sizes, on the validation text.
 
     `seconds` are for the headings: full precision, ternary, full precision continued; on two cores, in float32.
     """
@@ -71,13 +71,11 @@ class Settings:
     steps: int = 700
     learning_rate: float = 2e-3
     further_steps: int = 300
-    further_learning_rate: float = 1e-3
-    ternary_learning_rate: float = 2e-3
     evaluations: int = 4
     new_tokens: int = 80
     max_modules: int | None = None
     max_validation_windows: int | None = None
-    seconds: tuple[int, int, int] | None = (35, 23, 15)
+    seconds: tuple[int, int, int] | None = (50, 30, 25)
 
 
 QUICK = Settings(
@@ -182,8 +180,7 @@ class _Demo:
     def about(self, index: int) -> str:
         if self.settings.seconds is None:
             return ""
-        seconds = self.settings.seconds[index] * (0.6 if bfloat16_is_native() else 1.0)
-        return f" (about {seconds:.0f} s on two cores)"
+        return f" (about {self.settings.seconds[index]} s on two cores)"
 
     def read(self) -> Text:
         settings = self.settings
@@ -206,11 +203,11 @@ class _Demo:
             pad_token_id=end,
         )
         model = LlamaForCausalLM(config)
-        args = TrainingArguments(**self.shared(settings.steps, settings.learning_rate))
+        args = TrainingArguments(**self.shared(settings.steps))
         return model, train(Trainer(model=model, args=args, **text.datasets()), "full precision")
 
     def continue_full_precision(self, model: LlamaForCausalLM, text: Text) -> dict[str, Curve]:
-        shared = self.shared(self.settings.further_steps, self.settings.further_learning_rate)
+        shared = self.shared(self.settings.further_steps)
         shared["eval_on_start"] = False  # where the first training ended
         curves = train(Trainer(model=model, args=TrainingArguments(**shared), **text.datasets()), "full precision")
         self.save(model, text.tokenizer, FULL_PRECISION)
@@ -219,15 +216,17 @@ class _Demo:
     def train_ternary(self, model: LlamaForCausalLM, text: Text) -> dict[str, Curve]:
         settings = self.settings
         args = QATArguments(
-            **self.shared(settings.further_steps, settings.ternary_learning_rate),
+            **self.shared(settings.further_steps),
             distillation={"alpha": 0.5},
             quant_logging=False,
         )
         return train(QATTrainer(model=model, args=args, teacher="self", **text.datasets()), "ternary")
 
-    def shared(self, steps: int, learning_rate: float) -> dict[str, Any]:
+    def shared(self, steps: int) -> dict[str, Any]:
         settings = self.settings
-        return arguments(self.scratch, steps, learning_rate, batch=settings.batch, evaluations=settings.evaluations, seed=SEED)
+        return arguments(
+            self.scratch, steps, settings.learning_rate, batch=settings.batch, evaluations=settings.evaluations, seed=SEED
+        )
 
     def save(self, model: Any, tokenizer: PreTrainedTokenizerFast, folder: str) -> Path:
         path = self.output_dir / folder

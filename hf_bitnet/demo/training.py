@@ -60,9 +60,12 @@ def later(curve: Curve, steps: int) -> Curve:
 
 
 def bfloat16_is_native() -> bool:
-    """Whether the processor multiplies in bfloat16. Where it does not, torch emulates it, slower than float32."""
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(check is not None and check() for check in checks)
+    """Whether the processor multiplies matrices in bfloat16 (AMX).
+
+    Without, bfloat16 is emulated; by AVX-512's instructions for it, training took 1.5 times as long as in float32.
+    """
+    check = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return check is not None and check()
 
 
 class _Bar(TrainerCallback):
