@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import math
 import tempfile
 import time
 from typing import Any
@@ -134,7 +135,7 @@ def run(name: str, bits: str, seed: int, rate: float) -> dict[str, Any]:
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     first, last = losses[0], sum(losses[-5:]) / 5
-    finite = all(loss == loss and loss != float("inf") for loss in losses)
+    finite = all(map(math.isfinite, losses))
     return {
         "model": name,
         "bits": bits,

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
 from transformers import AutoModelForCausalLM
 
 import hf_bitnet as hb
@@ -32,11 +31,6 @@ PRESETS = {
     "w4a8": hb.BitNetQuantizationConfig.w4a8,
     "w8a8": hb.BitNetQuantizationConfig.w8a8,
 }
-
-
-def collate(rows: list[tuple[torch.Tensor]]) -> dict[str, torch.Tensor]:
-    tokens = torch.stack([row[0] for row in rows])
-    return {"input_ids": tokens, "labels": tokens}
 
 
 def run(args: argparse.Namespace, folder: str) -> dict[str, Any]:
@@ -70,9 +64,7 @@ def run(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         dataloader_pin_memory=False,
     )
     teacher = "self" if args.alpha > 0 else None
-    trainer = hb.QATTrainer(
-        model=model, args=arguments, train_dataset=TensorDataset(windows["train"]), data_collator=collate, teacher=teacher
-    )
+    trainer = hb.QATTrainer(model=model, args=arguments, train_dataset=hb.TokenWindows(windows["train"]), teacher=teacher)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.bitnet import AutoBitLinear
 
 import hf_bitnet as hb
 from benchmarks.common import SHARED, interleave, ratios, table, write_results
@@ -38,13 +39,12 @@ def hf_bitnet_arm(model: LlamaForCausalLM) -> nn.Module:
     return hb.quantize_model(model, hb.BitNetQuantizationConfig.bitnet_b158())
 
 
-def transformers_arm(model: LlamaForCausalLM) -> nn.Module:
-    from transformers.integrations.bitnet import AutoBitLinear
-
+def transformers_arm(model: Any, kind: type[AutoBitLinear] = AutoBitLinear) -> Any:
+    """Replaces the linear layers but the head by transformers' layer, or a subclass of it; weights are shared."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
-            layer = AutoBitLinear(module.in_features, module.out_features, bias=False, online_quant=True)
-            layer.weight = module.weight
+            layer = kind(module.in_features, module.out_features, bias=module.bias is not None, online_quant=True)
+            layer.weight, layer.bias = module.weight, module.bias
             model.set_submodule(name, layer)
     return model
 

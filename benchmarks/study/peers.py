@@ -31,15 +31,6 @@ class Ramp(tf.TrainerCallback):
                 module.strength = min(1.0, state.global_step / (0.2 * state.max_steps))
 
 
-def use_ramped(model: nn.Module) -> None:
-    """Replaces the linear layers but the head, in place; weights are shared."""
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name != "lm_head":
-            layer = RampedBitLinear(module.in_features, module.out_features, bias=module.bias is not None, online_quant=True)
-            layer.weight, layer.bias = module.weight, module.bias
-            model.set_submodule(name, layer)
-
-
 class PlainTrainer(tf.Trainer):
     """Cross entropy, or the KL divergence to a teacher."""
 

@@ -17,6 +17,7 @@ from benchmarks.common import machine, model_and_windows
 from benchmarks.study import peers
 from benchmarks.study.arms import ARMS, COMMON, Arm
 from benchmarks.study.plan import STUDIES, Run, Study
+from benchmarks.train_step import transformers_arm
 
 LENGTH, TUNING_WINDOWS = 256, 128
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,7 +54,7 @@ def start_of(study: Study, seed: int) -> nn.Module:
 def prepare(model: nn.Module, study: Study, arm: Arm, train: Tensor) -> None:
     """Quantizes `model` in place, as the arm says."""
     if arm.peer is not None:
-        peers.use_ramped(model)
+        transformers_arm(model, peers.RampedBitLinear)
     elif arm.quantization is not None:
         hb.quantize_model(model, hb.BitNetQuantizationConfig(**{**study.quantization, **arm.quantization}))
         batches = [{"input_ids": part.to(DEVICE)} for part in train[: arm.fit or 16].split(8)]
@@ -108,6 +109,7 @@ def execute(run: Run, batch: int | None = None, limit: int | None = None, tokens
             model.to(DEVICE)
         model.eval()
         valid, tuning = (hb.perplexity(model, part, progress=False) for part in (text.valid, text.tuning))
+    here = machine()
     return {
         **vars(run),
         "tokens": steps * fields["per_device_train_batch_size"] * LENGTH + arm.fit * LENGTH,
@@ -115,6 +117,6 @@ def execute(run: Run, batch: int | None = None, limit: int | None = None, tokens
         "ratio": valid / text.full,
         "tuning perplexity": tuning,
         "seconds": round(seconds, 1),
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else machine()["processor"],
-        "commit": machine()["commit"],
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else here["processor"],
+        "commit": here["commit"],
     }
