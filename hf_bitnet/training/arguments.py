@@ -84,6 +84,13 @@ class QATArguments(TrainingArguments):
             "further (arXiv 2411.16085). For any torch optimizer; holds a second copy of the parameters during a step."
         },
     )
+    mars: float = field(
+        default=0.0,
+        metadata={
+            "help": "Gamma of MARS (arXiv 2411.10438): gradients are corrected by how they changed since the last step, so that "
+            "momentum answers earlier; the paper takes 0.025. 0: off. One more tensor a parameter in the optimizer's state."
+        },
+    )
     two_stage: dict | str | None = field(
         default=None,
         metadata={
@@ -196,6 +203,12 @@ class QATArguments(TrainingArguments):
             if getattr(self, name) is not None:
                 number(name, getattr(self, name), 0.0)
         number("scale_weight_decay", self.scale_weight_decay, 0.0)
+        number("mars", self.mars, 0.0, 1.0)
+        if self.mars and self.fp16:
+            raise ValueError(
+                "mars compares gradients of two steps, and fp16=True scales them by a factor that changes; use bf16=True, or leave "
+                "mars out"
+            )
         if self.cautious and self.lean:
             raise ValueError(
                 "cautious=True changes what the optimizer wrote, and would undo lean's stochastic rounding; leave one out"

@@ -14,12 +14,13 @@ from torch import nn
 from ..surgery import trained_layers, trained_tables
 from .arguments import QATArguments
 from .cautious import make_cautious
+from .mars import correct_gradients
 
 _OPTIONS = ("latent_learning_rate", "scale_learning_rate", "latent_weight_decay")
 
 
 def set_up(optimizer: Any, model: nn.Module, args: QATArguments) -> None:
-    """Splits each group of a fresh optimizer into "rest", "latent" and "scale", in place, and makes it cautious if asked to.
+    """Splits each group of a fresh optimizer into "rest", "latent" and "scale", in place, and changes its steps as asked to.
 
     The rest comes first, because Trainer logs the learning rate of the first group. Raises ValueError when the arguments ask
     for what this optimizer cannot have.
@@ -37,14 +38,16 @@ def set_up(optimizer: Any, model: nn.Module, args: QATArguments) -> None:
             members = [p for p in group["params"] if kinds.get(id(p), "rest") == kind]
             if members:
                 optimizer.add_param_group({**group, "params": members, "name": kind, **_settings(kind, args)})
-    if args.cautious:
+    if args.cautious:  # first: it looks at the gradients themselves
         make_cautious(optimizer)
+    if args.mars:
+        correct_gradients(optimizer, args.mars)
 
 
 def refuse_options(args: QATArguments, why: str) -> None:
     """Raises ValueError when something is asked for that would not be done."""
     asked = [name for name in _OPTIONS if getattr(args, name) is not None]
-    asked += [name for name in ("scale_weight_decay", "cautious") if getattr(args, name)]
+    asked += [name for name in ("scale_weight_decay", "cautious", "mars") if getattr(args, name)]
     if asked:
         raise ValueError(
             f"{asked[0]}={getattr(args, asked[0])!r} cannot be used: {why}. Leave it out, or use optim='adamw_torch' without "
