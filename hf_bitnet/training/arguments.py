@@ -87,8 +87,8 @@ class QATArguments(TrainingArguments):
     mars: float = field(
         default=0.0,
         metadata={
-            "help": "Gamma of MARS (arXiv 2411.10438): gradients are corrected by how they changed since the last step, so that "
-            "momentum answers earlier; the paper takes 0.025. 0: off. One more tensor a parameter in the optimizer's state."
+            "help": "Gamma of MARS (arXiv 2411.10438): gradients are corrected by how they changed since the last step, so "
+            "that momentum answers earlier; the paper takes 0.025. 0: off. Its state is one more tensor a parameter."
         },
     )
     two_stage: dict | str | None = field(
@@ -206,8 +206,8 @@ class QATArguments(TrainingArguments):
         number("mars", self.mars, 0.0, 1.0)
         if self.mars and self.fp16:
             raise ValueError(
-                "mars compares gradients of two steps, and fp16=True scales them by a factor that changes; use bf16=True, or leave "
-                "mars out"
+                "mars compares gradients of two steps, and fp16=True scales them by a factor that changes; use bf16=True, or "
+                "leave mars out"
             )
         if self.cautious and self.lean:
             raise ValueError(
