@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         cache_teacher_logits,
         command_line_defaults,
         convert,
+        drawn_windows,
     )
 
 __version__ = "0.1.0"
@@ -99,6 +100,7 @@ _HOME = {
     "MeasuredRun": "training",
     "TokenWindows": "training",
     "cache_teacher_logits": "training",
+    "drawn_windows": "training",
     "QATArguments": "training",
     "QATMixin": "training",
     "QATSeq2SeqArguments": "training",
@@ -137,6 +139,7 @@ __all__ = [
     "coverage",
     "dataset_texts",
     "dequantize_model",
+    "drawn_windows",
     "export_native",
     "fit_weights",
     "harden",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,12 +20,13 @@ Captured = pytest.CaptureFixture[str]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 # of the small studies: an arm of ours, one that fits its start, one without quantization
-_FAST_ARMS = ("cautious, token noise", "GPTQ start", "full-precision twin")
+_FAST_ARMS = ("all", "GPTQ start", "full-precision twin")
 
 
 @pytest.mark.usefixtures("tiny_shared")
 @pytest.mark.parametrize("arm", [each if each in _FAST_ARMS else pytest.param(each, marks=pytest.mark.slow) for each in ARMS])
-def test_study_of(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_study_of(arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_run, "RESULTS", tmp_path)
     monkeypatch.setattr(study_run, "TUNING_WINDOWS", 1)
     study_run.text_of.cache_clear()
     row = study_run.execute(Run("ternary", arm, 1e-3, 0), batch=2, limit=1, tokens=1024)

@@ -22,8 +22,14 @@ _COMPARED = (
     "cautious",
     "token noise",
     "cautious, token noise",
+    "small batches",
+    "MARS",
+    "early",
+    "drawn text",
+    "fast norms",
+    "all",
 )
-_CONVERSIONS = ("plain", "learned scale", "GPTQ start", "cautious, token noise")
+_CONVERSIONS = ("plain", "learned scale", "GPTQ start", "all")
 _TEXT_ONLY = ("full-precision twin", "labels only")
 
 
@@ -54,12 +60,14 @@ _TERNARY = {"weight": "ternary"}
 
 STUDIES: dict[str, Study] = {
     "ternary": Study("1.58 bits, one scale a tensor: the comparison", _TERNARY, _COMPARED),
-    "ternary-6m": Study(
-        "the same, four times the tokens", _TERNARY, ("plain", "cautious, token noise"), tokens=6_000_000, rates=(1e-3, 2e-3)
-    ),
+    "ternary-6m": Study("the same, four times the tokens", _TERNARY, ("plain", "all"), tokens=6_000_000),
     "channel": Study("1.58 bits, one scale a channel", {**_TERNARY, "granularity": "channel"}, _CONVERSIONS),
     "2-bit": Study("2 bits, one scale a channel", {"weight": "int2_seq", "granularity": "channel"}, _CONVERSIONS),
-    "1-bit": Study("1 bit, one scale a channel", {"weight": "binary", "granularity": "channel"}, ("plain", "GPTQ start")),
+    "1-bit": Study(
+        "1 bit, one scale a channel",
+        {"weight": "binary", "granularity": "channel"},
+        ("plain", "GPTQ start", "all"),
+    ),
     "4-bit": Study(
         "4 bits, one scale a channel", {"weight": "int4", "granularity": "channel"}, _CONVERSIONS, rates=(1e-4, 3e-4, 1e-3)
     ),

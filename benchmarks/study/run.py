@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -10,16 +11,17 @@ from typing import Any
 
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import hf_bitnet as hb
-from benchmarks.common import machine, model_and_windows
+from benchmarks.common import RESULTS, machine, model_and_windows
 from benchmarks.study import peers
 from benchmarks.study.arms import ARMS, COMMON, Arm
 from benchmarks.study.plan import STUDIES, Run, Study
 from benchmarks.train_step import transformers_arm
 
-LENGTH, TUNING_WINDOWS = 256, 128
+LENGTH, TUNING_WINDOWS, MOST_DRAWN = 256, 128, 4096
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -40,6 +42,29 @@ def text_of(model: str, limit: int | None = None) -> Text:
     train, tuning = windows["train"].split([len(windows["train"]) - TUNING_WINDOWS, TUNING_WINDOWS])
     perplexity = hb.perplexity(full.to(DEVICE), windows["valid"], progress=False)  # type: ignore[arg-type]
     return Text(train, tuning[:limit], windows["valid"], perplexity)
+
+
+def drawn_text(name: str, starts: Tensor) -> tuple[Tensor, float]:
+    """As many windows as `starts` that the model writes, and the seconds that took; kept beside the results."""
+    path = RESULTS / f"drawn-{name}-{len(starts)}.safetensors"
+    if not path.exists():
+        model, _ = model_and_windows(name)
+        began = time.perf_counter()
+        windows = hb.drawn_windows(model.to(DEVICE), starts[:, :8], LENGTH)  # type: ignore[arg-type]
+        save_file({"windows": windows, "seconds": torch.tensor(time.perf_counter() - began)}, path)
+    found = load_file(path)
+    return found["windows"], float(found["seconds"])
+
+
+def text_for(study: Study, arm: Arm, text: Text, count: int, seed: int) -> tuple[Tensor, float]:
+    """What an arm trains on in `count` windows: the text, or part of it beside what the teacher writes; and seconds."""
+    if not arm.drawn:
+        return text.train, 0.0
+    part = min(round(arm.drawn * count), MOST_DRAWN)
+    drawn, seconds = drawn_text(study.model, text.train[:: len(text.train) // part][:part])  # starts from everywhere
+    repeated = drawn.repeat(math.ceil(arm.drawn * count / part), 1)[: round(arm.drawn * count)]
+    order = torch.randperm(len(text.train), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([text.train[order[: count - len(repeated)]], repeated]), seconds
 
 
 def start_of(study: Study, seed: int) -> nn.Module:
@@ -82,13 +107,16 @@ def execute(run: Run, batch: int | None = None, limit: int | None = None, tokens
     text = text_of(study.model, limit)
     model: Any = start_of(study, run.seed)
     teacher = None if arm.distillation is None else start_of(study, run.seed)
-    began = time.perf_counter()
-    prepare(model, study, arm, text.train)
     fields = {**COMMON, **arm.arguments}
+    if arm.norms != 1.0:
+        fields["norm_learning_rate"] = arm.norms * run.rate
     if batch is not None:
         fields["per_device_train_batch_size"] = batch
     left = (tokens or study.tokens) - arm.fit * LENGTH
     steps = max(1, left // (fields["per_device_train_batch_size"] * LENGTH))
+    train, drawing = text_for(study, arm, text, steps * fields["per_device_train_batch_size"], run.seed)
+    began = time.perf_counter()
+    prepare(model, study, arm, text.train)
     with tempfile.TemporaryDirectory() as folder:
         fields |= {
             "output_dir": folder,
@@ -101,8 +129,8 @@ def execute(run: Run, batch: int | None = None, limit: int | None = None, tokens
             "use_cpu": DEVICE == "cpu",
             "dataloader_pin_memory": False,
         }
-        make_trainer(model, arm, teacher, text.train, fields).train()
-        seconds = time.perf_counter() - began
+        make_trainer(model, arm, teacher, train, fields).train()
+        seconds = drawing + time.perf_counter() - began
         if arm.peer is None and arm.quantization is not None:
             hb.pack_model(model).save_pretrained(f"{folder}/packed")
             model = tf.AutoModelForCausalLM.from_pretrained(f"{folder}/packed")

@@ -10,6 +10,7 @@ from .distillation import (
     cache_teacher_logits,
     distill_from_hidden,
     distill_from_logits,
+    drawn_windows,
     hidden_loss,
     relation_loss,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "convert",
     "distill_from_hidden",
     "distill_from_logits",
+    "drawn_windows",
     "hidden_loss",
     "relation_loss",
 ]

@@ -1,4 +1,4 @@
-"""Parameter groups: latent weights, scales, and the rest, each with its own learning rate and weight decay. Own.
+"""Parameter groups: latent weights, scales, norms, and the rest, each with its own learning rate and weight decay. Own.
 
 The optimizer itself is Trainer's, whatever `optim` names: its groups are split after it was made and before it has state,
 so that everything else in them (betas, GaLore's rank, ...) stays.
@@ -16,16 +16,17 @@ from .arguments import QATArguments
 from .cautious import make_cautious
 from .mars import correct_gradients
 
-_OPTIONS = ("latent_learning_rate", "scale_learning_rate", "latent_weight_decay")
+_OPTIONS = ("latent_learning_rate", "scale_learning_rate", "norm_learning_rate", "latent_weight_decay")
 
 
 def set_up(optimizer: Any, model: nn.Module, args: QATArguments) -> None:
-    """Splits each group of a fresh optimizer into "rest", "latent" and "scale", in place, and changes its steps as asked to.
+    """Splits each group of a fresh optimizer by kind, in place, and changes its steps as asked to. Norms with a rate of
+    their own are a kind.
 
     The rest comes first, because Trainer logs the learning rate of the first group. Raises ValueError when the arguments ask
     for what this optimizer cannot have.
     """
-    kinds = _kinds(model)
+    kinds = _kinds(model, norms=args.norm_learning_rate is not None)
     held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     if not isinstance(optimizer, torch.optim.Optimizer) or not trainable <= held:
@@ -33,7 +34,7 @@ def set_up(optimizer: Any, model: nn.Module, args: QATArguments) -> None:
         return
     groups = optimizer.param_groups
     optimizer.param_groups = []
-    for kind in ("rest", "latent", "scale"):
+    for kind in ("rest", "norm", "latent", "scale"):
         for group in groups:
             members = [p for p in group["params"] if kinds.get(id(p), "rest") == kind]
             if members:
@@ -55,9 +56,11 @@ def refuse_options(args: QATArguments, why: str) -> None:
         )
 
 
-def _kinds(model: nn.Module) -> dict[int, str]:
-    """id of parameter -> "latent" or "scale"."""
+def _kinds(model: nn.Module, norms: bool) -> dict[int, str]:
+    """id of parameter -> "norm" (if asked for), "latent" or "scale"."""
     kinds: dict[int, str] = {}
+    if norms:  # ZeRO-3 keeps the shape elsewhere
+        kinds = {id(p): "norm" for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) <= 1}
     for _, layer in trained_layers(model):
         kinds[id(layer.weight)] = "latent"
         for parameter in (layer.weight_scale, layer.ste_temperature):
@@ -71,6 +74,8 @@ def _settings(kind: str, args: QATArguments) -> dict[str, float]:
     wanted: dict[str, float | None] = {}
     if kind == "latent":
         wanted = {"lr": args.latent_learning_rate, "weight_decay": args.latent_weight_decay}
+    elif kind == "norm":
+        wanted = {"lr": args.norm_learning_rate}
     elif kind == "scale":
         wanted = {"lr": args.scale_learning_rate, "weight_decay": args.scale_weight_decay}
     return {key: value for key, value in wanted.items() if value is not None}

@@ -4,6 +4,7 @@ from .balance import LossBalance
 from .cache import cache_teacher_logits
 from .config import DistillationConfig, HiddenStates, Relations
 from .distiller import Distiller
+from .drawn_text import drawn_windows
 from .hidden import hidden_loss
 from .logits import distill_from_hidden, distill_from_logits
 from .relations import relation_loss
@@ -17,6 +18,7 @@ __all__ = [
     "cache_teacher_logits",
     "distill_from_hidden",
     "distill_from_logits",
+    "drawn_windows",
     "hidden_loss",
     "relation_loss",
 ]
