@@ -63,11 +63,11 @@ def test_default_groups_do_not_decay_scales(tmp_path: Path) -> None:
 def test_norms_with_a_rate_of_their_own(name: str, tmp_path: Path) -> None:
     """All gains and biases, and nothing else; learned scales of one dimension stay scales."""
     model = quantized(name, weight_scale="learned")
-    trainer = make_trainer(tmp_path, model, norm_learning_rate=4e-3)
+    trainer = make_trainer(tmp_path, model, norm_rate_factor=4.0)
     trainer.create_optimizer()
     names = {id(parameter): key for key, parameter in model.named_parameters()}
     found = {names[id(p)]: g["lr"] for g in trainer.optimizer.param_groups if g["name"] == "norm" for p in g["params"]}
-    assert set(found.values()) == {4e-3}
+    assert set(found.values()) == {4e-3}  # learning_rate is 1e-3
     wanted = {key for key, p in model.named_parameters() if p.dim() == 1 and "weight_scale" not in key}
     assert set(found) == wanted and any("norm" in key.lower() for key in wanted)
     assert sum(len(g["params"]) for g in trainer.optimizer.param_groups) == len(names)

@@ -20,6 +20,7 @@ _RATES = (1e-3, 2e-3, 4e-3)
 # a quarter of the tokens a step wants half the rate (Adam's noise grows with the root)
 _OFTEN = {"per_device_train_batch_size": 4}
 _OFTEN_RATES = (5e-4, 7e-4, 1e-3)
+_FAST_NORMS = {"norm_rate_factor": 4.0}
 _EARLY = {**_OFTEN, "cautious": True, "mars": 0.025}
 
 
@@ -34,7 +35,6 @@ class Arm:
         distillation: fields of DistillationConfig; None learns from the text alone.
         peer: in place of our layers, those of another library, see `peers.py`.
         fit: windows of 256 tokens that the start is fitted on (GPTQ); 0 starts from plain rounding.
-        norms: learning rate of norms, times that of the rest.
         drawn: share of the windows that the teacher writes; the others are real text.
         calibrate: norms in front of layers (`sub_norm`) are calibrated before training.
         rates: learning rates that are tried.
@@ -46,7 +46,6 @@ class Arm:
     distillation: Mapping[str, Any] | None = field(default_factory=lambda: _KL)
     peer: str | None = None
     fit: int = 0
-    norms: float = 1.0
     drawn: float = 0.0
     calibrate: bool = False
     rates: tuple[float, ...] = _RATES
@@ -96,13 +95,12 @@ ARMS: dict[str, Arm] = {
     "small batches": Arm("plain, a quarter of the tokens a step", arguments=_OFTEN, rates=_OFTEN_RATES),
     "MARS": Arm("arXiv 2411.10438", arguments={"mars": 0.025}),
     "drawn text": Arm("LLM-QAT (arXiv 2305.17888)", drawn=0.5),
-    "fast norms": Arm("own", norms=4.0),
+    "fast norms": Arm("own", arguments=_FAST_NORMS),
     "early": Arm("own: small batches, cautious, MARS", arguments=_EARLY, rates=_OFTEN_RATES),
     "all": Arm(
         "own: early, fast norms, half of the text drawn, TWN's scale",
         {"weight_scale": "threshold"},
-        arguments=_EARLY,
-        norms=4.0,
+        arguments={**_EARLY, **_FAST_NORMS},
         drawn=0.5,
         rates=_OFTEN_RATES,
     ),

@@ -108,8 +108,6 @@ def execute(run: Run, batch: int | None = None, limit: int | None = None, tokens
     model: Any = start_of(study, run.seed)
     teacher = None if arm.distillation is None else start_of(study, run.seed)
     fields = {**COMMON, **arm.arguments}
-    if arm.norms != 1.0:
-        fields["norm_learning_rate"] = arm.norms * run.rate
     if batch is not None:
         fields["per_device_train_batch_size"] = batch
     left = (tokens or study.tokens) - arm.fit * LENGTH

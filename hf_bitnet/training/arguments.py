@@ -70,11 +70,11 @@ class QATArguments(TrainingArguments):
         default=None,
         metadata={"help": "Learning rate of learned scales and learned temperatures. Default: learning_rate."},
     )
-    norm_learning_rate: float | None = field(
-        default=None,
+    norm_rate_factor: float = field(
+        default=1.0,
         metadata={
-            "help": "Learning rate of the gains of norms and of biases, all that has one dimension. Gains scale the columns "
-            "of the layers behind them, which few bits cannot. Default: learning_rate."
+            "help": "Learning rate of the gains of norms and of biases, all that has one dimension, as a multiple of "
+            "learning_rate. Gains scale the columns of the layers behind them, which few bits cannot."
         },
     )
     latent_weight_decay: float | None = field(
@@ -206,10 +206,11 @@ class QATArguments(TrainingArguments):
             )
         self.regularizers = read_regularizers(self.regularizers)
         self.quantization_schedule = QuantizationSchedule.read(self.quantization_schedule)  # type: ignore[assignment]
-        for name in ("latent_learning_rate", "scale_learning_rate", "norm_learning_rate", "latent_weight_decay"):
+        for name in ("latent_learning_rate", "scale_learning_rate", "latent_weight_decay"):
             if getattr(self, name) is not None:
                 number(name, getattr(self, name), 0.0)
         number("scale_weight_decay", self.scale_weight_decay, 0.0)
+        number("norm_rate_factor", self.norm_rate_factor, 0.0)
         number("mars", self.mars, 0.0, 1.0)
         if self.mars and self.fp16:
             raise ValueError(

@@ -16,7 +16,7 @@ from .arguments import QATArguments
 from .cautious import make_cautious
 from .mars import correct_gradients
 
-_OPTIONS = ("latent_learning_rate", "scale_learning_rate", "norm_learning_rate", "latent_weight_decay")
+_OPTIONS = ("latent_learning_rate", "scale_learning_rate", "latent_weight_decay")
 
 
 def set_up(optimizer: Any, model: nn.Module, args: QATArguments) -> None:
@@ -26,7 +26,7 @@ def set_up(optimizer: Any, model: nn.Module, args: QATArguments) -> None:
     The rest comes first, because Trainer logs the learning rate of the first group. Raises ValueError when the arguments ask
     for what this optimizer cannot have.
     """
-    kinds = _kinds(model, norms=args.norm_learning_rate is not None)
+    kinds = _kinds(model, norms=args.norm_rate_factor != 1.0)
     held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     if not isinstance(optimizer, torch.optim.Optimizer) or not trainable <= held:
@@ -49,6 +49,7 @@ def refuse_options(args: QATArguments, why: str) -> None:
     """Raises ValueError when something is asked for that would not be done."""
     asked = [name for name in _OPTIONS if getattr(args, name) is not None]
     asked += [name for name in ("scale_weight_decay", "cautious", "mars") if getattr(args, name)]
+    asked += ["norm_rate_factor"] * (args.norm_rate_factor != 1.0)
     if asked:
         raise ValueError(
             f"{asked[0]}={getattr(args, asked[0])!r} cannot be used: {why}. Leave it out, or use optim='adamw_torch' without "
@@ -75,7 +76,7 @@ def _settings(kind: str, args: QATArguments) -> dict[str, float]:
     if kind == "latent":
         wanted = {"lr": args.latent_learning_rate, "weight_decay": args.latent_weight_decay}
     elif kind == "norm":
-        wanted = {"lr": args.norm_learning_rate}
+        wanted = {"lr": args.learning_rate * args.norm_rate_factor}
     elif kind == "scale":
         wanted = {"lr": args.scale_learning_rate, "weight_decay": args.scale_weight_decay}
     return {key: value for key, value in wanted.items() if value is not None}
