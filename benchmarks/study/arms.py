@@ -19,7 +19,7 @@ _KL = {"alpha": 1.0, "chunk_tokens": 256}
 _RATES = (1e-3, 2e-3, 4e-3)
 # a quarter of the tokens a step wants half the rate (Adam's noise grows with the root)
 _OFTEN = {"per_device_train_batch_size": 4}
-_OFTEN_RATES = (5e-4, 7e-4, 1e-3)
+OFTEN_RATES = (5e-4, 7e-4, 1e-3)
 _FAST_NORMS = {"norm_rate_factor": 4.0}
 _EARLY = {**_OFTEN, "cautious": True, "mars": 0.025}
 
@@ -92,17 +92,17 @@ ARMS: dict[str, Arm] = {
     "token noise": Arm("own", distillation={**_KL, "token_noise": {}}),
     "token noise, batch": Arm("own", distillation={**_KL, "token_noise": {"rate": 0.15, "source": "batch"}}),
     "cautious, token noise": Arm("own", arguments={"cautious": True}, distillation={**_KL, "token_noise": {}}),
-    "small batches": Arm("plain, a quarter of the tokens a step", arguments=_OFTEN, rates=_OFTEN_RATES),
+    "small batches": Arm("plain, a quarter of the tokens a step", arguments=_OFTEN, rates=OFTEN_RATES),
     "MARS": Arm("arXiv 2411.10438", arguments={"mars": 0.025}),
     "drawn text": Arm("LLM-QAT (arXiv 2305.17888)", drawn=0.5),
     "fast norms": Arm("own", arguments=_FAST_NORMS),
-    "early": Arm("own: small batches, cautious, MARS", arguments=_EARLY, rates=_OFTEN_RATES),
+    "early": Arm("own: small batches, cautious, MARS", arguments=_EARLY, rates=OFTEN_RATES),
     "all": Arm(
         "own: early, fast norms, half of the text drawn, TWN's scale",
         {"weight_scale": "threshold"},
         arguments={**_EARLY, **_FAST_NORMS},
         drawn=0.5,
-        rates=_OFTEN_RATES,
+        rates=OFTEN_RATES,
     ),
     "more momentum": Arm("own", arguments={"adam_beta1": 0.97}),
     "hidden states": Arm("DistilBERT-like", distillation={**_KL, "hidden": {"weight": 0.3}}),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.study.arms import ARMS
+from benchmarks.study.arms import ARMS, OFTEN_RATES
 
 SMALL, LARGE = "novels-llama-small", "novels-llama"
 _COMPARED = (
@@ -86,7 +86,8 @@ STUDIES: dict[str, Study] = {
     "ablation": Study(
         "what each part does, 1.58 bits, one learning rate",
         _TERNARY,
-        tuple(name for name in ARMS if name != "full-precision twin"),
+        # those with other batches want other rates
+        tuple(name for name, arm in ARMS.items() if arm.quantization is not None and arm.rates != OFTEN_RATES),
         tokens=500_000,
         seeds=3,
         rates=(2e-3,),
