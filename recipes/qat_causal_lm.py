@@ -71,6 +71,7 @@ class DataArguments:
     validation_split: str = field(default="validation", metadata={"help": "Its split to measure on."})
     text_column: str = field(default="text", metadata={"help": "Its column with the text."})
     block_size: int = field(default=256, metadata={"help": "Tokens in a window."})
+    drawn_share: float = field(default=0.0, metadata={"help": "Share of the text that the full-precision model writes, 0..1."})
     max_train_tokens: int | None = field(default=None, metadata={"help": "End the training after so many tokens."})
     max_validation_windows: int | None = field(default=None, metadata={"help": "Measure on so many windows; default all."})
 
@@ -141,6 +142,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         train,
         valid[: data.max_validation_windows],
         teacher=None if teacher == "none" else teacher,
+        drawn_share=data.drawn_share,
         max_train_tokens=data.max_train_tokens,
         base_model=models.model_name_or_path,
         train_text=train_text,

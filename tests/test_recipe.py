@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard
 
 import hf_bitnet as hb
 from hf_bitnet.training import measured_run
+from hf_bitnet.training.distillation.drawn_text import with_drawn
 from tests import corpus
 from tests.launched import launch
 from tests.tiny import tiny
@@ -241,6 +242,7 @@ def test_diverged_training_is_no_success(guard: bool, words: str, tmp_path: Path
         ),
         ({"config": "ternary"}, TypeError, "takes a BitNetQuantizationConfig, got str"),
         ({"args": tf.TrainingArguments(output_dir="x", use_cpu=True)}, TypeError, "takes QATArguments, got TrainingArguments"),
+        ({"drawn_share": 50}, ValueError, "drawn_share=50 is out of range.*drawn_share=0.5"),
         ({"fit": "gtpq"}, ValueError, "unknown fit method 'gtpq'.*Did you mean 'gptq'"),
         (
             {"fit": "gptq", "fields": {"quantization_schedule": "linear"}},
@@ -276,6 +278,19 @@ def test_a_fitted_start(tmp_path: Path) -> None:
     # the teacher is the full-precision model, not the fitted one: the distance to it is what the fit makes smaller
     kl = [next(row["train_loss"] for row in run["history"] if "train_loss" in row) for run in (results, rounded)]
     assert kl[0] < kl[1]
+
+
+def test_text_that_the_model_writes(tmp_path: Path) -> None:
+    """Half of the windows of the run, no more, and by the model in full precision."""
+    results = _convert(tmp_path, drawn_share=0.5, max_train_tokens=8 * LENGTH)
+    assert results["training"]["drawn_share"] == 0.5 and results["training"]["steps"] == 1
+    assert results["data"]["train_windows"] == 8 and results["seconds"]["draw"] > 0
+    model, windows = tiny("llama")[0], torch.arange(4 * LENGTH).reshape(4, LENGTH) % 50
+    mixed = with_drawn(model, windows, 0.5, 4, seed=0, progress=False)
+    kept = [any(torch.equal(row, other) for other in windows) for row in mixed]
+    assert kept == [False, False, True, True]
+    assert all(any(torch.equal(row[:8], other[:8]) for other in windows) for row in mixed)
+    assert torch.equal(with_drawn(model, windows, 0.0, 4, seed=0, progress=False).sort(0).values, windows.sort(0).values)
 
 
 def test_max_train_tokens_does_not_prolong_a_run(tmp_path: Path) -> None:

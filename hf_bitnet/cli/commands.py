@@ -233,6 +233,7 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
             valid[: arguments.max_validation_windows],
             teacher=_teacher(arguments),
             fit=arguments.fit,
+            drawn_share=arguments.drawn_share,
             max_train_tokens=arguments.max_train_tokens,
             base_model=arguments.model,
             train_text=train_text,

@@ -112,6 +112,13 @@ def _add_train(commands: Any) -> None:
     training.add_argument(
         "--fit", metavar="METHOD", help="start from fitted weights, without a quantization schedule: gptq or least_squares"
     )
+    training.add_argument(
+        "--drawn-share",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="share of the text that the full-precision model writes (0..1)",
+    )
     training.add_argument("--bf16", action="store_true", help="compute in bfloat16 (weights stay float32)")
     training.add_argument("--seed", type=int, metavar="N", help="(default: 42)")
     training.add_argument(

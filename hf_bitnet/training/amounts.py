@@ -54,6 +54,11 @@ def limited(args: QATArguments, windows: Tensor, max_tokens: int | None, *, repe
     return args
 
 
+def windows_of_run(args: TrainingArguments, count: int) -> int:
+    """How many of `count` windows a run passes over: all, or those of `max_steps`."""
+    return min(count, args.max_steps * _windows_per_step(args)) if args.max_steps > 0 else count
+
+
 def amounts(trainer: Trainer, count: int, length: int) -> dict[str, int]:
     """Steps, tokens and processes of a training over `count` windows of `length` tokens."""
     args = trainer.args

@@ -21,10 +21,12 @@ from ..calibration import METHODS, calibrate, fit_weights
 from ..config import BitNetQuantizationConfig
 from ..hub import hub_id
 from ..surgery import coverage, full_precision_copy, quantize_model, quantized_layers
-from .amounts import TokenWindows
+from .amounts import TokenWindows, windows_of_run
 from .arguments import QATArguments
+from .distillation.drawn_text import with_drawn
 from .distillation.teacher import SELF, Teacher
 from .measured_run import MeasuredRun
+from .options import number
 from .presets import TRAINING_PRESETS
 from .quantization_schedule import QuantizationSchedule
 from .run_results import BEFORE, FULL
@@ -75,6 +77,7 @@ def convert(
     *,
     teacher: Teacher | None = SELF,
     fit: str | None = None,
+    drawn_share: float = 0.0,
     max_train_tokens: int | None = None,
     base_model: str | None = None,
     train_text: str = "training text",
@@ -96,6 +99,8 @@ def convert(
         teacher: "self" (a copy of the full-precision model), a model, its path or Hub name, or None.
         fit: "gptq" or "least_squares": the training starts from weights of `fit_weights`, on the first windows of `train`, in
             place of rounded ones. Needs quantization_schedule=None.
+        drawn_share: of the windows to train on, so many (0..1) keep their first 8 tokens only and go on as the full-precision
+            model writes them: see `drawn_windows`. In one process.
         max_train_tokens: ends the training after so many tokens, if it is not over before.
         base_model: Hub id or path of `model`, for the card. train_text, valid_text: what the texts are called there.
         overwrite: replaces what an earlier run left in the folder.
@@ -110,11 +115,16 @@ def convert(
     """
     _check(model, config, args, train, valid)
     _check_fit(fit, args)
+    _check_drawn(drawn_share, args)
     run = MeasuredRun(args, overwrite=overwrite, say=say)
     run.limit_tokens(train, max_train_tokens)
     model.to(args.device)  # type: ignore[arg-type]
     run.measure(FULL, model, valid)
     run.clear()
+    if drawn_share:
+        with run.timed("draw"):
+            most = windows_of_run(run.args, len(train))
+            train = with_drawn(model, train, drawn_share, most, seed=args.seed, progress=not args.disable_tqdm)
     quantize_model(model, config)
     run.say(str(coverage(model)))
     if any(layer.activation.static or layer.sub_norm is not None for _, layer in quantized_layers(model)):
@@ -133,7 +143,7 @@ def convert(
     run.train(trainer)
     packed = run.pack_measured(kind, trainer, valid)
     data = _described(train, train_text, valid, valid_text)
-    training = {"teacher": _called(teacher), "fit": fit or "none"}
+    training = {"teacher": _called(teacher), "fit": fit or "none", "drawn_share": drawn_share}
     return run.finish(trainer, packed, config, base_model=base_model, data=data, training=training)
 
 
@@ -160,6 +170,15 @@ def _check_fit(fit: str | None, args: QATArguments) -> None:
         raise ValueError(
             f"fit={fit!r} with a ramp ({schedule.ramp!r}) in quantization_schedule: a fitted model starts quantized, a ramp "
             "would begin with float weights that are no longer the original's; quantization_schedule=None"
+        )
+
+
+def _check_drawn(share: float, args: QATArguments) -> None:
+    number("drawn_share", share, 0.0, 1.0, hint="it is a share of the windows: drawn_share=0.5")
+    if share and args.world_size > 1:
+        raise ValueError(
+            f"drawn_share={share} in {args.world_size} processes, each of which would write all of the text; write it before, "
+            "in one: train = drawn_windows(model, train[:, :8], train.shape[1])"
         )
 
 

@@ -16,6 +16,9 @@ from ...analysis.text import check_windows
 from ...surgery import probing
 from ..options import number, whole
 
+# tokens of real text that a drawn window begins with; windows of a batch: their keys and values are in memory
+_START, _AT_ONCE = 8, 64
+
 
 def drawn_windows(
     model: PreTrainedModel,
@@ -71,3 +74,14 @@ def drawn_windows(
         finally:
             model.generation_config = own
     return torch.cat(drawn)
+
+
+def with_drawn(model: PreTrainedModel, windows: Tensor, share: float, most: int, *, seed: int, progress: bool) -> Tensor:
+    """At most `most` of the windows (count, length), taken from everywhere; a share of them goes on as `model` writes it."""
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:most]
+    count = round(share * len(order))
+    starts = windows[order[:count], : min(_START, windows.shape[1] - 1)]
+    if not count:
+        return windows[order]
+    drawn = drawn_windows(model, starts, windows.shape[1], batch_size=_AT_ONCE, seed=seed, progress=progress)
+    return torch.cat([drawn, windows[order[count:]]])
