@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from hf_bitnet import QATArguments, QuantizationSchedule
+from hf_bitnet.training import arguments
 
 
 def test_command_line(tmp_path: Path) -> None:
@@ -54,12 +55,18 @@ def test_values_out_of_range(fields: dict, words: str, tmp_path: Path) -> None:
         QATArguments(output_dir=str(tmp_path), **fields)
 
 
+def test_every_switch_is_checked() -> None:
+    own = QATArguments.__dataclass_fields__.keys() - TrainingArguments.__dataclass_fields__.keys()
+    assert {name for name in own if QATArguments.__dataclass_fields__[name].type is bool} == set(arguments._SWITCHES)
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"quantization_schedule": 3}, "quantization_schedule must be a QuantizationSchedule, a dict, JSON text"),
         ({"strength_schedule": "linear"}, "unexpected keyword argument 'strength_schedule'"),
         ({"distillation": {"alpha": True}}, "distillation: alpha must be a number"),
+        ({"cautious": "no"}, "cautious must be True or False, got 'no'"),
         ({"distilation": {}}, "unexpected keyword argument 'distilation'"),
     ],
 )

@@ -29,6 +29,7 @@ _OBJECTS: dict[str, type] = {
     "online_calibration": OnlineCalibrationOptions,
     "spike_rollback": RollbackOptions,
 }
+_SWITCHES = ("eval_at_full_strength", "cautious", "lean", "nan_guard", "quant_logging")
 
 
 @dataclass
@@ -199,6 +200,9 @@ class QATArguments(TrainingArguments):
     def _validate(self) -> None:
         for name, kind in _OBJECTS.items():
             setattr(self, name, read_options(kind, name, getattr(self, name)))
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):  # "no" would be taken for yes
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         schedule = SchedulerType(self.lr_scheduler_type)
         if self.two_stage is not None and schedule is not SchedulerType.LINEAR:
             raise ValueError(
