@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from hf_bitnet.training.cautious import make_cautious
+from hf_bitnet.training.mars import correct_gradients
 from tests.qat import assert_same, losses, make_trainer, quantized, weights
 from tests.tiny import tiny
 
@@ -175,20 +176,25 @@ _CAUTIOUS = """
 import sys, torch, torch.distributed as dist
 from tests.test_training_distributed import cautious_weights
 dist.init_process_group("gloo")
-whole, sharded = cautious_weights(False), cautious_weights(True)
+cautious = cautious_weights(False), cautious_weights(True)
+corrected = cautious_weights(False, mars=0.1), cautious_weights(True, mars=0.1)
 dist.destroy_process_group()
-assert len(whole) == 4 and all(map(torch.equal, whole, sharded)), (whole, sharded)
+assert len(cautious[0]) == 4 and all(map(torch.equal, *cautious)), cautious
+torch.testing.assert_close(*corrected, rtol=1e-5, atol=1e-6)  # norms are summed in another order
+assert not any(map(torch.equal, cautious[0], corrected[0]))
 """
 
 
-def cautious_weights(shard: bool) -> list[Tensor]:
-    """The parameters after five cautious steps of AdamW, gathered. The same batch on each rank."""
+def cautious_weights(shard: bool, mars: float = 0.0) -> list[Tensor]:
+    """The parameters after five cautious steps of AdamW, with MARS or without, gathered. The same batch on each rank."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 3))
     if shard:
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
     make_cautious(optimizer)
+    if mars:
+        correct_gradients(optimizer, mars)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         (model(torch.randn(4, 6, generator=generator)).square().sum() * torch.randn((), generator=generator)).backward()
@@ -199,5 +205,5 @@ def cautious_weights(shard: bool) -> list[Tensor]:
 
 @pytest.mark.slow
 def test_cautious_updates_of_sharded_weights() -> None:
-    """The share of weights that agree is one of the whole tensor, not of a rank's part."""
+    """The share of weights that agree, and the norm that MARS divides by, are of the whole tensor, not of a rank's part."""
     _launch(_CAUTIOUS)
