@@ -13,7 +13,8 @@ def table_of(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each arm that has been tried, the best first.
 
     "ratio" is the mean over seeds at the chosen rate, of perplexity over full precision; "spread" its standard deviation;
-    "difference" the mean paired difference to the first arm, with its standard error. "-" where there are too few seeds.
+    "tried" how many rates were; "difference" the mean paired difference to the first arm, with its standard error. "-" where
+    there are too few seeds.
     """
     study, lines = STUDIES[name], []
     chosen = {arm: _chosen(name, arm, rows) for arm in study.arms}
@@ -27,6 +28,7 @@ def table_of(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "arm": arm,
                 "rate": f"{best_rate(name, arm, rows):g}" + ("" if not _open_rates(name, arm, rows) else " (not all tried)"),
+                "tried": len({row["rate"] for row in rows if row["study"] == name and row["arm"] == arm}),
                 "seeds": len(ratios),
                 "ratio": mean(ratios),
                 "spread": _spread(ratios),
