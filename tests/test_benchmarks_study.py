@@ -14,6 +14,7 @@ from benchmarks.study import run as study_run
 from benchmarks.study.arms import ARMS
 from benchmarks.study.plan import STUDIES, Run, missing
 from benchmarks.study.tables import table_of
+from hf_bitnet import BitNetQuantizationConfig
 
 Captured = pytest.CaptureFixture[str]
 # transformers' AutoBitLinear, a peer, brings warnings of its own
@@ -33,6 +34,14 @@ def test_study_of(arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     study_run.text_of.cache_clear()
     assert Run("ternary", arm, 1e-3, 0).is_row(row)
     assert row["ratio"] > 0.5 and row["tuning perplexity"] > 1
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_arms_fit_their_study(name: str) -> None:
+    """TWN's scale, say, is for ternary weights."""
+    for arm in map(ARMS.__getitem__, STUDIES[name].arms):
+        if arm.quantization is not None and arm.peer is None:
+            BitNetQuantizationConfig(**{**STUDIES[name].quantization, **arm.quantization})
 
 
 def _row(arm: str, rate: float, seed: int, ratio: float, tuning: float = 9.0) -> dict[str, Any]:

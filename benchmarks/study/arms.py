@@ -97,8 +97,14 @@ ARMS: dict[str, Arm] = {
     "drawn text": Arm("LLM-QAT (arXiv 2305.17888)", drawn=0.5),
     "fast norms": Arm("own", arguments=_FAST_NORMS),
     "early": Arm("own: small batches, cautious, MARS", arguments=_EARLY, rates=OFTEN_RATES),
+    "all but TWN's scale": Arm(
+        "own: early, fast norms, half of the text drawn",
+        arguments={**_EARLY, **_FAST_NORMS},
+        drawn=0.5,
+        rates=OFTEN_RATES,
+    ),
     "all": Arm(
-        "own: early, fast norms, half of the text drawn, TWN's scale",
+        "own: the same, and TWN's scale, which is for ternary weights",
         {"weight_scale": "threshold"},
         arguments={**_EARLY, **_FAST_NORMS},
         drawn=0.5,

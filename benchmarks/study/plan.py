@@ -29,7 +29,7 @@ _COMPARED = (
     "fast norms",
     "all",
 )
-_CONVERSIONS = ("plain", "learned scale", "GPTQ start", "all")
+_CONVERSIONS = ("plain", "learned scale", "GPTQ start", "all but TWN's scale")
 _TEXT_ONLY = ("full-precision twin", "labels only")
 
 
@@ -61,12 +61,12 @@ _TERNARY = {"weight": "ternary"}
 STUDIES: dict[str, Study] = {
     "ternary": Study("1.58 bits, one scale a tensor: the comparison", _TERNARY, _COMPARED),
     "ternary-6m": Study("the same, four times the tokens", _TERNARY, ("plain", "all"), tokens=6_000_000),
-    "channel": Study("1.58 bits, one scale a channel", {**_TERNARY, "granularity": "channel"}, _CONVERSIONS),
+    "channel": Study("1.58 bits, one scale a channel", {**_TERNARY, "granularity": "channel"}, (*_CONVERSIONS, "all")),
     "2-bit": Study("2 bits, one scale a channel", {"weight": "int2_seq", "granularity": "channel"}, _CONVERSIONS),
     "1-bit": Study(
         "1 bit, one scale a channel",
         {"weight": "binary", "granularity": "channel"},
-        ("plain", "GPTQ start", "all"),
+        ("plain", "GPTQ start", "all but TWN's scale"),
     ),
     "4-bit": Study(
         "4 bits, one scale a channel", {"weight": "int4", "granularity": "channel"}, _CONVERSIONS, rates=(1e-4, 3e-4, 1e-3)

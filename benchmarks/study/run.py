@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ def drawn_text(name: str, starts: Tensor) -> tuple[Tensor, float]:
         model, _ = model_and_windows(name)
         began = time.perf_counter()
         windows = hb.drawn_windows(model.to(DEVICE), starts[:, :8], LENGTH)  # type: ignore[arg-type]
-        save_file({"windows": windows, "seconds": torch.tensor(time.perf_counter() - began)}, path)
+        save_file({"windows": windows, "seconds": torch.tensor(time.perf_counter() - began)}, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
     found = load_file(path)
     return found["windows"], float(found["seconds"])
 
