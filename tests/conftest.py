@@ -79,10 +79,11 @@ def level(request: pytest.FixtureRequest) -> Iterator[str | None]:
 @pytest.fixture
 def tiny_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny model and a short text under the names of the real ones."""
-    folder = tmp_path / "models" / "novels-llama-small"
-    tiny("llama", max_position_embeddings=512, hidden_size=64, intermediate_size=128)[0].save_pretrained(folder)
-    corpus.tokenizer().save_pretrained(folder)
+    model = tmp_path / "models" / "novels-llama-small"
+    tiny("llama", max_position_embeddings=512, hidden_size=64, intermediate_size=128)[0].save_pretrained(model)
+    corpus.tokenizer().save_pretrained(model)
     (tmp_path / "data" / "novels").mkdir(parents=True)
-    for name in ("train.txt", "valid.txt"):
-        corpus.write(tmp_path / "data" / "novels", name=name)
+    (tmp_path / "data" / "wikitext-2").mkdir()
+    for folder, name in (("novels", "train.txt"), ("novels", "valid.txt"), ("wikitext-2", "valid.txt")):
+        corpus.write(tmp_path / "data" / folder, name=name)
     monkeypatch.setattr(common, "SHARED", tmp_path)

@@ -28,7 +28,7 @@ _FAST_ARMS = ("all", "GPTQ start", "full-precision twin")
 @pytest.mark.parametrize("arm", [each if each in _FAST_ARMS else pytest.param(each, marks=pytest.mark.slow) for each in ARMS])
 def test_study_of(arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study_run, "RESULTS", tmp_path)
-    monkeypatch.setattr(study_run, "TUNING_WINDOWS", 1)
+    monkeypatch.setattr(study_run, "UNREAD", 1)
     study_run.text_of.cache_clear()
     row = study_run.execute(Run("ternary", arm, 1e-3, 0), batch=2, limit=1, tokens=1024)
     study_run.text_of.cache_clear()

@@ -16,19 +16,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import hf_bitnet as hb
+from benchmarks import common
 from benchmarks.common import RESULTS, machine, model_and_windows
 from benchmarks.study import peers
 from benchmarks.study.arms import ARMS, COMMON, Arm
 from benchmarks.study.plan import STUDIES, Run, Study
 from benchmarks.train_step import transformers_arm
 
-LENGTH, TUNING_WINDOWS, MOST_DRAWN = 256, 128, 4096
+LENGTH, TUNING_WINDOWS, MOST_DRAWN = 256, 256, 4096
+UNREAD = 128
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of text, and the perplexity of the pretrained model on `valid`."""
+    """Windows of text (`tuning` of Wikipedia), and the perplexity of the pretrained model on `valid`."""
 
     train: Tensor
     tuning: Tensor
@@ -40,9 +42,14 @@ class Text:
 def text_of(model: str, limit: int | None = None) -> Text:
     """The text in tokens of `model`; `limit` takes no more windows of each part."""
     full, windows = model_and_windows(model, train=None, valid=limit)
-    train, tuning = windows["train"].split([len(windows["train"]) - TUNING_WINDOWS, TUNING_WINDOWS])
+    tokenizer = tf.AutoTokenizer.from_pretrained(common.SHARED / "models" / model)
+    tuning = hb.text_windows(
+        tokenizer, common.SHARED / "data" / "wikitext-2" / "valid.txt", max_windows=limit or TUNING_WINDOWS
+    )
+    # the last 128 windows were once the tuning text; without them runs of then and now read the same
+    train = windows["train"][:-UNREAD]
     perplexity = hb.perplexity(full.to(DEVICE), windows["valid"], progress=False)  # type: ignore[arg-type]
-    return Text(train, tuning[:limit], windows["valid"], perplexity)
+    return Text(train, tuning, windows["valid"], perplexity)
 
 
 def drawn_text(name: str, starts: Tensor) -> tuple[Tensor, float]:
