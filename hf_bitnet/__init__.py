@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .export import export_native
     from .modules import BitConv1D, BitEmbedding, BitLinear, PackedBitLinear, PackedEmbedding
     from .plugin import load_native
+    from .publish import export_model, open_model
     from .quantizers import Quantized
     from .surgery import (
         Coverage,
@@ -76,7 +77,9 @@ _HOME = {
     "convert_native": "surgery",
     "coverage": "surgery",
     "dequantize_model": "surgery",
+    "export_model": "publish",
     "export_native": "export",
+    "open_model": "publish",
     "harden": "surgery",
     "kept_codes": "surgery",
     "optimize_for_generation": "surgery",
@@ -140,12 +143,14 @@ __all__ = [
     "dataset_texts",
     "dequantize_model",
     "drawn_windows",
+    "export_model",
     "export_native",
     "fit_weights",
     "harden",
     "kept_codes",
     "layer_report",
     "load_native",
+    "open_model",
     "optimize_for_generation",
     "output_report",
     "pack_model",

@@ -1,4 +1,4 @@
-"""What goes with a model's files: its card, and folders and files that are either complete or not there. Own.
+"""What goes with a model's files: its card, its license, the versions of the libraries. Own.
 
 Every figure and setting of a card comes from the model, from its config, or from what was measured; nothing is typed by
 hand, and what is not known is left out. Leaves out: uploading, which `push_to_hub` and `ModelCard.push_to_hub` do.
@@ -6,11 +6,8 @@ hand, and what is not known is left out. Leaves out: uploading, which `push_to_h
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,10 +21,11 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from .config import BitNetQuantizationConfig
+from .files import write_text
 from .surgery import config_of, coverage
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_CARD, _CONFIG = "README.md", "config.json"
+_CARD = "README.md"
 _SECONDS = 5.0
 _PACKAGES = ("hf_bitnet", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
 # fields of the config that say nothing about this model to a reader
@@ -68,6 +66,7 @@ def model_card(
     measurements: Sequence[Measurement] = (),
     training: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
+    sections: Sequence[str] = (),
 ) -> ModelCard:
     """The card of a quantized model, in train form or packed.
 
@@ -80,6 +79,7 @@ def model_card(
         measurements: figures; the results among them also go into the metadata.
         training: settings and sizes of the training run; None for a model that was not trained.
         versions: of the libraries.
+        sections: further ones, in Markdown, each with its heading; they come before the versions.
 
     Raises ValueError when the model is not quantized.
     """
@@ -94,15 +94,16 @@ def model_card(
         tags=["hf_bitnet", "bitnet", "quantized", config.weight, f"{config.bits:g}-bit"],
         eval_results=[_eval_result(each) for each in measurements if each.kind == "result"] or None,
     )
-    sections = [
+    parts = [
         _summary(model, config, name, _origin(base_model, from_scratch, training)),
         _use(model, config),
         _quantization(model, config),
     ]
-    sections += [_results(measurements)] if measurements else []
-    sections += ["## Training\n\n" + _table("setting", "value", training)] if training else []
-    sections += ["## Versions\n\n" + _table("package", "version", versions)] if versions else []
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    parts += [_results(measurements)] if measurements else []
+    parts += ["## Training\n\n" + _table("setting", "value", training)] if training else []
+    parts += sections
+    parts += ["## Versions\n\n" + _table("package", "version", versions)] if versions else []
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
 def _eval_result(each: Measurement) -> EvalResult:
@@ -218,76 +219,4 @@ def without_bars() -> Iterator[None]:
 
 def write_card(folder: str | os.PathLike[str], card: ModelCard) -> Path:
     """Writes the card as README.md of a folder, whole or not at all."""
-    return _write(Path(folder) / _CARD, str(card))
-
-
-def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> Path:
-    """Writes a JSON file, whole or not at all."""
-    return _write(Path(path), json.dumps(values, indent=1) + "\n")
-
-
-def _write(path: Path, text: str) -> Path:
-    temporary = _beside(path)
-    try:
-        with open(temporary, "x", encoding="utf-8", newline="") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def _beside(path: Path) -> Path:
-    """A name that nobody uses, in the same folder, so that a rename to `path` is one step of the file system."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-
-
-def refuse_existing(folder: str | os.PathLike[str], *, overwrite: bool, advice: str = "overwrite=True") -> None:
-    """Raises ValueError when a folder holds something, and may not be or should not be replaced.
-
-    Args:
-        overwrite: allows to replace a folder that holds a model (a config.json).
-        advice: how the caller's user allows it.
-    """
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{str(folder)!r} is a file; give a folder")
-    if not path.is_dir() or not any(path.iterdir()):
-        return
-    if not overwrite:
-        raise ValueError(f"the folder {str(folder)!r} is not empty; choose another one, or replace it: {advice}")
-    if not (path / _CONFIG).is_file():
-        raise ValueError(f"the folder {str(folder)!r} holds no model (no {_CONFIG}), so it is not replaced; choose another one")
-
-
-@contextmanager
-def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False, advice: str = "overwrite=True") -> Iterator[Path]:
-    """Yields an empty folder that becomes `folder` at the end, and disappears after an error.
-
-    Raises ValueError at once as `refuse_existing` does.
-    """
-    refuse_existing(folder, overwrite=overwrite, advice=advice)
-    path = Path(os.path.abspath(folder))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
-    temporary.mkdir()
-    try:
-        yield temporary
-        put_in_place(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Renames a complete folder to `path`; what was there is removed when the new one is in its place."""
-    old = _beside(path)
-    existed = path.exists()
-    if existed:
-        os.replace(path, old)
-    try:
-        os.replace(temporary, path)
-    except BaseException:
-        if existed:
-            os.replace(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    return write_text(Path(folder) / _CARD, str(card))

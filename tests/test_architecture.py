@@ -20,6 +20,7 @@ PACKAGE = "hf_bitnet"
 TOP_FLOOR = 7
 FLOORS = {
     "registry": 0,
+    "files": 0,
     "kernels": 1,
     "quantizers": 2,
     "ste": 2,
@@ -36,6 +37,7 @@ FLOORS = {
     "hub": 5,
     "plugin": 5,
     "training": 6,
+    "publish": 6,
     "cli": TOP_FLOOR,
     "demo": TOP_FLOOR,
     "__init__": TOP_FLOOR,

@@ -1,8 +1,7 @@
-"""The model card says what the model is, and files and folders are whole or not there."""
+"""The model card says what the model is."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,7 @@ from hf_bitnet.hub import (
     hub_id,
     license_of,
     model_card,
-    new_folder,
-    put_in_place,
-    refuse_existing,
     write_card,
-    write_json,
 )
 from tests.tiny import tiny
 
@@ -123,57 +118,3 @@ def test_hub_ids(tmp_path: Path) -> None:
     assert hub_id("org/model-1.5") == "org/model-1.5"
     assert hub_id("gpt2") == "gpt2"
     assert hub_id("../model") is None and hub_id("a/b/c") is None and hub_id(None) is None and hub_id(str(tmp_path)) is None
-
-
-# ---- whole or not there ----
-
-
-def test_files_are_written_whole(tmp_path: Path) -> None:
-    assert json.loads(write_json(tmp_path / "results.json", {"a": [1.5]}).read_text()) == {"a": [1.5]}
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "results.json", {"a": object()})
-    assert json.loads((tmp_path / "results.json").read_text()) == {"a": [1.5]}
-    with pytest.raises(UnicodeEncodeError):
-        write_card(tmp_path, ModelCard("# lone surrogate \udc80"))
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
-
-
-def test_new_folder_is_complete_or_absent(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "deep" / "out") as folder:
-        (folder / "config.json").write_text("1")
-        assert not (tmp_path / "deep" / "out").exists()
-    assert (tmp_path / "deep" / "out" / "config.json").read_text() == "1"
-    with pytest.raises(KeyError), new_folder(tmp_path / "deep" / "other") as folder:
-        (folder / "config.json").write_text("1")
-        raise KeyError
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
-
-
-def test_new_folder_replaces_a_model_only_when_allowed(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "config.json").write_text("old")
-    with (
-        pytest.raises(ValueError, match="is not empty; choose another one, or replace it: --force"),
-        new_folder(out, advice="--force"),
-    ):
-        pass
-    with pytest.raises(KeyError), new_folder(out, overwrite=True):
-        raise KeyError
-    assert (out / "config.json").read_text() == "old"
-    with new_folder(out, overwrite=True) as folder:
-        (folder / "new").write_text("")
-    assert [path.name for path in out.iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    with pytest.raises(ValueError, match=r"holds no model \(no config.json\), so it is not replaced"):
-        refuse_existing(out, overwrite=True)
-    with pytest.raises(ValueError, match="is a file; give a folder"):
-        refuse_existing(out / "new", overwrite=True)
-
-
-def test_what_was_there_comes_back_when_renaming_fails(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("")
-    with pytest.raises(FileNotFoundError):
-        put_in_place(tmp_path / "missing", tmp_path / "out")
-    assert (tmp_path / "out" / "old").exists()

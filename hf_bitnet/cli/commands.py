@@ -28,7 +28,7 @@ from .. import (
     coverage,
     fit_weights,
     kernels,
-    load_native,
+    open_model,
     pack_model,
     perplexity,
     quantize_model,
@@ -36,7 +36,9 @@ from .. import (
     text_windows,
 )
 from ..calibration import METHODS, FitReport
-from ..hub import library_versions, model_card, new_folder, refuse_existing, without_bars, write_card
+from ..files import new_folder, refuse_existing
+from ..hub import library_versions, model_card, without_bars, write_card
+from ..publish.opening import model_class, naming
 from ..training import TrainingPreset
 from ..training.run_folder import earlier_run
 from .options import UsageError, quantization_fields
@@ -75,37 +77,6 @@ def _say(arguments: argparse.Namespace, *lines: object) -> None:
 # ---- models ----
 
 
-@contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """transformers does not always say what it could not load."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"cannot load {path!r}: {error}") from error
-
-
-def _kind(path: str) -> tuple[Any, Any]:
-    """The class that the model's config names, and the config."""
-    if not Path(path).exists() and path.startswith((".", "/", "~")):
-        raise ValueError(f"there is no folder {path!r}")
-    with _naming(path):
-        config = transformers.AutoConfig.from_pretrained(path)
-    names = getattr(config, "architectures", None) or []
-    kind = getattr(transformers, names[0], None) if names else None
-    if kind is None:
-        named = f"names {names[0]!r}, which transformers does not have" if names else "names no architecture"
-        raise ValueError(f"the config.json of {path!r} {named}; load the model in Python and call hf_bitnet.quantize_model")
-    return kind, config
-
-
-def _load(path: str, **options: Any) -> Any:
-    kind, config = _kind(path)
-    settings = getattr(config, "quantization_config", None)
-    if isinstance(settings, dict) and settings.get("quant_method") == "bitnet" and "hf_bitnet" not in settings:
-        return load_native(path, **options)
-    return kind.from_pretrained(path, **options)
-
-
 def _dtype(name: str) -> Any:
     found = "auto" if name == "auto" else getattr(torch, name, None)
     if not isinstance(found, torch.dtype | str):
@@ -139,7 +110,7 @@ def _summary(config: BitNetQuantizationConfig) -> dict[str, Any]:
 def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
     config = _config(arguments, arguments.form)
     if arguments.dry_run:
-        model = _load(arguments.model, device_map="meta")
+        model = open_model(arguments.model, device_map="meta")
         # the packed form may need calibration, which a look at the shapes does not
         quantize_model(model, BitNetQuantizationConfig(**{**config.fields(), "form": "train"}))
         _say(arguments, coverage(model))
@@ -147,7 +118,7 @@ def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.out is None:
         raise UsageError("where to? Give a folder: hf-bitnet quantize MODEL OUT (or --dry-run)")
     refuse_existing(arguments.out, overwrite=arguments.force, advice="--force")
-    kind, _ = _kind(arguments.model)
+    kind, _ = model_class(arguments.model)
     start = time.perf_counter()
     model, report = _quantized(arguments, kind, config)
     _say(arguments, coverage(model), *([] if report is None else [report.summary()]))
@@ -213,14 +184,14 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
             f"{arguments.out!r} holds {', '.join(found)} of an earlier run; choose another folder, continue that run "
             "(--resume), or replace it (--force)"
         )
-    with _naming(arguments.model):
+    with naming(arguments.model):
         tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
     most = None if arguments.max_train_tokens is None else -(-arguments.max_train_tokens // arguments.length)
     train, train_text = _windows(arguments, tokenizer, arguments.train_file, arguments.train_split, most)
     valid, valid_text = _windows(
         arguments, tokenizer, arguments.validation_file, arguments.validation_split, arguments.max_validation_windows
     )
-    kind, _ = _kind(arguments.model)
+    kind, _ = model_class(arguments.model)
     model = kind.from_pretrained(arguments.model, dtype=torch.float32)
     out = sys.stderr if arguments.json else sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # Trainer's log lines
@@ -301,11 +272,11 @@ def _windows(
 
 def _eval(arguments: argparse.Namespace) -> dict[str, Any]:
     files = [Path(file) for file in arguments.text]
-    with _naming(arguments.model):
+    with naming(arguments.model):
         tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
     windows = text_windows(tokenizer, files, arguments.length, max_windows=arguments.max_windows)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = _load(arguments.model, dtype=_dtype(arguments.dtype)).to(device)
+    model = open_model(arguments.model, dtype=_dtype(arguments.dtype)).to(device)
     start = time.perf_counter()
     with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
         value = perplexity(model, windows, arguments.batch_size, progress=None if sys.stderr.isatty() else False)
@@ -332,7 +303,7 @@ def _info(arguments: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"versions": library_versions()}
     if arguments.model is not None:
         # only the headers of the files are read
-        model = _load(arguments.model, device_map="meta")
+        model = open_model(arguments.model, device_map="meta")
         config = getattr(model.config, "quantization_config", None)
         if isinstance(config, BitNetQuantizationConfig):
             form = "in train form" if config.form == "train" else config.form

@@ -1,5 +1,19 @@
-"""Floor 5: files that other programs read."""
+"""Floor 5: files that other programs read, one file a format."""
 
+from . import dense
+from .format import EXPORT_FORMATS, ExportFormat, Progress, Source
 from .native import export_native
+from .report import Check, ExportReport, ParityError, WrittenTensor
 
-__all__ = ["export_native"]
+__all__ = [
+    "EXPORT_FORMATS",
+    "Check",
+    "ExportFormat",
+    "ExportReport",
+    "ParityError",
+    "Progress",
+    "Source",
+    "WrittenTensor",
+    "dense",
+    "export_native",
+]

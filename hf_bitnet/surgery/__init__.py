@@ -1,7 +1,7 @@
 """Floor 4: the only code that walks a model."""
 
 from .attached import attach, attach_native, config_of, detach, kept_for_native
-from .coverage import Coverage, check_finite, coverage
+from .coverage import Coverage, check_finite, config_place, coverage
 from .full_precision import full_precision_copy, independent_copy, output_head
 from .generation import optimize_for_generation
 from .layers import attention_heads, attention_projections, transformer_layers
@@ -22,6 +22,7 @@ __all__ = [
     "check_finite",
     "choose",
     "config_of",
+    "config_place",
     "convert_native",
     "coverage",
     "dequantize_model",

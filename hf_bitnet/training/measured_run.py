@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, Trainer
 
 from ..analysis import perplexity
 from ..config import BitNetQuantizationConfig
-from ..hub import hub_id, library_versions, put_in_place, without_bars, write_card, write_json
+from ..files import put_in_place, write_json
+from ..hub import hub_id, library_versions, without_bars, write_card
 from ..surgery import coverage, pack_model
 from .amounts import amounts, limited
 from .arguments import QATArguments

@@ -1,0 +1,113 @@
+"""Format "dense": a plain checkpoint whose weights are the quantized values. Own.
+
+Any version of transformers, and whatever reads its checkpoints, loads it; nothing of quantization is left in it but the values.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from ..modules import BitConv1D, PackedBitLinear, QuantizedLayer
+from .format import EXPORT_FORMATS, ExportFormat, Progress, Source
+from .names import saved_names
+from .plain import compare_tensors, plain_logits
+from .report import Check, WrittenTensor
+from .stream import Planned, planned, write_safetensors
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@EXPORT_FORMATS.register("dense")
+@dataclass(frozen=True)
+class Dense(ExportFormat):
+    """Args:
+    dtype: of all tensors: "bfloat16", "float16" or "float32". The scale is rounded to it, once.
+    max_shard_size: of one file.
+    """
+
+    summary: ClassVar[str] = "plain float weights that hold the quantized values; weights only"
+    readers: ClassVar[str] = "transformers, vLLM, anything"
+
+    dtype: str = "bfloat16"
+    max_shard_size: str | int = "5GB"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"format 'dense': dtype={self.dtype!r}; legal: {', '.join(_DTYPES)}")
+
+    def refusals(self, source: Source) -> list[str]:
+        normed = [name for name, layer in source.layers.items() if (norm := layer.sub_norm) and float(norm.blend) != 0.0]
+        return [f"{normed[0]} has a norm in front (sub_norm), for which a plain layer has no place"] if normed else []
+
+    def notes(self, source: Source) -> list[str]:
+        return [f"weights only: activations stay in {self.dtype}, here they are quantized"]
+
+    def write(self, source: Source, folder: Path, progress: Progress) -> list[WrittenTensor]:
+        dtype = _DTYPES[self.dtype]
+        tensors = [_floats(name, layer, dtype) for name, layer in source.layers.items()]
+        for name, layer in source.layers.items():
+            if (bias := layer.plain_bias) is not None:
+                tensors.append(_cast(f"{name}.bias", bias, dtype))
+        for name, table in source.tables.items():
+            rows, columns = table.num_embeddings, table.embedding_dim
+            made = Planned(
+                f"{name}.weight", dtype, (rows, columns), lambda t=table: t.quantized_weight().dequantize(dtype), rows * columns
+            )
+            tensors.append(made)
+        tensors += [_cast(name, tensor, dtype) for name, tensor in source.others.items()]
+        write_safetensors(folder, saved_names(source.model, tensors), max_shard_size=self.max_shard_size, progress=progress)
+        write_configs(source, folder, None, dtype)
+        return [WrittenTensor(each.name, each.name, self.dtype, each.shape, each.bytes) for each in tensors]
+
+    def compare(self, source: Source, folder: Path, written: list[WrittenTensor], logits: bool) -> list[Check]:
+        dtype = _DTYPES[self.dtype]
+        expected = {f"{name}.weight": lambda layer=layer: _matrix(layer, dtype) for name, layer in source.layers.items()}
+        checks = [compare_tensors(source, folder, expected, "quantized values")]
+        return [*checks, plain_logits(source, folder, dtype)] if logits else checks
+
+
+def write_configs(source: Source, folder: Path, settings: dict[str, object] | None, dtype: torch.dtype) -> None:
+    """config.json with `settings` as quantization_config (None: without one), generation_config.json, tokenizer."""
+    config = copy.deepcopy(source.model.config)
+    for each in (config, config.get_text_config(decoder=True)):
+        if hasattr(each, "quantization_config"):
+            delattr(each, "quantization_config")
+    if settings is not None:
+        config.quantization_config = settings
+    config.architectures = [type(source.model).__name__]
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    generation: GenerationConfig | None = getattr(source.model, "generation_config", None)
+    if source.model.can_generate() and generation is not None:
+        generation.save_pretrained(folder)
+    if source.tokenizer is not None:
+        source.tokenizer.save_pretrained(folder)
+
+
+def _floats(name: str, layer: QuantizedLayer, dtype: torch.dtype) -> Planned:
+    shape = (layer.out_features, layer.in_features)
+    shape = shape[::-1] if is_conv1d(layer) else shape
+    return Planned(f"{name}.weight", dtype, shape, lambda: _matrix(layer, dtype), shape[0] * shape[1])
+
+
+def _matrix(layer: QuantizedLayer, dtype: torch.dtype) -> Tensor:
+    value = layer.quantized_weight().dequantize(dtype)
+    return value.T if is_conv1d(layer) else value
+
+
+def is_conv1d(layer: QuantizedLayer) -> bool:
+    """Whether its float weight is laid out (in_features, out_features)."""
+    return isinstance(layer, BitConv1D) or (isinstance(layer, PackedBitLinear) and layer.was_conv1d)
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Planned:
+    if not tensor.is_floating_point():
+        return planned(name, tensor)
+    return Planned(name, dtype, tuple(tensor.shape), lambda: tensor.detach().to(dtype), tensor.numel())

@@ -1,0 +1,105 @@
+"""What an export format is, and what it is given. A format is one file with one `register`. Own.
+
+A format writes from the model's own codes and scales, one tensor at a time, into a folder that has no name yet; then its
+files are read by programs that know nothing of this library, and compared. Nothing is stored otherwise than asked for
+without the report saying so. Leaves out: opening checkpoints, the card, and giving the folder its name (`publish/`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from ..config import BitNetQuantizationConfig
+from ..modules import QuantizedEmbedding, QuantizedLayer
+from ..registry import Registry
+from ..surgery import config_of, quantized_layers, quantized_tables
+from .report import Check, WrittenTensor
+
+EXPORT_FORMATS: Registry[type[ExportFormat]] = Registry("export format")
+
+# called with the number of float weights that a written tensor stands for
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A quantized model, in train form or packed, and what goes with it.
+
+    Attributes:
+        model: its tensors may be mapped from a file; nothing is changed in it.
+        tokenizer: None where there is none. name: for the files' metadata.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    name: str
+
+    @property
+    def config(self) -> BitNetQuantizationConfig:
+        return config_of(self.model)
+
+    @cached_property
+    def layers(self) -> dict[str, QuantizedLayer]:
+        """Dotted name -> quantized layer."""
+        return dict(quantized_layers(self.model))
+
+    @cached_property
+    def tables(self) -> dict[str, QuantizedEmbedding]:
+        """Dotted name -> quantized table of embeddings."""
+        return dict(quantized_tables(self.model))
+
+    @cached_property
+    def others(self) -> dict[str, Tensor]:
+        """Every saved tensor that belongs to no quantized layer or table, under its name in the model; tied ones once."""
+        ours = tuple(f"{name}." for name in (*self.layers, *self.tables))
+        ignored = set(self.model._keys_to_ignore_on_save or ())
+        state = {k: v for k, v in self.model.state_dict().items() if not k.startswith(ours) and k not in ignored}
+        return remove_tied_weights_from_state_dict(state, self.model)
+
+    @cached_property
+    def weights(self) -> int:
+        """Numbers that the quantized tensors stand for, and all others: what a progress bar counts."""
+        matrices = [layer.in_features * layer.out_features for layer in self.layers.values()]
+        matrices += [table.num_embeddings * table.embedding_dim for table in self.tables.values()]
+        return sum(matrices) + sum(tensor.numel() for tensor in self.others.values())
+
+    def probe(self, length: int = 24) -> Tensor:
+        """Token ids int64 (1, length) that the model and its readers are compared on; the same each time."""
+        vocabulary = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+        return torch.randint(min(3, vocabulary - 1), vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+class ExportFormat:
+    """One format. A subclass is a frozen dataclass whose fields are the options that a user may give.
+
+    Attributes:
+        summary: one line for people. readers: who loads the files.
+    """
+
+    summary: ClassVar[str]
+    readers: ClassVar[str]
+
+    def refusals(self, source: Source) -> list[str]:
+        """Why the format cannot hold this model, each with the way out; empty where it can. Looks at no weight's value."""
+        raise NotImplementedError
+
+    def write(self, source: Source, folder: Path, progress: Progress) -> list[WrittenTensor]:
+        """Writes everything but the card into `folder`, and says what. Memory: of about one tensor."""
+        raise NotImplementedError
+
+    def compare(self, source: Source, folder: Path, written: list[WrittenTensor], logits: bool) -> list[Check]:
+        """Reads `folder` back with programs of others. `logits`: also run the model."""
+        raise NotImplementedError
+
+    def notes(self, source: Source) -> list[str]:
+        """What the target computes differently from this library."""
+        return []

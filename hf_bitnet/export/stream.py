@@ -1,0 +1,94 @@
+"""Safetensors files written tensor by tensor. Own; the format is safetensors' (8 bytes length, JSON header, data).
+
+The library of that name wants all tensors of a file at once. Here each is made when its turn comes, written and dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.uint32: "U32",
+}
+_METADATA = {"format": "pt"}
+
+
+class Planned(NamedTuple):
+    """A tensor that is going to be made.
+
+    Attributes:
+        name: in the file. dtype, shape: of what `make()` will return.
+        weights: float weights it stands for, which the progress counts.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+    weights: int
+
+    @property
+    def bytes(self) -> int:
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+
+def planned(name: str, tensor: Tensor, weights: int | None = None) -> Planned:
+    """An existing tensor, written as it is. Conversions belong into `make`."""
+    return Planned(name, tensor.dtype, tuple(tensor.shape), lambda: tensor, tensor.numel() if weights is None else weights)
+
+
+def write_safetensors(
+    folder: Path, tensors: Sequence[Planned], *, max_shard_size: int | str, progress: Callable[[int], object]
+) -> list[Path]:
+    """Writes model.safetensors, or shards with their index, as transformers names them. Returns the data files."""
+    by_name = {each.name: each for each in tensors}
+    # empty stand-ins of the right sizes, so that the shards are cut where save_pretrained would cut them
+    empty = {each.name: torch.empty(each.shape, dtype=each.dtype, device="meta") for each in tensors}
+    split = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size)
+    files = []
+    for file, names in split.filename_to_tensors.items():
+        _write_file(folder / file, [by_name[name] for name in names], progress)
+        files.append(folder / file)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return files
+
+
+def _write_file(path: Path, tensors: list[Planned], progress: Callable[[int], object]) -> None:
+    # larger elements first keeps all of them aligned
+    ordered = sorted(tensors, key=lambda each: (-each.dtype.itemsize, each.name))
+    header: dict[str, object] = {"__metadata__": _METADATA}
+    end = 0
+    for each in ordered:
+        header[each.name] = {"dtype": _NAMES[each.dtype], "shape": list(each.shape), "data_offsets": [end, end + each.bytes]}
+        end += each.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for each in ordered:
+            tensor = each.make().detach()
+            assert tensor.dtype == each.dtype and tuple(tensor.shape) == each.shape, f"{each.name}: not as planned"
+            tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
+            progress(each.weights)

@@ -1,0 +1,154 @@
+"""Floor 0: files and folders that are either complete or not there. Own.
+
+Everything is written under a name that nobody uses, beside the one it is for, and renamed when it is whole: a rename within
+one folder is one step of the file system, and on Linux so is the exchange of two folders. The name tells which process of
+which machine writes there, so that what a killed one left behind is removed by the next.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import glob
+import json
+import os
+import platform
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_CONFIG = "config.json"
+# what says that a folder was written by this library, or holds a model
+_MARKS = (_CONFIG, "export.json")
+
+
+def beside(path: Path) -> Path:
+    """A name that nobody uses, in the same folder."""
+    return path.with_name(f".{path.name}.{_machine()}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+
+
+def _machine() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", platform.node()) or "localhost"
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what processes of this machine that are gone were writing for `path`."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.{_machine()}\.(\d+)\.[0-9a-f]{{8}}")
+    for found in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        match = pattern.fullmatch(found.name)
+        if match is None or _is_running(int(match[1])):
+            continue
+        if found.is_dir() and not found.is_symlink():
+            shutil.rmtree(found, ignore_errors=True)
+        else:
+            found.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if process == os.getpid():
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes a UTF-8 file, whole or not at all."""
+    temporary = beside(path)
+    try:
+        with open(temporary, "x", encoding="utf-8", newline="") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> Path:
+    """Writes a JSON file, whole or not at all."""
+    return write_text(Path(path), json.dumps(values, indent=1) + "\n")
+
+
+def refuse_existing(folder: str | os.PathLike[str], *, overwrite: bool, advice: str = "overwrite=True") -> None:
+    """Raises ValueError when a folder holds something, and may not be or should not be replaced.
+
+    Args:
+        overwrite: allows to replace a folder that holds a model (a config.json or export.json).
+        advice: how the caller's user allows it.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file; give a folder")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"the folder {str(folder)!r} is not empty; choose another one, or replace it: {advice}")
+    if not any((path / mark).is_file() for mark in _MARKS):
+        raise ValueError(f"the folder {str(folder)!r} holds no model (no {_CONFIG}), so it is not replaced; choose another one")
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False, advice: str = "overwrite=True") -> Iterator[Path]:
+    """Yields an empty folder that becomes `folder` at the end, and disappears after an error.
+
+    Raises ValueError at once as `refuse_existing` does.
+    """
+    refuse_existing(folder, overwrite=overwrite, advice=advice)
+    path = Path(os.path.abspath(folder))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    temporary = beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        put_in_place(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Renames a complete folder to `path`; what was there is removed when the new one is in its place.
+
+    On Linux the two are exchanged in one step: whenever the process is killed, the old or the new folder is at `path`.
+    Elsewhere there are two renames, and between them the old folder is beside it.
+    """
+    if not path.exists():
+        os.replace(temporary, path)
+        return
+    if _exchange(temporary, path):
+        shutil.rmtree(temporary, ignore_errors=True)
+        return
+    old = beside(path)
+    os.replace(path, old)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Whether the two names were exchanged; some systems and file systems cannot."""
+    call = _renameat2()
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
+    return call is not None and call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+@functools.cache
+def _renameat2() -> Any:
+    if os.name != "posix":
+        return None
+    call = getattr(ctypes.CDLL(None), "renameat2", None)
+    if call is not None:
+        call.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+        call.restype = ctypes.c_int
+    return call
