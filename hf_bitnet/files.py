@@ -102,7 +102,7 @@ def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False, advic
     Raises ValueError at once as `refuse_existing` does.
     """
     refuse_existing(folder, overwrite=overwrite, advice=advice)
-    path = Path(os.path.abspath(folder))
+    path = Path(os.path.realpath(folder))  # of a link, what it leads to is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     temporary = beside(path)

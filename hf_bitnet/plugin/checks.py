@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Set
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -11,17 +13,22 @@ from ..config import BitNetQuantizationConfig
 
 
 def check_files(files: Iterable[str] | None, saved: bool) -> None:
-    """Raises ValueError when a file cannot be read (cut off, or no safetensors), or is packed and would be packed again.
+    """Raises ValueError when a file cannot be read (cut off, or no safetensors), lies elsewhere, or would be packed again.
 
     Args:
         saved: by its config.json the checkpoint is quantized.
     """
-    for file in files or ():
+    files = list(files or ())
+    for file in files:
+        if Path(file).parent != Path(files[0]).parent or ".." in Path(file).parts[-2:]:
+            raise ValueError(f"the checkpoint's index names {file}, which is not in its folder; download the checkpoint again")
         if not str(file).endswith(".safetensors"):
             raise ValueError(f"{file} is not a safetensors file; hf_bitnet reads no pickled weights. Save it as safetensors")
         try:
             with safe_open(file, framework="pt") as tensors:
                 packed = None if saved else _packed_weight(tensors)
+                scale = _whole_scale(tensors) if saved else None
+            _refuse_twice(file)
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged or incomplete ({error}); copy or download it again") from None
         if packed is not None:
@@ -29,6 +36,31 @@ def check_files(files: Iterable[str] | None, saved: bool) -> None:
                 f"the checkpoint holds {packed} as bytes: it is packed already, but its config.json has no "
                 "quantization_config; restore that file, and load it without a quantization_config"
             )
+        if scale is not None:
+            raise ValueError(
+                f"{file} holds {scale} as whole numbers; a scale is a float number. The file is not ours, or damaged"
+            )
+
+
+def _whole_scale(tensors: Any) -> str | None:
+    """A scale of an open safetensors file that is no float number, or None."""
+    scales = (name for name in tensors.keys() if name.endswith(".weight_scale"))  # noqa: SIM118
+    return next((name for name in scales if "F" not in tensors.get_slice(name).get_dtype()), None)
+
+
+def _refuse_twice(file: str) -> None:
+    """Raises ValueError when the header names a tensor twice: readers do not agree on which of them they take."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            double = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{file} is damaged or incomplete (it names {double!r} twice); copy or download it again")
+        return fields
+
+    with open(file, "rb") as opened:
+        json.loads(opened.read(int.from_bytes(opened.read(8), "little")), object_pairs_hook=unique)
 
 
 def _packed_weight(tensors: Any) -> str | None:

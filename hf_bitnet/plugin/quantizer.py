@@ -95,6 +95,8 @@ class BitNetQuantizer(HfQuantizer):
         model._weight_conversions = without_our_converters(model._weight_conversions)
         surgery.start_from_weights(model, self.new)
         surgery.reset_state(model)
+        if self.pre_quantized:
+            surgery.check_scales(model)
         self._attach(model)
         for name in self.packed:
             # loading makes every float parameter trainable

@@ -11,12 +11,12 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..config import BitNetQuantizationConfig
+from ..config import NATIVE_METHOD, QUANT_METHOD, BitNetQuantizationConfig
 from ..export import EXPORT_FORMATS, Check, ExportFormat, ExportReport, ParityError, Source
 from ..files import new_folder, refuse_existing, write_json
 from ..hub import library_versions, model_card, without_bars, write_card
-from ..surgery import config_place
-from .opening import open_model, open_tokenizer
+from ..surgery import check_codes, check_scales, config_place
+from .opening import model_class, open_model, open_tokenizer
 
 REPORT = "export.json"
 _VERIFY = (True, "codes", False)
@@ -64,6 +64,7 @@ def export_model(
         raise ValueError(f"verify={verify!r}; legal: True (codes and logits), 'codes', False")
     chosen = _with_options(kind, format, options)
     refuse_existing(out, overwrite=overwrite)
+    _refuse_itself(model, out)
     target = Path(os.path.abspath(out))
     source = _source(model, tokenizer, name or target.name)
     refusals = chosen.refusals(source)
@@ -99,6 +100,7 @@ def _with_options(kind: type[ExportFormat], format: str, options: dict[str, Any]
 def _source(model: Any, tokenizer: Any, name: str) -> Source:
     if isinstance(model, str | os.PathLike):
         with without_bars():
+            _refuse_foreign(model)
             tokenizer = open_tokenizer(model) if tokenizer is None else tokenizer
             model = open_model(model)
     if not isinstance(model, PreTrainedModel):
@@ -111,7 +113,33 @@ def _source(model: Any, tokenizer: Any, name: str) -> Source:
     offloaded = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
     if offloaded is not None:
         raise ValueError(f"export_model: {offloaded} is offloaded; load the model without disk offload")
+    check_scales(model)
+    check_codes(model)
     return Source(model, tokenizer, name)
+
+
+def _refuse_itself(model: Any, out: str | os.PathLike[str]) -> None:
+    if isinstance(model, str | os.PathLike) and os.path.isdir(model):
+        checkpoint, target = Path(model).resolve(), Path(out).resolve()
+        if target == checkpoint or target in checkpoint.parents or checkpoint in target.parents:
+            raise ValueError(
+                f"the export {os.fspath(out)!r} and the checkpoint {os.fspath(model)!r} overlap; choose another folder"
+            )
+
+
+def _refuse_foreign(path: str | os.PathLike[str]) -> None:
+    """Before any weight is read: a checkpoint that is not quantized, or by another library."""
+    _, config = model_class(path)
+    places = (config, config.get_text_config(decoder=True))
+    settings = next((found for each in places if (found := getattr(each, "quantization_config", None)) is not None), None)
+    if settings is None:
+        raise ValueError(
+            f"the checkpoint {os.fspath(path)!r} is not quantized; quantize it first: hf_bitnet.quantize_model(model, config), "
+            "or hf-bitnet quantize MODEL OUT"
+        )
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+    if method not in (NATIVE_METHOD, QUANT_METHOD):
+        raise ValueError(f"the checkpoint {os.fspath(path)!r} is quantized by {method!r}; export the full-precision one")
 
 
 def _refuse_differences(format: str, checks: list[Check]) -> None:

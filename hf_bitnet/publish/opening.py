@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from ..config import FOREIGN_LINEAR_CLASS, NATIVE_METHOD
 from ..plugin import load_native
@@ -38,14 +40,54 @@ def model_class(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     name = os.fspath(path)
     if not Path(name).exists() and name.startswith((".", "/", "~")):
         raise ValueError(f"there is no folder {name!r}")
+    if os.path.isdir(name):
+        _check_config(Path(name))
+        _check_index(Path(name))
     with naming(name):
         config = transformers.AutoConfig.from_pretrained(name)
     names = getattr(config, "architectures", None) or []
     kind = getattr(transformers, names[0], None) if names else None
-    if kind is None:
-        named = f"names {names[0]!r}, which transformers does not have" if names else "names no architecture"
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        named = f"names {names[0]!r}, which is no model of transformers" if names else "names no architecture"
         raise ValueError(f"the config.json of {name!r} {named}; load the model in Python and call hf_bitnet.quantize_model")
     return kind, config
+
+
+def _check_config(folder: Path) -> None:
+    """What transformers would stumble over without a word about the file."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return  # transformers says that it is missing
+    values = _object(path)
+    names = values.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(each, str) for each in names)):
+        raise ValueError(f"{path}: architectures={names!r}; it is a list of class names, for example ['LlamaForCausalLM']")
+    settings = values.get("quantization_config")
+    if settings is not None and not isinstance(settings, dict):
+        raise ValueError(f"{path}: quantization_config={settings!r}; it is an object, {{'quant_method': ...}}")
+
+
+def _check_index(folder: Path) -> None:
+    """The files that an index names lie in its folder."""
+    path = folder / "model.safetensors.index.json"
+    if not path.is_file() or (folder / "model.safetensors").exists():
+        return
+    files = _object(path).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ValueError(f"{path} has no weight_map from names of tensors to files; copy or download it again")
+    outside = next((file for file in files.values() if not file or Path(file).name != file), None)
+    if outside is not None:
+        raise ValueError(f"{path} names {outside!r}, which is not in its folder; copy or download the checkpoint again")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error}); copy or download it again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object but {type(values).__name__}; copy or download it again")
+    return values
 
 
 @contextmanager
@@ -55,6 +97,8 @@ def naming(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"cannot load {path!r}: {error}") from error
+    except StrictDataclassError as error:  # a field of config.json has another type than the model's config
+        raise ValueError(f"the config.json of {path!r} is not one of a model: {error}") from error
 
 
 def open_tokenizer(path: str | os.PathLike[str]) -> Any:

@@ -4,6 +4,7 @@ from .attached import attach, attach_native, config_of, detach, kept_for_native
 from .coverage import Coverage, check_finite, config_place, coverage
 from .full_precision import full_precision_copy, independent_copy, output_head
 from .generation import optimize_for_generation
+from .intact import check_codes, check_scales
 from .layers import attention_heads, attention_projections, transformer_layers
 from .prepare import prepare_model, prepare_native, start_from_weights, state_from_float
 from .probing import each_batch, probing, run
@@ -19,7 +20,9 @@ __all__ = [
     "attention_heads",
     "attention_projections",
     "check_calibrated",
+    "check_codes",
     "check_finite",
+    "check_scales",
     "choose",
     "config_of",
     "config_place",
