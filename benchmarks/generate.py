@@ -13,6 +13,7 @@ llama-bench; the file is written beside ours, with the package gguf.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -31,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hf_bitnet as hb
 from benchmarks.common import ROOT, table, write_results
 from benchmarks.llama_cpp import build_gguf, run_llama_bench
+from hf_bitnet.export.stream import Planned, write_safetensors
 from hf_bitnet.modules import PackedBitLinear
 from hf_bitnet.modules.faster_layer import FasterLayer
 
@@ -51,7 +53,6 @@ SMOKE = SHAPE | {
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
 }
-_SAFETENSORS = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16"}
 _SCALE = 0.02
 
 
@@ -71,26 +72,19 @@ def build(folder: Path, shape: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    _write_random(model, folder / "model.safetensors")
+    _write_random(model, folder)
     marker.write_text(wanted)
 
 
-def _write_random(model: nn.Module, path: Path) -> None:
-    """A safetensors file with random numbers of the right kind for every tensor of a model on the meta device."""
-    state, header, end = model.state_dict(), {}, 0
-    for name, tensor in state.items():
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _SAFETENSORS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    text += b" " * (-(len(text) + 8) % 64)
+def _write_random(model: nn.Module, folder: Path) -> None:
+    """A checkpoint with random numbers of the right kind for every tensor of a model on the meta device."""
     generator = torch.Generator().manual_seed(0)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in state.items():
-            layer = model.get_submodule(name.rpartition(".")[0])
-            made = _random(tensor, getattr(layer, "bits", None), generator)
-            file.write(made.reshape(-1).view(torch.uint8).numpy().data)
+    tensors = []
+    for name, like in model.state_dict().items():
+        bits = getattr(model.get_submodule(name.rpartition(".")[0]), "bits", None)
+        make = functools.partial(_random, like, bits, generator)
+        tensors.append(Planned(name, like.dtype, tuple(like.shape), make, like.numel()))
+    write_safetensors(folder, tensors, max_shard_size="50GB", progress=lambda weights: None)
 
 
 def _random(like: Tensor, bits: int | None, generator: torch.Generator) -> Tensor:
@@ -103,9 +97,9 @@ def _random(like: Tensor, bits: int | None, generator: torch.Generator) -> Tenso
 
 
 def random_bytes(shape: Any, bits: int, generator: torch.Generator) -> Tensor:
-    """uint8 of `shape`: four ternary levels 0, 1, 2 in each byte, or any bytes where `bits` is not 2."""
+    """uint8 of `shape`: four ternary levels 0, 1, 2 in each byte, or the 255 levels of int8 where `bits` is not 2."""
     if bits != 2:
-        return torch.randint(1, 256, shape, dtype=torch.uint8, generator=generator)
+        return torch.randint(0, 255, shape, dtype=torch.uint8, generator=generator)
     left, packed = torch.randint(0, 81, shape, dtype=torch.uint8, generator=generator), torch.zeros(shape, dtype=torch.uint8)
     for i in range(4):
         packed |= (left % 3) << (2 * i)

@@ -15,6 +15,7 @@ import pytest
 from benchmarks import (
     cpu_kernels,
     distillation_memory,
+    export_speed,
     generate,
     monitor_overhead,
     ptq_table,
@@ -133,6 +134,15 @@ def test_generate(tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow
 def test_generate_in_processes_of_its_own(tmp_path: Path, capsys: Captured) -> None:
     _check_generate(tmp_path, capsys)
+
+
+def test_export_speed(tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(folder: Path, format: str, verify: str | bool, options: dict[str, Any]) -> dict[str, float]:
+        return export_speed.work(folder, tmp_path / f"{format}-{verify}", format, verify, options)
+
+    monkeypatch.setattr(export_speed, "measure", here)
+    export_speed.main(["--folder", str(tmp_path / "tiny"), "--smoke", "--formats", "dense"])
+    assert capsys.readouterr().out.count("dense ") == 2
 
 
 def _check_generate(folder: Path, capsys: Captured) -> None:

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from torch import Tensor, nn
 
 import hf_bitnet as hb
-from hf_bitnet.export import ParityError, plain
+from hf_bitnet.export import ParityError, Source, plain
 from hf_bitnet.export.stream import planned, write_safetensors
 from tests.tiny import tiny
 
@@ -98,3 +98,17 @@ def test_safetensors_written_in_a_stream(tmp_path: Path) -> None:
         assert back.keys() == tensors.keys() and all(torch.equal(back[key], tensors[key]) for key in tensors)
     assert len(files) > 1 and (tmp_path / "100" / "model.safetensors.index.json").is_file()
     assert sum(counted) == 2 * sum(tensor.numel() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"weight": "int4", "group_size": 16}, {"weight": "binary"}, {"weight": "int8"}], ids=str
+)
+def test_blocks_of_rows(fields: dict[str, Any]) -> None:
+    """A packed layer unpacked in parts is the layer."""
+    model: Any = hb.pack_model(quantized(**fields, embeddings="int4"))
+    for layer in (model.model.layers[0].mlp.down_proj, model.model.embed_tokens):
+        whole, parts = layer.quantized_weight(), list(Source.blocks(layer, weights=300))
+        assert len(parts) > 4
+        assert torch.equal(torch.cat([part.codes for part in parts]), whole.codes)
+        values = torch.cat([part.dequantize() for part in parts])
+        assert torch.equal(values, whole.dequantize())

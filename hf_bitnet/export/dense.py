@@ -6,6 +6,7 @@ Any version of transformers, and whatever reads its checkpoints, loads it; nothi
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..modules import BitConv1D, PackedBitLinear, QuantizedLayer
-from .format import EXPORT_FORMATS, ExportFormat, Progress, Source
+from ..modules import BitConv1D, PackedBitLinear, QuantizedEmbedding, QuantizedLayer
+from .format import EXPORT_FORMATS, ExportFormat, Progress, Source, shape_of
 from .names import saved_names
 from .plain import compare_tensors, plain_logits
 from .report import Check, WrittenTensor
@@ -51,16 +52,10 @@ class Dense(ExportFormat):
 
     def write(self, source: Source, folder: Path, progress: Progress) -> list[WrittenTensor]:
         dtype = _DTYPES[self.dtype]
-        tensors = [_floats(name, layer, dtype) for name, layer in source.layers.items()]
-        for name, layer in source.layers.items():
-            if (bias := layer.plain_bias) is not None:
-                tensors.append(_cast(f"{name}.bias", bias, dtype))
-        for name, table in source.tables.items():
-            rows, columns = table.num_embeddings, table.embedding_dim
-            made = Planned(
-                f"{name}.weight", dtype, (rows, columns), lambda t=table: t.quantized_weight().dequantize(dtype), rows * columns
-            )
-            tensors.append(made)
+        tensors = [_floats(f"{name}.weight", layer, dtype) for name, layer in source.layers.items()]
+        tensors += [_floats(f"{name}.weight", table, dtype) for name, table in source.tables.items()]
+        biases = {f"{name}.bias": layer.plain_bias for name, layer in source.layers.items()}
+        tensors += [_cast(name, bias, dtype) for name, bias in biases.items() if bias is not None]
         tensors += [_cast(name, tensor, dtype) for name, tensor in source.others.items()]
         write_safetensors(folder, saved_names(source.model, tensors), max_shard_size=self.max_shard_size, progress=progress)
         write_configs(source, folder, None, dtype)
@@ -68,7 +63,8 @@ class Dense(ExportFormat):
 
     def compare(self, source: Source, folder: Path, written: list[WrittenTensor], logits: bool) -> list[Check]:
         dtype = _DTYPES[self.dtype]
-        expected = {f"{name}.weight": lambda layer=layer: _matrix(layer, dtype) for name, layer in source.layers.items()}
+        matrices = {**source.layers, **source.tables}
+        expected = {f"{name}.weight": _floats("", layer, dtype).tensor for name, layer in matrices.items()}
         checks = [compare_tensors(source, folder, expected, "quantized values")]
         return [*checks, plain_logits(source, folder, dtype)] if logits else checks
 
@@ -91,18 +87,19 @@ def write_configs(source: Source, folder: Path, settings: dict[str, object] | No
         source.tokenizer.save_pretrained(folder)
 
 
-def _floats(name: str, layer: QuantizedLayer, dtype: torch.dtype) -> Planned:
-    shape = (layer.out_features, layer.in_features)
-    shape = shape[::-1] if is_conv1d(layer) else shape
-    return Planned(f"{name}.weight", dtype, shape, lambda: _matrix(layer, dtype), shape[0] * shape[1])
+def _floats(name: str, layer: QuantizedLayer | QuantizedEmbedding, dtype: torch.dtype) -> Planned:
+    """The values of a layer or table, laid out as its plain one has them."""
+
+    def made() -> Tensor | Iterator[Tensor]:
+        if is_conv1d(layer):
+            return layer.quantized_weight().dequantize(dtype).T
+        return (part.dequantize(dtype) for part in Source.blocks(layer))
+
+    shape = shape_of(layer)
+    return Planned(name, dtype, shape[::-1] if is_conv1d(layer) else shape, made, shape[0] * shape[1])
 
 
-def _matrix(layer: QuantizedLayer, dtype: torch.dtype) -> Tensor:
-    value = layer.quantized_weight().dequantize(dtype)
-    return value.T if is_conv1d(layer) else value
-
-
-def is_conv1d(layer: QuantizedLayer) -> bool:
+def is_conv1d(layer: QuantizedLayer | QuantizedEmbedding) -> bool:
     """Whether its float weight is laid out (in_features, out_features)."""
     return isinstance(layer, BitConv1D) or (isinstance(layer, PackedBitLinear) and layer.was_conv1d)
 

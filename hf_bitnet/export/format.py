@@ -7,7 +7,8 @@ without the report saying so. Leaves out: opening checkpoints, the card, and giv
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..config import BitNetQuantizationConfig
-from ..modules import QuantizedEmbedding, QuantizedLayer
+from ..modules import NativeLayer, PackedBitLinear, PackedEmbedding, QuantizedEmbedding, QuantizedLayer
+from ..quantizers import Quantized
 from ..registry import Registry
 from ..surgery import config_of, quantized_layers, quantized_tables
 from .report import Check, WrittenTensor
@@ -28,6 +30,17 @@ EXPORT_FORMATS: Registry[type[ExportFormat]] = Registry("export format")
 
 # called with the number of float weights that a written tensor stands for
 Progress = Callable[[int], object]
+
+
+# weights that are unpacked at once: some MB, whatever they become
+_BLOCK = 1 << 21
+
+
+def shape_of(layer: QuantizedLayer | QuantizedEmbedding) -> tuple[int, int]:
+    """(out_features, in_features) of a layer, (num_embeddings, embedding_dim) of a table."""
+    if isinstance(layer, QuantizedEmbedding):
+        return layer.num_embeddings, layer.embedding_dim
+    return layer.out_features, layer.in_features
 
 
 @dataclass(frozen=True)
@@ -68,9 +81,23 @@ class Source:
     @cached_property
     def weights(self) -> int:
         """Numbers that the quantized tensors stand for, and all others: what a progress bar counts."""
-        matrices = [layer.in_features * layer.out_features for layer in self.layers.values()]
-        matrices += [table.num_embeddings * table.embedding_dim for table in self.tables.values()]
-        return sum(matrices) + sum(tensor.numel() for tensor in self.others.values())
+        matrices = (*self.layers.values(), *self.tables.values())
+        return sum(math.prod(shape_of(each)) for each in matrices) + sum(tensor.numel() for tensor in self.others.values())
+
+    @staticmethod
+    def blocks(layer: QuantizedLayer | QuantizedEmbedding, weights: int = _BLOCK) -> Iterator[Quantized]:
+        """The rows of a layer or table, in order, about so many `weights` at a time where it is packed.
+
+        A whole matrix as integers, floats and bytes of the target at once would be many times its packed bytes.
+        """
+        if not isinstance(layer, PackedBitLinear | PackedEmbedding) or isinstance(layer, NativeLayer):
+            yield layer.quantized_weight()  # one scale of many rows takes all of them
+            return
+        packed, scale = layer.weight.detach(), layer.get_parameter("weight_scale").detach()
+        rows = max(1, weights // max(1, shape_of(layer)[1]))
+        for start in range(0, len(packed), rows):
+            part = slice(start, start + rows)
+            yield layer.source.codes(packed[part], scale if len(scale) == 1 else scale[part])
 
     def probe(self, length: int = 24) -> Tensor:
         """Token ids int64 (1, length) that the model and its readers are compared on; the same each time."""

@@ -22,5 +22,5 @@ def saved_names(model: PreTrainedModel, tensors: Sequence[Planned]) -> list[Plan
     reverted = revert_weight_conversion(model, stands)
     if all(id(stand) in made_of for stand in reverted.values()):
         return [made_of[id(stand)]._replace(name=name) for name, stand in reverted.items()]
-    real = revert_weight_conversion(model, {each.name: each.make() for each in tensors})
+    real = revert_weight_conversion(model, {each.name: each.tensor() for each in tensors})
     return [planned(name, tensor) for name, tensor in real.items()]

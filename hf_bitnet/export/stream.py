@@ -6,7 +6,7 @@ The library of that name wants all tensors of a file at once. Here each is made 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,15 +34,20 @@ class Planned(NamedTuple):
     """A tensor that is going to be made.
 
     Attributes:
-        name: in the file. dtype, shape: of what `make()` will return.
+        name: in the file. dtype, shape: of what `make()` will return: the tensor, or its parts along dimension 0 in turn.
         weights: float weights it stands for, which the progress counts.
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    make: Callable[[], Tensor]
+    make: Callable[[], Tensor | Iterator[Tensor]]
     weights: int
+
+    def tensor(self) -> Tensor:
+        """Made whole."""
+        made = self.make()
+        return made if isinstance(made, Tensor) else torch.cat(list(made))
 
     @property
     def bytes(self) -> int:
@@ -88,7 +93,10 @@ def _write_file(path: Path, tensors: list[Planned], progress: Callable[[int], ob
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for each in ordered:
-            tensor = each.make().detach()
-            assert tensor.dtype == each.dtype and tuple(tensor.shape) == each.shape, f"{each.name}: not as planned"
-            tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
+            made, before = each.make(), file.tell()
+            for part in [made] if isinstance(made, Tensor) else made:
+                assert part.dtype == each.dtype and tuple(part.shape[1:]) == each.shape[1:], f"{each.name}: not as planned"
+                # not tofile: it would write past what the file object holds back
+                file.write(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            assert file.tell() - before == each.bytes, f"{each.name}: not as planned"
             progress(each.weights)
