@@ -1,6 +1,6 @@
 """Floor 5: files that other programs read, one file a format."""
 
-from . import dense
+from . import dense, gguf
 from .format import EXPORT_FORMATS, ExportFormat, Progress, Source
 from .native import export_native
 from .report import Check, ExportReport, ParityError, WrittenTensor
@@ -16,4 +16,5 @@ __all__ = [
     "WrittenTensor",
     "dense",
     "export_native",
+    "gguf",
 ]

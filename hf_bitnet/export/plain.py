@@ -29,7 +29,8 @@ job = json.loads(sys.argv[1])
 assert "hf_bitnet" not in sys.modules
 transformers.utils.logging.set_verbosity_error()
 kind = getattr(transformers, job["class"])
-model, info = kind.from_pretrained(job["folder"], dtype=getattr(torch, job["dtype"]), output_loading_info=True)
+dtype = getattr(torch, job["dtype"])
+model, info = kind.from_pretrained(job["folder"], dtype=dtype, output_loading_info=True, **job["options"])
 lost = sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])})
 assert not lost, f"tensors that do not fit: {lost[:5]}"
 with torch.no_grad():
@@ -38,17 +39,19 @@ save_file({"logits": logits.float().contiguous()}, job["outputs"])
 """
 
 
-def run_plain(folder: Path, kind: str, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+def run_plain(folder: Path, kind: str, inputs: Mapping[str, Tensor], dtype: torch.dtype, **options: object) -> Tensor:
     """Logits float32 of the checkpoint in `folder`, computed by transformers without this library in a process of its own.
 
     Args:
         kind: name of the model's class. inputs: of its forward. dtype: that it is loaded in.
+        options: of from_pretrained, as JSON can hold them.
 
     Raises RuntimeError with the end of what the process said, when it fails.
     """
     with tempfile.TemporaryDirectory() as place:
         save_file(dict(inputs), f"{place}/in.safetensors")
-        job = {"folder": str(folder), "class": kind, "dtype": str(dtype).removeprefix("torch.")}
+        job: dict[str, object] = {"folder": str(folder), "class": kind, "dtype": str(dtype).removeprefix("torch.")}
+        job |= {"options": options}
         job |= {"inputs": f"{place}/in.safetensors", "outputs": f"{place}/out.safetensors"}
         done = subprocess.run([sys.executable, "-c", _PROGRAM, json.dumps(job)], capture_output=True, text=True, check=False)
         if done.returncode:
