@@ -182,9 +182,7 @@ def norm_problems(source: Source, architecture: Architecture) -> list[str]:
         assert norm is not None
         kind = (architecture.stored(name) or "").split(".")[-1]
         if not architecture.sub_norms or kind not in _SUB_NORMS or type(source.model).__name__ not in _PLAIN_LLAMAS:
-            found.append(
-                f"{where} has no norm in front of {name}; for it quantize with sub_norm=['o_proj', 'down_proj']"
-            )
+            found.append(f"{where} has no norm in front of {name}; for it quantize with sub_norm=['o_proj', 'down_proj']")
         elif float(norm.blend) != 1.0:
             found.append(
                 f"the norm of {name} is blended in by {float(norm.blend):g}; call hf_bitnet.set_norm_blend(model, 1.0)"

@@ -22,9 +22,9 @@ from .kinds import RECENT, Kind
 from .planning import Entry, Plan, probe_length
 from .reading import Stored, decoded_by, read_head, rows_of
 
-# of the standard deviation of the logits. Where a number of the input lies between two of its 8-bit steps, sums in another order
-# round it to the other one, and the layers above carry that on: random models of 2 to 12 layers are off by up to 0.014, a trained
-# one of 6 by 0.004, positions where no step differs by 1e-6. At worst the two roundings have nothing in common any more
+# of the standard deviation of the logits. Where a number of the input lies between two of its 8-bit steps, sums in another
+# order round it to the other one, and the layers above carry that on: random models of 2 to 12 layers are off by up to 0.014, a
+# trained one of 6 by 0.004, positions where no step differs by 1e-6. At worst the two roundings have nothing in common any more
 LIMIT = 0.03
 _OF_ROUNDING = 1.5
 # architectures whose files transformers' own reader takes
@@ -78,7 +78,7 @@ class References:
                 activation = model.get_submodule(f"model.layers.{index}.mlp.act_fn")
                 activation.register_forward_pre_hook(lambda _, inputs: _table(inputs[0]))
                 activation.register_forward_hook(lambda _, inputs, output: _table(output))
-        for name, kind in _multiplied(source, plan):
+        for name, kind in _multiplied(plan):
             module = _linear(model, name)
             module.register_forward_pre_hook(_rounding(kind))
         self.target = _run(model, self.ids)
@@ -104,12 +104,13 @@ def rounded_input(x: Tensor, kind: Kind) -> Tensor:
     return (codes * scale).flatten(-2)
 
 
-def _multiplied(source: Source, plan: Plan) -> list[tuple[str, Kind]]:
+def _multiplied(plan: Plan) -> list[tuple[str, Kind]]:
     """Dotted names of the linear maps, and the kinds of their weights."""
-    kinds = {entry.name.removesuffix(".weight"): entry.kind for entry in plan.entries if len(entry.shape) > 1}
-    table = next(entry for entry in plan.entries if entry.stored == "token_embd.weight")
-    kinds["lm_head"] = kinds.pop(table.name.removesuffix(".weight")) if "lm_head" not in kinds else kinds["lm_head"]
-    return [(name, kind) for name, kind in kinds.items() if f"{name}.weight" != table.name]
+    matrices = {entry.stored: entry for entry in plan.entries if len(entry.shape) > 1}
+    table = matrices.pop("token_embd.weight")
+    head = matrices.pop("output.weight", table)  # none of its own: tied
+    linears = [(entry.name.removesuffix(".weight"), entry.kind) for entry in matrices.values()]
+    return [*linears, ("lm_head", head.kind)]
 
 
 @torch.no_grad()
