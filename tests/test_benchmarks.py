@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+import hf_bitnet as hb
 from benchmarks import (
     cpu_kernels,
     distillation_memory,
+    export_llama_cpp,
     export_speed,
     generate,
     monitor_overhead,
@@ -143,6 +146,18 @@ def test_export_speed(tmp_path: Path, capsys: Captured, monkeypatch: pytest.Monk
     monkeypatch.setattr(export_speed, "measure", here)
     export_speed.main(["--folder", str(tmp_path / "tiny"), "--smoke", "--formats", "dense"])
     assert capsys.readouterr().out.count("dense ") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tiny_shared")
+def test_export_llama_cpp(tmp_path: Path, capsys: Captured) -> None:
+    pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
+    pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install llama-cpp-python")
+    path = tmp_path / "models" / "novels-llama-small"
+    hb.pack_model(hb.quantize_model(hb.open_model(path), hb.BitNetQuantizationConfig())).save_pretrained(tmp_path / "packed")
+    AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / "packed")
+    export_llama_cpp.main([str(tmp_path / "packed"), "--kind", "Q2_0", "--smoke", "--windows", "1", "--prompts", "1"])
+    assert "top-1 agreement" in capsys.readouterr().out
 
 
 def _check_generate(folder: Path, capsys: Captured) -> None:
