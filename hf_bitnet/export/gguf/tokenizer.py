@@ -166,14 +166,14 @@ def _sentencepiece(spec: Mapping[str, Any], vocabulary: Vocabulary, special: Spe
     if problem is None and model["ignore_merges"] and NEVER in scores.values():
         problem = "it has ignore_merges=True and tokens that no merge makes"
     if problem is not None:
-        raise refused(f"merges that scores cannot replace: {problem}")
+        raise refused(f"merges that llama.cpp's scores cannot stand for: {problem}")
     known = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
     return TokenizerMetadata(
         model="llama",
         pre="default",
         vocabulary=vocabulary,
         special=special,
-        scores=[scores.get(number, NEVER) for number in range(len(vocabulary.tokens))],
+        scores=[scores.get(token, NEVER) for token in vocabulary.tokens],
         flags={"add_space_prefix": spaces.prefix},
         notes=[*spaces.notes, *vocabulary.notes, *special.notes, *_decoder_note(spec, known)],
     )
