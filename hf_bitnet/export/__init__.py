@@ -1,6 +1,6 @@
 """Floor 5: files that other programs read, one file a format."""
 
-from . import dense, gguf
+from . import dense, gguf, onnx
 from .format import EXPORT_FORMATS, ExportFormat, Progress, Source
 from .native import export_native
 from .report import Check, ExportReport, ParityError, WrittenTensor
@@ -17,4 +17,5 @@ __all__ = [
     "dense",
     "export_native",
     "gguf",
+    "onnx",
 ]

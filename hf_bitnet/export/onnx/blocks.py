@@ -1,0 +1,137 @@
+"""How one quantized matrix lies in the blocks of onnxruntime's operators MatMulNBits and GatherBlockQuantized.
+
+    value = (q - zero) scale        q of 2, 4 or 8 bits, a scale for each block of inputs
+
+from the operators' schema (onnxruntime, docs/ContribOperators.md). Ours is value = (code - zero_point) scale with fewer scales,
+so that a scale is repeated over its blocks, and levels of whole numbers become q = level + 2^(bits - 1), the operators' own
+zero. Half levels (-1.5 .. 1.5) have a float zero, or are doubled under half the scale, which is exact too. Own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ... import kernels
+from ...quantizers import Quantized, WeightQuantizer
+
+BITS = (2, 4, 8)
+# every onnxruntime has kernels for these; 16 only where groups of that size ask for it
+_BLOCKS = (128, 64, 32)
+_GROUPED = (*_BLOCKS, 16)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The layout of a matrix (rows, columns), padded to `count` blocks a row.
+
+    Attributes:
+        bits: of q. block: columns that share a scale.
+        factor, shift: q = code * factor + shift + 2^(bits - 1), and the scale is divided by `factor`.
+        zero: what q means 0 where that is a float; None for 2^(bits - 1), which needs no tensor.
+        why: why `bits` are more than the codes have, where nobody asked for it.
+    """
+
+    rows: int
+    columns: int
+    bits: int
+    block: int
+    factor: int
+    shift: int
+    zero: float | None
+    why: str = ""
+
+    @property
+    def count(self) -> int:
+        return -(-self.columns // self.block)
+
+    @property
+    def kind(self) -> str:
+        return f"{self.bits} bits in blocks of {self.block}"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the packed matrix: (rows, blocks, bytes of a block)."""
+        return self.rows, self.count, self.block * self.bits // 8
+
+    def pack(self, quantized: Quantized) -> Tensor:
+        """Codes int8 (rows, columns) -> uint8 `shape`, the first of a byte in its lowest bits."""
+        levels = quantized.codes
+        if (self.factor, self.shift) != (1, 0):
+            levels = levels * self.factor + self.shift
+        levels = F.pad(levels, (0, self.count * self.block - self.columns))
+        return kernels.pack(levels, self.bits, -(2 ** (self.bits - 1)), 1).view(self.shape)
+
+    def scales(self, quantized: Quantized, dtype: torch.dtype) -> Tensor:
+        """Scale (1, 1), (rows, 1) or (rows, groups) -> (rows, blocks), rounded once to `dtype`.
+
+        Raises ValueError when it cannot hold one.
+        """
+        scale = (quantized.scale.detach().float() / self.factor).to(dtype)
+        if not bool((scale.isfinite() & (scale > 0)).all()):
+            raise ValueError(f"a scale is outside of {dtype}; export with dtype='float32'")
+        scale = scale.repeat_interleave(self.count // scale.shape[1], dim=1)
+        return scale.expand(self.rows, -1)
+
+    def zeros(self, dtype: torch.dtype) -> Tensor:
+        """(rows, blocks), only where `zero` is a float."""
+        assert self.zero is not None
+        return torch.full((self.rows, self.count), self.zero, dtype=dtype)
+
+
+def plan(quantizer: WeightQuantizer, rows: int, columns: int, *, min_bits: int, float_zero: bool) -> Blocks:
+    """The smallest exact layout for a matrix (rows, columns) of this quantizer.
+
+    Args:
+        min_bits: at least so many. float_zero: whether the operator takes one.
+
+    Raises ValueError when there is none.
+    """
+    levels = quantizer.grid.values
+    smallest = next((bits for bits in BITS if 2**bits >= len(levels)), BITS[-1])
+    for bits in BITS:
+        how = _fit(levels, bits, float_zero) if bits >= min_bits else None
+        if how is not None:
+            factor, shift, zero = how
+            shift = shift - round(quantizer.grid.zero_point * factor) if zero is None else shift - quantizer.grid.lowest
+            why = _WHY if bits > max(smallest, min_bits) else ""
+            return Blocks(rows, columns, bits, _block(quantizer, rows, columns, bits), factor, shift, zero, why)
+    raise ValueError(
+        f"its levels {levels[0]:g} .. {levels[-1]:g} fit no whole or half numbers of {', '.join(map(str, BITS))} bits; quantize "
+        "with another weight scheme"
+    )
+
+
+_WHY = "its levels are half numbers, which this operator holds doubled"
+
+
+def _fit(levels: list[float], bits: int, float_zero: bool) -> tuple[int, int, float | None] | None:
+    """(factor, shift from the code that means 0, or from the lowest one, zero) for levels at scale 1."""
+    half = 2 ** (bits - 1)
+    for factor in (1, 2):
+        stored = [level * factor for level in levels]
+        if all(level.is_integer() and -half <= level < half for level in stored):
+            return factor, 0, None
+    steps = [level - levels[0] for level in levels]
+    # 8 bits take no float zero
+    if float_zero and bits < BITS[-1] and all(step.is_integer() and step < 2**bits for step in steps):
+        return 1, -half, -levels[0]
+    return None
+
+
+def _block(quantizer: WeightQuantizer, rows: int, columns: int, bits: int) -> int:
+    groups = quantizer.scale_shape(rows, columns)[1]
+    if groups == 1:
+        # a scale has 4 bytes: the block that makes the shortest rows, with padding
+        return min(_BLOCKS, key=lambda block: -(-columns // block) * (block * bits // 8 + 4))
+    size = columns // groups
+    legal = [block for block in _GROUPED if size % block == 0]
+    if not legal:
+        raise ValueError(
+            f"its scales are for groups of {size} inputs, the operator's blocks have {', '.join(map(str, _GROUPED[::-1]))}; "
+            "quantize with a group_size that one of these divides, for example group_size=64, or granularity='channel'"
+        )
+    return legal[0]

@@ -1,0 +1,128 @@
+"""Format "onnx": what a user may ask for, what is refused and said, and the order of the work. Own."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from ..dense import write_configs
+from ..format import EXPORT_FORMATS, ExportFormat, Progress, Source
+from ..plain import FLOAT32_LIMIT, compare_logits, dequantized_logits
+from ..report import Check, WrittenTensor
+from .blocks import BITS
+from .graph import trace, write
+from .readers import compare_codes, runtime_logits
+from .traced import Wanted, plans, traced_view
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_LEVELS = {0: "float", 4: "int8"}
+_OPSETS = range(18, 24)
+# of the root mean square of the logits
+_LIMITS = {"float32": FLOAT32_LIMIT, "float16": 1e-2}
+# activations in blocks of int8 are off by up to 1 % in each product
+_INT8_LIMIT = 0.1
+_INSTALL = "pip install 'hf_bitnet[onnx]'"
+
+
+@EXPORT_FORMATS.register("onnx")
+@dataclass(frozen=True)
+class Onnx(ExportFormat):
+    """Args:
+    dtype: of activations, scales and whatever is not quantized: "float32" or "float16".
+    accuracy_level: of the products: 0 for float activations, 4 for int8 ones, which is faster.
+    min_bits: 4 for programs without 2-bit products.
+    kv_cache: the graph takes keys and values of earlier tokens, and returns them; for generation.
+    opset: of the standard operators.
+    """
+
+    summary: ClassVar[str] = "a graph whose quantized layers are MatMulNBits of 2, 4 or 8 bits; weights only"
+    readers: ClassVar[str] = "onnxruntime"
+
+    dtype: str = "float32"
+    accuracy_level: int = 0
+    min_bits: int = 2
+    kv_cache: bool = False
+    opset: int = 20
+
+    def __post_init__(self) -> None:
+        legal = {"dtype": _DTYPES, "accuracy_level": _LEVELS, "min_bits": BITS, "kv_cache": (False, True), "opset": _OPSETS}
+        for option, values in legal.items():
+            value = getattr(self, option)
+            if value not in values or isinstance(value, bool) != (option == "kv_cache"):
+                raise ValueError(f"format 'onnx': {option}={value!r}; legal: {', '.join(map(repr, values))}")
+
+    @property
+    def _wanted(self) -> Wanted:
+        return Wanted(_DTYPES[self.dtype], self.accuracy_level, self.min_bits)
+
+    def refusals(self, source: Source) -> list[str]:
+        missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ImportError(f"format 'onnx' needs the package {missing[0]}: {_INSTALL}")
+        model, kind = source.model, type(source.model).__name__
+        if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
+            return [f"{kind} is no map from input_ids to logits, which the graph is; choose format='dense'"]
+        if self.kv_cache and not model.can_generate():
+            return [f"{kind} generates no text, so that it has no keys and values to keep; leave out kv_cache=True"]
+        try:
+            plans(source, self._wanted)
+        except ValueError as error:
+            return [str(error)]
+        return []
+
+    def notes(self, source: Source) -> list[str]:
+        notes = []
+        if any(layer.activation.quantizes for layer in source.layers.values()):
+            what = "int8 in blocks" if self.accuracy_level else self.dtype
+            notes.append(f"weights only: activations are {what} in the products, here they are quantized otherwise")
+        if not self.accuracy_level and any(each.bits == 2 for each in plans(source, self._wanted).values()):
+            notes.append(
+                "onnxruntime makes float weights of 2-bit ones in every product with float activations; accuracy_level=4 does not"
+            )
+        return notes
+
+    def write(self, source: Source, folder: Path, progress: Progress) -> list[WrittenTensor]:
+        model, planned = traced_view(source, self._wanted)
+        graph = trace(model, kv_cache=self.kv_cache, opset=self.opset)
+        # as the module that is traced names them
+        read = write(graph, {f"model.{name}": each for name, each in planned.items()}, folder, progress)
+        write_configs(source, folder, None, _DTYPES[self.dtype])
+        # what is tied has one name of several
+        stored = {id(planned[name.removeprefix("model.")]): name for name in read}
+        names = {name: stored.get(id(each)) for name, each in planned.items()}
+        blocks, written = plans(source, self._wanted), []
+        for name, how in blocks.items():
+            matrix = names.pop(f"{name}.weight")
+            if matrix is None:
+                raise ValueError(f"format 'onnx': a forward of input_ids does not use {name}; choose format='dense'")
+            parts = [planned[key] for what in ("weight", "scales", "zero_points") if (key := f"{name}.{what}") in planned]
+            names = {key: value for key, value in names.items() if key not in (f"{name}.scales", f"{name}.zero_points")}
+            size = sum(part.bytes for part in parts)
+            written.append(WrittenTensor(f"{name}.weight", matrix, how.kind, (how.rows, how.columns), size, how.why))
+        for name, found in names.items():
+            each = planned[name]
+            if found is None:
+                written.append(WrittenTensor(name, "", "left out", each.shape, 0, "the graph does not read it"))
+            else:
+                written.append(WrittenTensor(name, found, self.dtype, each.shape, each.bytes))
+        return written
+
+    def compare(self, source: Source, folder: Path, written: list[WrittenTensor], logits: bool) -> list[Check]:
+        dtype, stored = _DTYPES[self.dtype], {each.name.removesuffix(".weight"): each.stored for each in written}
+        quantized = {name: stored[name] for name in (*source.layers, *source.tables)}
+        checks = [compare_codes(source, folder, quantized, dtype)]
+        if not logits:
+            return checks
+        if importlib.util.find_spec("onnxruntime") is None:
+            return [*checks, Check("onnxruntime", "logits", None, _INSTALL)]
+        ids, expected = source.probe(), dequantized_logits(source, dtype)
+        found = runtime_logits(folder, ids, accuracy_level=0)
+        checks.append(compare_logits("onnxruntime", found, expected, _LIMITS[self.dtype]))
+        if self.accuracy_level:
+            found = runtime_logits(folder, ids)
+            checks.append(compare_logits("onnxruntime, int8 activations", found, expected, _INT8_LIMIT))
+        return checks

@@ -1,0 +1,184 @@
+"""Traces a view of a model with torch.onnx.export and writes model.onnx beside its data, one tensor at a time. Own.
+
+    plain    input_ids, attention_mask -> logits
+    cached   and past_key_values.0.key, ... -> logits, present.0.key, ...: the names that Optimum uses
+
+The keys and values are those of whole texts: a layer with a sliding window masks them, and drops none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from ..stream import Planned
+
+FILE = "model.onnx"
+DATA = "model.onnx.data"
+_ALIGNMENT = 64
+# of what the trace runs with; no two sizes are alike, and none is 0 or 1, which would be taken for constants
+_BATCH, _LENGTH, _PAST = 2, 11, 6
+
+
+class _Plain(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+class _Cached(_Plain):
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        # without a config every layer keeps all keys: where a window has dropped some, their number would be lost
+        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
+        return (output.logits, *_keys_and_values(output.past_key_values))
+
+
+def _keys_and_values(cache: Any) -> list[Tensor]:
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """Attributes:
+    module: what is traced. inputs: of its forward. dims: their sizes that may change.
+    names, outputs: of the graph's inputs and outputs.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Any]
+    dims: dict[str, Any]
+    names: list[str]
+    outputs: list[str]
+
+
+def _plain(model: Any) -> _Signature:
+    model.config.get_text_config().use_cache = model.config.use_cache = False
+    inputs = _tokens(_LENGTH)
+    dims = dict.fromkeys(inputs, {0: "batch", 1: "sequence"})
+    return _Signature(_Plain(model), inputs, dims, list(inputs), ["logits"])
+
+
+def _cached(model: Any) -> _Signature:
+    shapes = [tensor.shape for tensor in _keys_and_values(model(**_tokens(2), use_cache=True).past_key_values)]
+    names = [f"past_key_values.{i}.{what}" for i in range(len(shapes) // 2) for what in ("key", "value")]
+    inputs: dict[str, Any] = _tokens(_LENGTH, _PAST)
+    dims: dict[str, Any] = {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "total"}}
+    inputs["past"] = [torch.zeros(_BATCH, shape[1], _PAST, shape[3], dtype=model.dtype) for shape in shapes]
+    dims["past"] = [{0: "batch", 2: "past"}] * len(shapes)
+    presents = [name.replace("past_key_values", "present") for name in names]
+    return _Signature(_Cached(model), inputs, dims, ["input_ids", "attention_mask", *names], ["logits", *presents])
+
+
+def _tokens(length: int, past: int = 0) -> dict[str, Tensor]:
+    ids = torch.zeros(_BATCH, length, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": torch.ones(_BATCH, past + length, dtype=torch.long)}
+
+
+def trace(model: Any, *, kv_cache: bool, opset: int) -> Any:
+    """The view of a model (`traced.py`) as an onnxscript.ir.Model, whose initializers are not filled yet.
+
+    Raises ValueError when the model's forward cannot be traced or makes no logits.
+    """
+    try:
+        with torch.no_grad(), _quiet():
+            # plain products: other ways to attend look at the values of masks, to choose experts at those of the router
+            model.set_attn_implementation("eager")
+            model.set_experts_implementation("batched_mm")
+            signature = (_cached if kv_cache else _plain)(model)
+            program = torch.onnx.export(
+                signature.module.eval(),
+                kwargs=signature.inputs,
+                dynamic_shapes=signature.dims,
+                input_names=signature.names,
+                output_names=signature.outputs,
+                opset_version=opset,
+                dynamo=True,
+                optimize=False,  # it would compute with the view's zeros
+                verbose=False,
+            )
+    except Exception as error:
+        hint = "kv_cache=False, or another format" if kv_cache else "another format, for example 'dense'"
+        kind, cause = type(model).__name__, _first_cause(error)
+        raise ValueError(f"format 'onnx': torch.onnx.export cannot follow {kind} ({cause}); choose {hint}") from error
+    assert program is not None
+    return program.model
+
+
+def write(graph: Any, planned: dict[str, Planned], folder: Path, progress: Callable[[int], object]) -> set[str]:
+    """Simplifies the graph, writes model.onnx and, one tensor at a time, the data beside it. Memory: of one tensor.
+
+    Args:
+        planned: name of an initializer -> what it stands for.
+
+    Returns the names of those that the graph reads.
+    """
+    from onnxscript import ir, optimizer
+    from onnxscript.ir.passes.common import ClearMetadataAndDocStringPass
+
+    values = graph.graph.initializers
+    for name in planned:
+        if name in values:
+            values[name].const_value = None  # or it would be computed with
+    with _quiet():
+        optimizer.optimize(graph)
+    ClearMetadataAndDocStringPass()(graph)  # where on this machine each node was traced
+    read = {name for name in planned if name in values}
+    with open(folder / DATA, "wb") as file:
+        for name in [name for name in planned if name in read]:
+            each = planned[name]
+            start = _append(file, each)
+            dtype = ir.DataType.from_numpy(torch.empty(0, dtype=each.dtype).numpy().dtype)
+            shape = ir.Shape(each.shape)
+            values[name].const_value = ir.ExternalTensor(DATA, start, each.bytes, dtype, shape=shape, name=name)
+            progress(each.weights)
+    ir.save(graph, folder / FILE)
+    return read
+
+
+def _append(file: Any, each: Planned) -> int:
+    """Writes a tensor at the next aligned place, and returns where that is."""
+    file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+    start = file.tell()
+    tensor = each.make()
+    assert tensor.dtype == each.dtype and tuple(tensor.shape) == each.shape, f"{each.name}: not as planned"
+    tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
+    return start
+
+
+def _first_cause(error: BaseException) -> str:
+    """The exporter wraps an error in several of its own, which say nothing of it."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of its own use of deprecated functions, of optional packages, and of initializers without values."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
