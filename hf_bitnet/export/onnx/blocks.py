@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ... import kernels
-from ...quantizers import Quantized, WeightQuantizer
+from ...quantizers import Grid, Quantized, WeightQuantizer
 
 BITS = (2, 4, 8)
 # every onnxruntime has kernels for these; 16 only where groups of that size ask for it
@@ -57,13 +57,11 @@ class Blocks:
         """Of the packed matrix: (rows, blocks, bytes of a block)."""
         return self.rows, self.count, self.block * self.bits // 8
 
-    def pack(self, quantized: Quantized) -> Tensor:
-        """Codes int8 (rows, columns) -> uint8 `shape`, the first of a byte in its lowest bits."""
-        levels = quantized.codes
-        if (self.factor, self.shift) != (1, 0):
-            levels = levels * self.factor + self.shift
+    def pack(self, codes: Tensor) -> Tensor:
+        """Some rows of codes, int8 (n, columns) -> uint8 (n, blocks, bytes of a block), the first of a byte lowest."""
+        levels = codes if (self.factor, self.shift) == (1, 0) else codes * self.factor + self.shift
         levels = F.pad(levels, (0, self.count * self.block - self.columns))
-        return kernels.pack(levels, self.bits, -(2 ** (self.bits - 1)), 1).view(self.shape)
+        return kernels.pack(levels, self.bits, -(2 ** (self.bits - 1)), 1).view(-1, *self.shape[1:])
 
     def scales(self, quantized: Quantized, dtype: torch.dtype) -> Tensor:
         """Scale (1, 1), (rows, 1) or (rows, groups) -> (rows, blocks), rounded once to `dtype`.
@@ -90,35 +88,32 @@ def plan(quantizer: WeightQuantizer, rows: int, columns: int, *, min_bits: int, 
 
     Raises ValueError when there is none.
     """
-    levels = quantizer.grid.values
-    smallest = next((bits for bits in BITS if 2**bits >= len(levels)), BITS[-1])
+    grid = quantizer.grid
+    smallest = next((bits for bits in BITS if 2**bits >= grid.levels), BITS[-1])
     for bits in BITS:
-        how = _fit(levels, bits, float_zero) if bits >= min_bits else None
+        how = _fit(grid, bits, float_zero) if bits >= min_bits else None
         if how is not None:
-            factor, shift, zero = how
-            shift = shift - round(quantizer.grid.zero_point * factor) if zero is None else shift - quantizer.grid.lowest
             why = _WHY if bits > max(smallest, min_bits) else ""
-            return Blocks(rows, columns, bits, _block(quantizer, rows, columns, bits), factor, shift, zero, why)
+            return Blocks(rows, columns, bits, _block(quantizer, rows, columns, bits), *how, why)
     raise ValueError(
-        f"its levels {levels[0]:g} .. {levels[-1]:g} fit no whole or half numbers of {', '.join(map(str, BITS))} bits; quantize "
-        "with another weight scheme"
+        f"its {grid.levels} levels {grid.values[0]:g} .. {grid.values[-1]:g} are no whole or half numbers of {BITS[-1]} bits; "
+        "quantize with another weight scheme"
     )
 
 
 _WHY = "its levels are half numbers, which this operator holds doubled"
 
 
-def _fit(levels: list[float], bits: int, float_zero: bool) -> tuple[int, int, float | None] | None:
-    """(factor, shift from the code that means 0, or from the lowest one, zero) for levels at scale 1."""
+def _fit(grid: Grid, bits: int, float_zero: bool) -> tuple[int, int, float | None] | None:
+    """factor, shift and zero of the layout that holds this grid in `bits`; None where there is none."""
     half = 2 ** (bits - 1)
     for factor in (1, 2):
-        stored = [level * factor for level in levels]
-        if all(level.is_integer() and -half <= level < half for level in stored):
-            return factor, 0, None
-    steps = [level - levels[0] for level in levels]
+        levels = [level * factor for level in grid.values]
+        if all(level.is_integer() and -half <= level < half for level in levels):
+            return factor, round(-grid.zero_point * factor), None
     # 8 bits take no float zero
-    if float_zero and bits < BITS[-1] and all(step.is_integer() and step < 2**bits for step in steps):
-        return 1, -half, -levels[0]
+    if float_zero and bits < BITS[-1] and grid.highest - grid.lowest < 2**bits:
+        return 1, -half - grid.lowest, grid.zero_point - grid.lowest
     return None
 
 

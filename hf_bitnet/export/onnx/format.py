@@ -13,7 +13,8 @@ from ..dense import write_configs
 from ..format import EXPORT_FORMATS, ExportFormat, Progress, Source
 from ..plain import FLOAT32_LIMIT, compare_logits, dequantized_logits
 from ..report import Check, WrittenTensor
-from .blocks import BITS
+from .blocks import BITS, Blocks
+from .filled import Filled
 from .graph import trace, write
 from .readers import compare_codes, runtime_logits
 from .traced import Wanted, plans, traced_view
@@ -21,6 +22,7 @@ from .traced import Wanted, plans, traced_view
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _LEVELS = {0: "float", 4: "int8"}
 _OPSETS = range(18, 24)
+_PARTS = ("weight", "scales", "zero_points")  # of a packed matrix
 # of the root mean square of the logits
 _LIMITS = {"float32": FLOAT32_LIMIT, "float16": 1e-2}
 # activations in blocks of int8 are off by up to 1 % in each product
@@ -60,9 +62,7 @@ class Onnx(ExportFormat):
         return Wanted(_DTYPES[self.dtype], self.accuracy_level, self.min_bits)
 
     def refusals(self, source: Source) -> list[str]:
-        missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ImportError(f"format 'onnx' needs the package {missing[0]}: {_INSTALL}")
+        _check_packages()
         model, kind = source.model, type(source.model).__name__
         if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
             return [f"{kind} is no map from input_ids to logits, which the graph is; choose format='dense'"]
@@ -81,35 +81,22 @@ class Onnx(ExportFormat):
             notes.append(f"weights only: activations are {what} in the products, here they are quantized otherwise")
         if not self.accuracy_level and any(each.bits == 2 for each in plans(source, self._wanted).values()):
             notes.append(
-                "onnxruntime makes float weights of 2-bit ones in every product with float activations; accuracy_level=4 does not"
+                "onnxruntime makes floats of 2-bit weights in each product with float activations; see accuracy_level=4"
             )
+        if getattr(source.model.config, "type_vocab_size", 0) > 1:
+            notes.append("every token_type_id is 0: the graph takes input_ids and attention_mask")
         return notes
 
     def write(self, source: Source, folder: Path, progress: Progress) -> list[WrittenTensor]:
-        model, planned = traced_view(source, self._wanted)
+        model, filled = traced_view(source, self._wanted)
         graph = trace(model, kv_cache=self.kv_cache, opset=self.opset)
-        # as the module that is traced names them
-        read = write(graph, {f"model.{name}": each for name, each in planned.items()}, folder, progress)
+        stored = write(graph, filled, folder, progress)
         write_configs(source, folder, None, _DTYPES[self.dtype])
-        # what is tied has one name of several
-        stored = {id(planned[name.removeprefix("model.")]): name for name in read}
-        names = {name: stored.get(id(each)) for name, each in planned.items()}
-        blocks, written = plans(source, self._wanted), []
-        for name, how in blocks.items():
-            matrix = names.pop(f"{name}.weight")
-            if matrix is None:
-                raise ValueError(f"format 'onnx': a forward of input_ids does not use {name}; choose format='dense'")
-            parts = [planned[key] for what in ("weight", "scales", "zero_points") if (key := f"{name}.{what}") in planned]
-            names = {key: value for key, value in names.items() if key not in (f"{name}.scales", f"{name}.zero_points")}
-            size = sum(part.bytes for part in parts)
-            written.append(WrittenTensor(f"{name}.weight", matrix, how.kind, (how.rows, how.columns), size, how.why))
-        for name, found in names.items():
-            each = planned[name]
-            if found is None:
-                written.append(WrittenTensor(name, "", "left out", each.shape, 0, "the graph does not read it"))
-            else:
-                written.append(WrittenTensor(name, found, self.dtype, each.shape, each.bytes))
-        return written
+        blocks = plans(source, self._wanted)
+        matrices = [_matrix(name, how, filled, stored) for name, how in blocks.items()]
+        parts = {f"{name}.{part}" for name in blocks for part in _PARTS}
+        others = [name for name in filled if name not in parts]
+        return matrices + [_other(filled[name], stored.get(name), self.dtype) for name in others]
 
     def compare(self, source: Source, folder: Path, written: list[WrittenTensor], logits: bool) -> list[Check]:
         dtype, stored = _DTYPES[self.dtype], {each.name.removesuffix(".weight"): each.stored for each in written}
@@ -126,3 +113,25 @@ class Onnx(ExportFormat):
             found = runtime_logits(folder, ids)
             checks.append(compare_logits("onnxruntime, int8 activations", found, expected, _INT8_LIMIT))
         return checks
+
+
+def _check_packages() -> None:
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"format 'onnx' needs the package {missing[0]}: {_INSTALL}")
+    if not hasattr(torch.onnx, "ops"):
+        raise ImportError(f"format 'onnx' needs torch 2.8 or later, this is {torch.__version__}: pip install -U torch")
+
+
+def _matrix(name: str, how: Blocks, filled: dict[str, Filled], stored: dict[str, str]) -> WrittenTensor:
+    found = stored.get(f"{name}.weight")
+    if found is None:
+        raise ValueError(f"format 'onnx': a forward of input_ids does not use {name}; choose format='dense'")
+    size = sum(filled[key].bytes for part in _PARTS if (key := f"{name}.{part}") in filled)
+    return WrittenTensor(f"{name}.weight", found, how.kind, (how.rows, how.columns), size, how.why)
+
+
+def _other(each: Filled, stored: str | None, dtype: str) -> WrittenTensor:
+    if stored is None:
+        return WrittenTensor(each.name, "", "left out", each.shape, 0, "the graph does not read it")
+    return WrittenTensor(each.name, stored, dtype, each.shape, each.bytes)

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..stream import Planned
+from .filled import Filled
 
 FILE = "model.onnx"
 DATA = "model.onnx.data"
 _ALIGNMENT = 64
+# what the traced module calls the view
+_PREFIX = "model."
 # of what the trace runs with; no two sizes are alike, and none is 0 or 1, which would be taken for constants
 _BATCH, _LENGTH, _PAST = 2, 11, 6
 
@@ -69,7 +71,7 @@ class _Signature:
 def _plain(model: Any) -> _Signature:
     model.config.get_text_config().use_cache = model.config.use_cache = False
     inputs = _tokens(_LENGTH)
-    dims = dict.fromkeys(inputs, {0: "batch", 1: "sequence"})
+    dims = {name: {0: "batch", 1: "sequence"} for name in inputs}
     return _Signature(_Plain(model), inputs, dims, list(inputs), ["logits"])
 
 
@@ -119,44 +121,45 @@ def trace(model: Any, *, kv_cache: bool, opset: int) -> Any:
     return program.model
 
 
-def write(graph: Any, planned: dict[str, Planned], folder: Path, progress: Callable[[int], object]) -> set[str]:
+def write(graph: Any, filled: dict[str, Filled], folder: Path, progress: Callable[[int], object]) -> dict[str, str]:
     """Simplifies the graph, writes model.onnx and, one tensor at a time, the data beside it. Memory: of one tensor.
 
     Args:
-        planned: name of an initializer -> what it stands for.
+        filled: name of a parameter of the view -> what it stands for.
 
-    Returns the names of those that the graph reads.
+    Returns name of a parameter -> name of the initializer that holds it, without those that the graph does not read.
     """
-    from onnxscript import ir, optimizer
-    from onnxscript.ir.passes.common import ClearMetadataAndDocStringPass
+    from onnxscript import ir, optimizer  # pyright: ignore[reportMissingImports]
+    from onnxscript.ir.passes.common import ClearMetadataAndDocStringPass  # pyright: ignore[reportMissingImports]
 
-    values = graph.graph.initializers
-    for name in planned:
-        if name in values:
-            values[name].const_value = None  # or it would be computed with
+    values, of = graph.graph.initializers, {f"{_PREFIX}{name}": each for name, each in filled.items()}
+    for name in of.keys() & values.keys():
+        values[name].const_value = None  # or it would be computed with
     with _quiet():
         optimizer.optimize(graph)
     ClearMetadataAndDocStringPass()(graph)  # where on this machine each node was traced
-    read = {name for name in planned if name in values}
+    held: dict[int, str] = {}
     with open(folder / DATA, "wb") as file:
-        for name in [name for name in planned if name in read]:
-            each = planned[name]
+        for name in [name for name in of if name in values]:
+            each, held[id(of[name])] = of[name], name
             start = _append(file, each)
             dtype = ir.DataType.from_numpy(torch.empty(0, dtype=each.dtype).numpy().dtype)
             shape = ir.Shape(each.shape)
             values[name].const_value = ir.ExternalTensor(DATA, start, each.bytes, dtype, shape=shape, name=name)
             progress(each.weights)
     ir.save(graph, folder / FILE)
-    return read
+    # tied parameters stand for one thing, and the graph has it once
+    return {name: held[id(each)] for name, each in filled.items() if id(each) in held}
 
 
-def _append(file: Any, each: Planned) -> int:
+def _append(file: Any, each: Filled) -> int:
     """Writes a tensor at the next aligned place, and returns where that is."""
     file.write(b"\0" * (-file.tell() % _ALIGNMENT))
     start = file.tell()
-    tensor = each.make()
-    assert tensor.dtype == each.dtype and tuple(tensor.shape) == each.shape, f"{each.name}: not as planned"
-    tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
+    for piece in each.pieces():
+        assert piece.dtype == each.dtype, f"{each.name}: not as planned"
+        file.write(piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    assert file.tell() - start == each.bytes, f"{each.name}: not as planned"
     return start
 
 

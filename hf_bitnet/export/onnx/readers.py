@@ -17,7 +17,7 @@ from ..format import Source
 from ..report import Check
 from .graph import FILE
 
-_ROWS_AT_ONCE = 4096
+_AT_ONCE = 2**22  # numbers that are unpacked
 # operator -> which of its inputs are the matrix, the scales and the zeros
 _OPERATORS = {"MatMulNBits": (1, 2, 3), "GatherBlockQuantized": (0, 2, 3)}
 # the last tokens of the probe, which a model with a cache reads one at a time
@@ -32,11 +32,11 @@ class _Packed:
     """
 
     def __init__(self, folder: Path) -> None:
-        import onnx
+        import onnx  # pyright: ignore[reportMissingImports]
 
         graph = onnx.load(folder / FILE, load_external_data=False).graph
         self._folder = folder
-        self._reshaped = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Reshape"}
+        self._reshaped: dict[str, str] = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Reshape"}
         self.tensors: dict[str, Any] = {tensor.name: tensor for tensor in graph.initializer}
         self.nodes: dict[tuple[str, str], Any] = {}
         for node in graph.node:
@@ -46,12 +46,12 @@ class _Packed:
 
     def array(self, node: Any, which: int) -> np.ndarray | None:
         """An input of a node; None where it has none."""
-        from onnx import numpy_helper
+        from onnx import numpy_helper  # pyright: ignore[reportMissingImports]
 
         place = _OPERATORS[node.op_type][which]
         if place >= len(node.input):
             return None
-        name = node.input[place]
+        name: str = node.input[place]
         return numpy_helper.to_array(self.tensors[self._reshaped.get(name, name)], base_dir=str(self._folder))
 
     def differs(self, node: Any, levels: Tensor, scale: Tensor) -> bool:
@@ -59,18 +59,18 @@ class _Packed:
         (rows, columns), of = levels.shape, {attribute.name: attribute.i for attribute in node.attribute}
         packed, scales, zeros = (self.array(node, which) for which in range(3))
         assert packed is not None and scales is not None
-        packed, scales = packed.reshape(rows, -1), scales.reshape(rows, -1).astype(np.float32)
-        zero = np.full_like(scales, 2 ** (of["bits"] - 1)) if zeros is None else zeros.reshape(scales.shape).astype(np.float32)
-        if (of.get("N", rows), of.get("K", columns)) != (rows, columns):
+        bits, width = of["bits"], 8 * packed.size // (rows * of["bits"])
+        if (of.get("N", rows), of.get("K", columns)) != (rows, columns) or scales.size * of["block_size"] != rows * width:
             return True
-        repeats = columns // scale.shape[1]
-        for start in range(0, rows, _ROWS_AT_ONCE):
-            part = slice(start, start + _ROWS_AT_ONCE)
-            codes = (packed[part, :, None] >> np.arange(0, 8, of["bits"], dtype=np.uint8)) & (2 ** of["bits"] - 1)
-            blocks = codes.reshape(*scales[part].shape, of["block_size"]).astype(np.float32)
-            found = (blocks - zero[part, :, None]) * scales[part, :, None]
-            wanted = levels[part].float() * scale[part if scale.shape[0] > 1 else slice(None)].repeat_interleave(repeats, 1)
-            if not np.array_equal(found.reshape(len(found), -1)[:, :columns], wanted.numpy()):
+        packed, scales = packed.reshape(rows, -1, 1), scales.reshape(rows, -1, 1).astype(np.float32)
+        zero = np.full_like(scales, 2 ** (bits - 1)) if zeros is None else zeros.reshape(scales.shape).astype(np.float32)
+        scale = scale.repeat_interleave(columns // scale.shape[1], 1).expand(rows, -1)
+        at_once = max(1, _AT_ONCE // columns)
+        for part in (slice(start, start + at_once) for start in range(0, rows, at_once)):
+            codes = (packed[part] >> np.arange(0, 8, bits, dtype=np.uint8)) & (2**bits - 1)
+            blocks = codes.reshape(*scales[part].shape[:2], -1).astype(np.float32)
+            found = ((blocks - zero[part]) * scales[part]).reshape(len(blocks), -1)[:, :columns]
+            if not np.array_equal(found, (levels[part].float() * scale[part]).numpy()):
                 return True
         return False
 
@@ -121,7 +121,7 @@ def _no_keys(like: Any, batch: int) -> np.ndarray:
 
 
 def _session(folder: Path, accuracy_level: int | None) -> Any:
-    import onnx
+    import onnx  # pyright: ignore[reportMissingImports]
     import onnxruntime  # pyright: ignore[reportMissingImports]
 
     options = onnxruntime.SessionOptions()

@@ -18,9 +18,12 @@ from ...quantizers import Quantized
 from ...surgery import detach, independent_copy, quantized_layers, quantized_tables
 from ...surgery.places import Places
 from ..format import Source
-from ..stream import Planned
 from .blocks import Blocks, plan
+from .filled import Filled
 from .operators import GatherBlockQuantized, MatMulNBits
+
+# numbers that are cast or packed at once
+_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def _plan(
         raise ValueError(f"{name}: {error}") from None
 
 
-def traced_view(source: Source, wanted: Wanted) -> tuple[Any, dict[str, Planned]]:
+def traced_view(source: Source, wanted: Wanted) -> tuple[Any, dict[str, Filled]]:
     """The model of `source`, which is left as it is, with an operator in the place of each quantized layer and table.
 
     Returns it, on the CPU, and dotted name of a parameter -> what that stands for.
@@ -83,14 +86,14 @@ def traced_view(source: Source, wanted: Wanted) -> tuple[Any, dict[str, Planned]
         places.put(copied, GatherBlockQuantized(how, *stand_ins.matrix(name, source.tables[name], how), copied.spec))
     detach(model)
     named = model.named_parameters(remove_duplicate=False)
-    return model.cpu().eval(), {name: stand_ins.planned[id(each)] for name, each in named}
+    return model.cpu().eval(), {name: stand_ins.filled[id(each)] for name, each in named}
 
 
 class _StandIns:
     """Makes parameters without memory, and remembers what each stands for.
 
     Attributes:
-        planned: id of a stand-in -> what it stands for.
+        filled: id of a stand-in -> what it stands for.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -98,33 +101,45 @@ class _StandIns:
         self._kept: list[nn.Parameter] = []  # so that no id is given twice
         self._shared: dict[tuple[int, Blocks], tuple[nn.Parameter, nn.Parameter]] = {}
         self._latest = _Latest()
-        self.planned: dict[int, Planned] = {}
+        self.filled: dict[int, Filled] = {}
 
-    def _add(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], make: Callable[[], Tensor], weights: int) -> nn.Parameter:
-        parameter = nn.Parameter(torch.zeros((), dtype=dtype).expand(shape), requires_grad=False)
+    def _add(self, filled: Filled) -> nn.Parameter:
+        parameter = nn.Parameter(torch.zeros((), dtype=filled.dtype).expand(filled.shape), requires_grad=False)
         self._kept.append(parameter)
-        self.planned[id(parameter)] = Planned(name, dtype, shape, make, weights)
+        self.filled[id(parameter)] = filled
         return parameter
 
     def copy(self, name: str, tensor: Tensor) -> nn.Parameter:
         """Of a tensor that is written as it is, floats in the wanted dtype."""
         dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
-        return self._add(name, dtype, tuple(tensor.shape), lambda: tensor.detach().to(dtype), tensor.numel())
+        flat = tensor.detach().reshape(-1)
+        return self._add(
+            Filled(name, dtype, tuple(tensor.shape), lambda: map(_to(dtype), flat.split(_AT_ONCE)), tensor.numel())
+        )
 
     def make(self, name: str, shape: tuple[int, ...], make: Callable[[torch.dtype], Tensor]) -> nn.Parameter:
         """Of floats that belong to a packed matrix."""
-        return self._add(name, self._dtype, shape, lambda: make(self._dtype).reshape(shape), 0)
+        return self._add(Filled(name, self._dtype, shape, lambda: iter([make(self._dtype)]), 0))
 
     def matrix(self, name: str, layer: QuantizedLayer | QuantizedEmbedding, how: Blocks) -> tuple[nn.Parameter, nn.Parameter]:
         """Packed codes and scales, the same ones for tied layers."""
-        key = id(layer.weight), how
+        key, get = (id(layer.weight), how), self._latest
         if key not in self._shared:
-            get = self._latest
-            weights = how.rows * how.columns
-            packed = self._add(f"{name}.weight", torch.uint8, how.shape, lambda: how.pack(get(layer)), weights)
+            rows = max(1, _AT_ONCE // how.columns)
+            pieces = Filled(
+                f"{name}.weight",
+                torch.uint8,
+                how.shape,
+                lambda: map(how.pack, get(layer).codes.split(rows)),
+                how.rows * how.columns,
+            )
             scales = self.make(f"{name}.scales", (how.rows * how.count,), lambda dtype: _scales(name, how, get(layer), dtype))
-            self._shared[key] = packed, scales
+            self._shared[key] = self._add(pieces), scales
         return self._shared[key]
+
+
+def _to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(dtype)
 
 
 def _scales(name: str, how: Blocks, quantized: Quantized, dtype: torch.dtype) -> Tensor:
