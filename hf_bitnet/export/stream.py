@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -93,10 +93,15 @@ def _write_file(path: Path, tensors: list[Planned], progress: Callable[[int], ob
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for each in ordered:
-            made, before = each.make(), file.tell()
-            for part in [made] if isinstance(made, Tensor) else made:
-                assert part.dtype == each.dtype and tuple(part.shape[1:]) == each.shape[1:], f"{each.name}: not as planned"
-                # not tofile: it would write past what the file object holds back
-                file.write(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            assert file.tell() - before == each.bytes, f"{each.name}: not as planned"
+            append(file, each)
             progress(each.weights)
+
+
+def append(file: BinaryIO, each: Planned) -> None:
+    """Makes a tensor and writes its bytes at the end of an open file, part by part."""
+    made, before = each.make(), file.tell()
+    for part in [made] if isinstance(made, Tensor) else made:
+        assert part.dtype == each.dtype and tuple(part.shape[1:]) == each.shape[1:], f"{each.name}: not as planned"
+        # not tofile: it would write past what the file object holds back
+        file.write(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    assert file.tell() - before == each.bytes, f"{each.name}: not as planned"

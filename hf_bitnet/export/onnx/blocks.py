@@ -57,27 +57,28 @@ class Blocks:
         """Of the packed matrix: (rows, blocks, bytes of a block)."""
         return self.rows, self.count, self.block * self.bits // 8
 
-    def pack(self, codes: Tensor) -> Tensor:
-        """Some rows of codes, int8 (n, columns) -> uint8 (n, blocks, bytes of a block), the first of a byte lowest."""
-        levels = codes if (self.factor, self.shift) == (1, 0) else codes * self.factor + self.shift
+    def pack(self, quantized: Quantized) -> Tensor:
+        """Rows of the matrix, codes int8 (n, columns) -> uint8 (n, blocks, bytes of a block), the first of a byte lowest."""
+        levels = quantized.codes
+        if (self.factor, self.shift) != (1, 0):
+            levels = levels * self.factor + self.shift
         levels = F.pad(levels, (0, self.count * self.block - self.columns))
         return kernels.pack(levels, self.bits, -(2 ** (self.bits - 1)), 1).view(-1, *self.shape[1:])
 
     def scales(self, quantized: Quantized, dtype: torch.dtype) -> Tensor:
-        """Scale (1, 1), (rows, 1) or (rows, groups) -> (rows, blocks), rounded once to `dtype`.
+        """Rows of the matrix, scale (1, 1), (n, 1) or (n, groups) -> (n * blocks,), rounded once to `dtype`.
 
         Raises ValueError when it cannot hold one.
         """
         scale = (quantized.scale.detach().float() / self.factor).to(dtype)
         if not bool((scale.isfinite() & (scale > 0)).all()):
             raise ValueError(f"a scale is outside of {dtype}; export with dtype='float32'")
-        scale = scale.repeat_interleave(self.count // scale.shape[1], dim=1)
-        return scale.expand(self.rows, -1)
+        return scale.repeat_interleave(self.count // scale.shape[1], dim=1).expand(len(quantized.codes), -1).reshape(-1)
 
     def zeros(self, dtype: torch.dtype) -> Tensor:
-        """(rows, blocks), only where `zero` is a float."""
+        """(rows * blocks,), only where `zero` is a float."""
         assert self.zero is not None
-        return torch.full((self.rows, self.count), self.zero, dtype=dtype)
+        return torch.full((self.rows * self.count,), self.zero, dtype=dtype)
 
 
 def plan(quantizer: WeightQuantizer, rows: int, columns: int, *, min_bits: int, float_zero: bool) -> Blocks:

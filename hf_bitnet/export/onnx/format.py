@@ -13,8 +13,8 @@ from ..dense import write_configs
 from ..format import EXPORT_FORMATS, ExportFormat, Progress, Source
 from ..plain import FLOAT32_LIMIT, compare_logits, dequantized_logits
 from ..report import Check, WrittenTensor
+from ..stream import Planned
 from .blocks import BITS, Blocks
-from .filled import Filled
 from .graph import trace, write
 from .readers import compare_codes, runtime_logits
 from .traced import Wanted, plans, traced_view
@@ -88,15 +88,15 @@ class Onnx(ExportFormat):
         return notes
 
     def write(self, source: Source, folder: Path, progress: Progress) -> list[WrittenTensor]:
-        model, filled = traced_view(source, self._wanted)
+        model, planned = traced_view(source, self._wanted)
         graph = trace(model, kv_cache=self.kv_cache, opset=self.opset)
-        stored = write(graph, filled, folder, progress)
+        stored = write(graph, planned, folder, progress)
         write_configs(source, folder, None, _DTYPES[self.dtype])
         blocks = plans(source, self._wanted)
-        matrices = [_matrix(name, how, filled, stored) for name, how in blocks.items()]
+        matrices = [_matrix(name, how, planned, stored) for name, how in blocks.items()]
         parts = {f"{name}.{part}" for name in blocks for part in _PARTS}
-        others = [name for name in filled if name not in parts]
-        return matrices + [_other(filled[name], stored.get(name), self.dtype) for name in others]
+        others = [name for name in planned if name not in parts]
+        return matrices + [_other(planned[name], stored.get(name), self.dtype) for name in others]
 
     def compare(self, source: Source, folder: Path, written: list[WrittenTensor], logits: bool) -> list[Check]:
         dtype, stored = _DTYPES[self.dtype], {each.name.removesuffix(".weight"): each.stored for each in written}
@@ -123,15 +123,15 @@ def _check_packages() -> None:
         raise ImportError(f"format 'onnx' needs torch 2.8 or later, this is {torch.__version__}: pip install -U torch")
 
 
-def _matrix(name: str, how: Blocks, filled: dict[str, Filled], stored: dict[str, str]) -> WrittenTensor:
+def _matrix(name: str, how: Blocks, planned: dict[str, Planned], stored: dict[str, str]) -> WrittenTensor:
     found = stored.get(f"{name}.weight")
     if found is None:
         raise ValueError(f"format 'onnx': a forward of input_ids does not use {name}; choose format='dense'")
-    size = sum(filled[key].bytes for part in _PARTS if (key := f"{name}.{part}") in filled)
+    size = sum(planned[key].bytes for part in _PARTS if (key := f"{name}.{part}") in planned)
     return WrittenTensor(f"{name}.weight", found, how.kind, (how.rows, how.columns), size, how.why)
 
 
-def _other(each: Filled, stored: str | None, dtype: str) -> WrittenTensor:
+def _other(each: Planned, stored: str | None, dtype: str) -> WrittenTensor:
     if stored is None:
         return WrittenTensor(each.name, "", "left out", each.shape, 0, "the graph does not read it")
     return WrittenTensor(each.name, stored, dtype, each.shape, each.bytes)

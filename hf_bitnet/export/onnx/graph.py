@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from .filled import Filled
+from ..stream import Planned, append
 
 FILE = "model.onnx"
 DATA = "model.onnx.data"
@@ -121,18 +121,18 @@ def trace(model: Any, *, kv_cache: bool, opset: int) -> Any:
     return program.model
 
 
-def write(graph: Any, filled: dict[str, Filled], folder: Path, progress: Callable[[int], object]) -> dict[str, str]:
+def write(graph: Any, planned: dict[str, Planned], folder: Path, progress: Callable[[int], object]) -> dict[str, str]:
     """Simplifies the graph, writes model.onnx and, one tensor at a time, the data beside it. Memory: of one tensor.
 
     Args:
-        filled: name of a parameter of the view -> what it stands for.
+        planned: name of a parameter of the view -> what it stands for.
 
     Returns name of a parameter -> name of the initializer that holds it, without those that the graph does not read.
     """
     from onnxscript import ir, optimizer  # pyright: ignore[reportMissingImports]
     from onnxscript.ir.passes.common import ClearMetadataAndDocStringPass  # pyright: ignore[reportMissingImports]
 
-    values, of = graph.graph.initializers, {f"{_PREFIX}{name}": each for name, each in filled.items()}
+    values, of = graph.graph.initializers, {f"{_PREFIX}{name}": each for name, each in planned.items()}
     for name in of.keys() & values.keys():
         values[name].const_value = None  # or it would be computed with
     with _quiet():
@@ -142,25 +142,16 @@ def write(graph: Any, filled: dict[str, Filled], folder: Path, progress: Callabl
     with open(folder / DATA, "wb") as file:
         for name in [name for name in of if name in values]:
             each, held[id(of[name])] = of[name], name
-            start = _append(file, each)
+            file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+            start = file.tell()
+            append(file, each)
             dtype = ir.DataType.from_numpy(torch.empty(0, dtype=each.dtype).numpy().dtype)
             shape = ir.Shape(each.shape)
             values[name].const_value = ir.ExternalTensor(DATA, start, each.bytes, dtype, shape=shape, name=name)
             progress(each.weights)
     ir.save(graph, folder / FILE)
     # tied parameters stand for one thing, and the graph has it once
-    return {name: held[id(each)] for name, each in filled.items() if id(each) in held}
-
-
-def _append(file: Any, each: Filled) -> int:
-    """Writes a tensor at the next aligned place, and returns where that is."""
-    file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-    start = file.tell()
-    for piece in each.pieces():
-        assert piece.dtype == each.dtype, f"{each.name}: not as planned"
-        file.write(piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    assert file.tell() - start == each.bytes, f"{each.name}: not as planned"
-    return start
+    return {name: held[id(each)] for name, each in planned.items() if id(each) in held}
 
 
 def _first_cause(error: BaseException) -> str:

@@ -5,7 +5,7 @@ Nothing of what wrote the file is used here: the values are unpacked as the oper
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..format import Source
+from ...quantizers import Quantized
+from ..format import Source, shape_of
 from ..report import Check
 from .graph import FILE
 
-_AT_ONCE = 2**22  # numbers that are unpacked
 # operator -> which of its inputs are the matrix, the scales and the zeros
 _OPERATORS = {"MatMulNBits": (1, 2, 3), "GatherBlockQuantized": (0, 2, 3)}
 # the last tokens of the probe, which a model with a cache reads one at a time
@@ -54,25 +54,27 @@ class _Packed:
         name: str = node.input[place]
         return numpy_helper.to_array(self.tensors[self._reshaped.get(name, name)], base_dir=str(self._folder))
 
-    def differs(self, node: Any, levels: Tensor, scale: Tensor) -> bool:
-        """Whether the values of a node's matrix are other than levels (N, K) x scale (1 or N, groups), in float32."""
-        (rows, columns), of = levels.shape, {attribute.name: attribute.i for attribute in node.attribute}
+    def differs(self, node: Any, shape: tuple[int, int], parts: Iterable[Quantized], dtype: torch.dtype) -> bool:
+        """Whether a node's matrix has other values than the rows in `parts`, whose scales are rounded to `dtype`."""
+        (rows, columns), of = shape, {attribute.name: attribute.i for attribute in node.attribute}
         packed, scales, zeros = (self.array(node, which) for which in range(3))
         assert packed is not None and scales is not None
-        bits, width = of["bits"], 8 * packed.size // (rows * of["bits"])
-        if (of.get("N", rows), of.get("K", columns)) != (rows, columns) or scales.size * of["block_size"] != rows * width:
+        bits = of["bits"]
+        as_said = (of.get("N", rows), of.get("K", columns)) == shape and scales.size % rows == packed.size % rows == 0
+        if not as_said or 8 * packed.size != scales.size * of["block_size"] * bits:
             return True
         packed, scales = packed.reshape(rows, -1, 1), scales.reshape(rows, -1, 1).astype(np.float32)
         zero = np.full_like(scales, 2 ** (bits - 1)) if zeros is None else zeros.reshape(scales.shape).astype(np.float32)
-        scale = scale.repeat_interleave(columns // scale.shape[1], 1).expand(rows, -1)
-        at_once = max(1, _AT_ONCE // columns)
-        for part in (slice(start, start + at_once) for start in range(0, rows, at_once)):
-            codes = (packed[part] >> np.arange(0, 8, bits, dtype=np.uint8)) & (2**bits - 1)
-            blocks = codes.reshape(*scales[part].shape[:2], -1).astype(np.float32)
-            found = ((blocks - zero[part]) * scales[part]).reshape(len(blocks), -1)[:, :columns]
-            if not np.array_equal(found, (levels[part].float() * scale[part]).numpy()):
+        end = 0
+        for part in parts:
+            here = slice(end, end := end + len(part.codes))
+            codes = (packed[here] >> np.arange(0, 8, bits, dtype=np.uint8)) & (2**bits - 1)
+            blocks = codes.reshape(*scales[here].shape[:2], -1).astype(np.float32)
+            found = ((blocks - zero[here]) * scales[here]).reshape(len(blocks), -1)[:, :columns]
+            wanted = part._replace(scale=part.scale.detach().to(dtype).float()).dequantize()
+            if not np.array_equal(found, wanted.cpu().numpy()):
                 return True
-        return False
+        return end != rows
 
 
 def compare_codes(source: Source, folder: Path, stored: Mapping[str, str], dtype: torch.dtype) -> Check:
@@ -84,12 +86,10 @@ def compare_codes(source: Source, folder: Path, stored: Mapping[str, str], dtype
     reader, what, file = "onnx", "codes and scales", _Packed(folder)
     for name, matrix in stored.items():
         operator = "MatMulNBits" if name in source.layers else "GatherBlockQuantized"
-        node = file.nodes.get((operator, matrix))
+        layer, node = source.layers.get(name) or source.tables[name], file.nodes.get((operator, matrix))
         if node is None:
             return Check(reader, what, False, f"there is no {operator} of {name}")
-        quantized = (source.layers.get(name) or source.tables[name]).quantized_weight()
-        quantized = quantized._replace(codes=quantized.codes.cpu(), scale=quantized.scale.detach().cpu())
-        if file.differs(node, quantized.levels(torch.float32), quantized.scale.to(dtype).float()):
+        if file.differs(node, shape_of(layer), Source.blocks(layer), dtype):
             return Check(reader, what, False, f"{name} is another")
     return Check(reader, what, True, f"{len(stored)} matrices, exactly")
 

@@ -6,7 +6,7 @@ is traced names its initializers as the view its parameters, and they are filled
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ...modules import QuantizedEmbedding, QuantizedLayer
-from ...quantizers import Quantized
 from ...surgery import detach, independent_copy, quantized_layers, quantized_tables
 from ...surgery.places import Places
-from ..format import Source
+from ..format import Source, shape_of
+from ..stream import Planned
 from .blocks import Blocks, plan
-from .filled import Filled
 from .operators import GatherBlockQuantized, MatMulNBits
 
-# numbers that are cast or packed at once
+# numbers that are cast at once
 _AT_ONCE = 2**22
 
 
@@ -46,27 +45,22 @@ def plans(source: Source, wanted: Wanted) -> dict[str, Blocks]:
     """
     blocks, tied = {}, {}
     for name, table in source.tables.items():
-        blocks[name] = _plan(name, table, table.num_embeddings, table.embedding_dim, wanted.min_bits, False)
-        tied[id(table.weight), table.quantizer] = blocks[name]
+        blocks[name] = tied[id(table.weight), table.quantizer] = _plan(name, table, wanted.min_bits, float_zero=False)
     for name, layer in source.layers.items():
         # the products with int8 activations take whole zeros only
-        float_zero = wanted.accuracy_level == 0
         same = tied.get((id(layer.weight), layer.quantizer))
-        sizes = layer.out_features, layer.in_features
-        blocks[name] = same or _plan(name, layer, *sizes, wanted.min_bits, float_zero)
+        blocks[name] = same or _plan(name, layer, wanted.min_bits, float_zero=wanted.accuracy_level == 0)
     return blocks
 
 
-def _plan(
-    name: str, layer: QuantizedLayer | QuantizedEmbedding, rows: int, columns: int, min_bits: int, float_zero: bool
-) -> Blocks:
+def _plan(name: str, layer: QuantizedLayer | QuantizedEmbedding, min_bits: int, *, float_zero: bool) -> Blocks:
     try:
-        return plan(layer.quantizer, rows, columns, min_bits=min_bits, float_zero=float_zero)
+        return plan(layer.quantizer, *shape_of(layer), min_bits=min_bits, float_zero=float_zero)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def traced_view(source: Source, wanted: Wanted) -> tuple[Any, dict[str, Filled]]:
+def traced_view(source: Source, wanted: Wanted) -> tuple[Any, dict[str, Planned]]:
     """The model of `source`, which is left as it is, with an operator in the place of each quantized layer and table.
 
     Returns it, on the CPU, and dotted name of a parameter -> what that stands for.
@@ -77,7 +71,7 @@ def traced_view(source: Source, wanted: Wanted) -> tuple[Any, dict[str, Filled]]
     blocks, places = plans(source, wanted), Places(model)
     for name, copied in [*quantized_layers(model)]:
         layer, how = source.layers[name], blocks[name]
-        zero = None if how.zero is None else stand_ins.make(f"{name}.zero_points", (how.rows * how.count,), how.zeros)
+        zero = stand_ins.zeros(f"{name}.zero_points", how)
         bias = None if layer.plain_bias is None else stand_ins.copy(f"{name}.bias", layer.plain_bias)
         parameters = *stand_ins.matrix(name, layer, how), zero, bias
         places.put(copied, MatMulNBits(how, *parameters, sub_norm=copied.sub_norm, accuracy_level=wanted.accuracy_level))
@@ -86,79 +80,60 @@ def traced_view(source: Source, wanted: Wanted) -> tuple[Any, dict[str, Filled]]
         places.put(copied, GatherBlockQuantized(how, *stand_ins.matrix(name, source.tables[name], how), copied.spec))
     detach(model)
     named = model.named_parameters(remove_duplicate=False)
-    return model.cpu().eval(), {name: stand_ins.filled[id(each)] for name, each in named}
+    return model.cpu().eval(), {name: stand_ins.planned[id(each)] for name, each in named}
 
 
 class _StandIns:
     """Makes parameters without memory, and remembers what each stands for.
 
     Attributes:
-        filled: id of a stand-in -> what it stands for.
+        planned: id of a stand-in -> what it stands for.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._kept: list[nn.Parameter] = []  # so that no id is given twice
         self._shared: dict[tuple[int, Blocks], tuple[nn.Parameter, nn.Parameter]] = {}
-        self._latest = _Latest()
-        self.filled: dict[int, Filled] = {}
+        self.planned: dict[int, Planned] = {}
 
-    def _add(self, filled: Filled) -> nn.Parameter:
-        parameter = nn.Parameter(torch.zeros((), dtype=filled.dtype).expand(filled.shape), requires_grad=False)
+    def add(self, planned: Planned) -> nn.Parameter:
+        parameter = nn.Parameter(torch.zeros((), dtype=planned.dtype).expand(planned.shape), requires_grad=False)
         self._kept.append(parameter)
-        self.filled[id(parameter)] = filled
+        self.planned[id(parameter)] = planned
         return parameter
 
     def copy(self, name: str, tensor: Tensor) -> nn.Parameter:
         """Of a tensor that is written as it is, floats in the wanted dtype."""
         dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
-        flat = tensor.detach().reshape(-1)
-        return self._add(
-            Filled(name, dtype, tuple(tensor.shape), lambda: map(_to(dtype), flat.split(_AT_ONCE)), tensor.numel())
-        )
 
-    def make(self, name: str, shape: tuple[int, ...], make: Callable[[torch.dtype], Tensor]) -> nn.Parameter:
-        """Of floats that belong to a packed matrix."""
-        return self._add(Filled(name, self._dtype, shape, lambda: iter([make(self._dtype)]), 0))
+        def parts() -> Tensor | Iterator[Tensor]:
+            if tensor.dim() == 0:
+                return tensor.to(dtype)
+            rows = max(1, _AT_ONCE * len(tensor) // max(1, tensor.numel()))
+            return (part.to(dtype) for part in tensor.split(rows))
+
+        return self.add(Planned(name, dtype, tuple(tensor.shape), parts, tensor.numel()))
+
+    def zeros(self, name: str, how: Blocks) -> nn.Parameter | None:
+        """Of a layer; None where the operator's own serves."""
+        if how.zero is None:
+            return None
+        return self.add(Planned(name, self._dtype, (how.rows * how.count,), lambda: how.zeros(self._dtype), 0))
 
     def matrix(self, name: str, layer: QuantizedLayer | QuantizedEmbedding, how: Blocks) -> tuple[nn.Parameter, nn.Parameter]:
         """Packed codes and scales, the same ones for tied layers."""
-        key, get = (id(layer.weight), how), self._latest
+
+        def scales() -> Iterator[Tensor]:
+            try:
+                yield from (how.scales(part, self._dtype) for part in Source.blocks(layer))
+            except ValueError as error:
+                raise ValueError(f"format 'onnx': {name}: {error}") from None
+
+        key = id(layer.weight), how
         if key not in self._shared:
-            rows = max(1, _AT_ONCE // how.columns)
-            pieces = Filled(
-                f"{name}.weight",
-                torch.uint8,
-                how.shape,
-                lambda: map(how.pack, get(layer).codes.split(rows)),
-                how.rows * how.columns,
+            codes = Planned(
+                f"{name}.weight", torch.uint8, how.shape, lambda: map(how.pack, Source.blocks(layer)), how.rows * how.columns
             )
-            scales = self.make(f"{name}.scales", (how.rows * how.count,), lambda dtype: _scales(name, how, get(layer), dtype))
-            self._shared[key] = self._add(pieces), scales
+            of_blocks = Planned(f"{name}.scales", self._dtype, (how.rows * how.count,), scales, 0)
+            self._shared[key] = self.add(codes), self.add(of_blocks)
         return self._shared[key]
-
-
-def _to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor.to(dtype)
-
-
-def _scales(name: str, how: Blocks, quantized: Quantized, dtype: torch.dtype) -> Tensor:
-    try:
-        return how.scales(quantized, dtype)
-    except ValueError as error:
-        raise ValueError(f"format 'onnx': {name}: {error}") from None
-
-
-class _Latest:
-    """Codes and scale of the layer that was asked for last: they are written one after the other."""
-
-    def __init__(self) -> None:
-        self._layer: Any = None
-        self._quantized: Quantized | None = None
-
-    def __call__(self, layer: QuantizedLayer | QuantizedEmbedding) -> Quantized:
-        if self._layer is not layer or self._quantized is None:
-            self._quantized = None  # two would take twice the memory
-            self._quantized = layer.quantized_weight()
-            self._layer = layer
-        return self._quantized
