@@ -17,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 import hf_bitnet as hb
 from hf_bitnet.cli import main
-from hf_bitnet.cli.options import PRESETS, build_parser, quantization_fields
+from hf_bitnet.cli.options import PRESETS, quantization_fields
+from hf_bitnet.cli.parsers import build_parser
 from tests import corpus
 from tests.tiny import tiny
 
@@ -257,7 +258,7 @@ def test_quantize_that_fails_leaves_nothing(
     def fail(folder: Path, card: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_bitnet.cli.commands.write_card", fail)
+    monkeypatch.setattr("hf_bitnet.cli.quantize.write_card", fail)
     code, _, err = run(capsys, "quantize", base, tmp_path / "out")
     assert code == 1 and "No space left on device" in err
     assert not list(tmp_path.iterdir())
@@ -355,10 +356,10 @@ def test_train(base: Path, tmp_path: Path, capsys: Captured) -> None:
 
 
 def test_train_settings_are_those_of_the_recipe(base: Path) -> None:
-    from hf_bitnet.cli import commands
+    from hf_bitnet.cli import train
 
     arguments = build_parser("x", "1").parse_args(["train", str(base), "out", "--epochs", "2", "--set", "adam_beta1=0.8"])
-    training = commands._training(arguments)
+    training = train._training(arguments)
     expected = {**hb.CONVERSION_DEFAULTS, "num_train_epochs": 2, "adam_beta1": 0.8}
     assert {name: getattr(training, name) for name in expected} == expected
 

@@ -12,8 +12,8 @@ import torch
 from transformers import HfArgumentParser
 
 import hf_bitnet as hb
-from hf_bitnet.cli import commands, main
-from hf_bitnet.cli.options import build_parser
+from hf_bitnet.cli import common, main, train
+from hf_bitnet.cli.parsers import build_parser
 from tests.tiny import tiny
 
 NAMES = hb.TRAINING_PRESETS.names()
@@ -104,12 +104,12 @@ def test_defaults_of_a_command_line() -> None:
 def test_train_takes_arguments_quantization_and_teacher() -> None:
     words = ["train", "model", "out", "--training-preset", "task_bitdistill", "--epochs", "2", "--keep", "a"]
     arguments = build_parser("x", "1").parse_args(words)
-    training = commands._training(arguments)
+    training = train._training(arguments)
     assert (training.training_preset, training.num_train_epochs, training.weight_decay) == ("task_bitdistill", 2, 0.01)
-    config = commands._config(arguments, "train")
-    assert (config.sub_norm, config.keep, commands._teacher(arguments)) == (["o_proj", "down_proj"], ["a"], "self")
+    config = common.config_from(arguments, "train")
+    assert (config.sub_norm, config.keep, train._teacher(arguments)) == (["o_proj", "down_proj"], ["a"], "self")
     arguments = build_parser("x", "1").parse_args(["train", "model", "out", "--training-preset", "w4a8", "--preset", "w8a8"])
-    assert (commands._config(arguments, "train").weight, commands._teacher(arguments)) == ("int8", None)
+    assert (common.config_from(arguments, "train").weight, train._teacher(arguments)) == ("int8", None)
 
 
 def test_command_line_lists_them(capsys: pytest.CaptureFixture[str]) -> None:

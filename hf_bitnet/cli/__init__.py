@@ -1,18 +1,23 @@
-"""Floor 7: the command `hf-bitnet`. Quantize, train, evaluate and look at models without writing Python.
+"""Floor 7: the command `hf-bitnet`. Quantize, train, evaluate, export and look at models without writing Python.
 
 Results go to the standard output (with --json as one JSON object), progress and errors to the standard error. Exit codes:
-0 done, 1 it failed, 2 the command line is wrong. This file and `options.py` import nothing heavy: --help is there at once.
+0 done, 1 it failed, 2 the command line is wrong, 3 an export is not the model that was written. Each command is the file of
+its name, imported when it is called; this file, `options.py` and `parsers/` import nothing heavy: --help is there at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
+import math
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from .. import __version__
-from .options import UsageError, build_parser
+from .options import Failed, UsageError
+from .parsers import build_parser
 
 __all__ = ["main"]
 
@@ -34,9 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
-        # the commands import torch and transformers
-        commands = importlib.import_module(".commands", __name__)
-        commands.run(arguments)
+        # most commands import torch and transformers
+        result = importlib.import_module(f".{arguments.command}", __name__).run(arguments)
+        _print_json(arguments, result)
+    except Failed as error:
+        _print_json(arguments, error.result)
+        return _failed(arguments, error, error.code)
     except UsageError as error:
         return _failed(arguments, error, 2)
     except KeyboardInterrupt as error:
@@ -46,6 +54,20 @@ def _run(arguments: argparse.Namespace) -> int:
     except Exception as error:
         return _failed(arguments, error, 1)
     return 0
+
+
+def _print_json(arguments: argparse.Namespace, result: Any) -> None:
+    if arguments.json:
+        print(json.dumps(_plain(result), indent=1, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinities: null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _failed(arguments: argparse.Namespace, error: BaseException, code: int) -> int:
@@ -63,7 +85,7 @@ def _one_line(error: BaseException) -> str:
         return "interrupted"
     text = " ".join(str(error).split())
     # errors made for users explain themselves; of others the kind is half of the message
-    known = type(error) in (ValueError, TypeError, RuntimeError, UsageError) or isinstance(error, OSError)
+    known = type(error) in (ValueError, TypeError, RuntimeError, UsageError, Failed) or isinstance(error, OSError)
     if known and text:
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"

@@ -8,11 +8,13 @@ import textwrap
 from typing import Any
 
 from .. import TRAINING_PRESETS
+from .common import quietly, table
 
 _WIDTH = 110
 
 
-def presets(arguments: argparse.Namespace) -> Any:
+@quietly
+def run(arguments: argparse.Namespace) -> Any:
     """Prints a table, or all of the one that is named. Returns the same as data. Raises ValueError on an unknown name."""
     if arguments.name is not None:
         found = TRAINING_PRESETS.get(arguments.name).to_dict()
@@ -37,9 +39,7 @@ def _table(every: list[dict[str, Any]]) -> str:
         )
         for each in every
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", "sources, all values and the code to use one: hf-bitnet presets NAME"])
+    return f"{table(rows)}\n\nsources, all values and the code to use one: hf-bitnet presets NAME"
 
 
 def _whole(preset: dict[str, Any]) -> str:

@@ -1,0 +1,92 @@
+"""`hf-bitnet quantize`: a full-precision model quantized without training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from .. import BitNetQuantizationConfig, coverage, fit_weights, open_model, pack_model, quantize_model, text_windows
+from ..calibration import METHODS, FitReport
+from ..files import new_folder, refuse_existing
+from ..hub import library_versions, model_card, write_card
+from ..publish.opening import model_class
+from .common import config_from, dtype_of, quietly, say, summary, texts
+from .options import UsageError
+
+_FIT_LENGTH, _FIT_BATCH = 256, 8
+
+
+@quietly
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    config = config_from(arguments, arguments.form)
+    if arguments.dry_run:
+        model = open_model(arguments.model, device_map="meta")
+        # the packed form may need calibration, which a look at the shapes does not
+        quantize_model(model, BitNetQuantizationConfig(**{**config.fields(), "form": "train"}))
+        say(arguments, coverage(model))
+        return {"config": summary(config), "coverage": coverage(model).to_dict()}
+    if arguments.out is None:
+        raise UsageError("where to? Give a folder: hf-bitnet quantize MODEL OUT (or --dry-run)")
+    refuse_existing(arguments.out, overwrite=arguments.force, advice="--force")
+    kind, _ = model_class(arguments.model)
+    start = time.perf_counter()
+    model, report = _quantized(arguments, kind, config)
+    say(arguments, coverage(model), *([] if report is None else [report.summary()]))
+    with new_folder(arguments.out, overwrite=arguments.force, advice="--force") as folder:
+        model.save_pretrained(folder)
+        _copy_processor(arguments, folder)
+        name = Path(arguments.out).resolve().name
+        write_card(folder, model_card(model, name=name, base_model=arguments.model, versions=library_versions()))
+        size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    seconds = time.perf_counter() - start
+    say(arguments, f"saved {arguments.out}: {size / 1e6:.2f} MB of weights, {seconds:.1f} s")
+    return {
+        "model": arguments.model,
+        "out": str(arguments.out),
+        "config": summary(model.config.quantization_config),
+        "coverage": coverage(model).to_dict(),
+        "fit": None if report is None else report.to_dict(),
+        "weights_bytes": size,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _quantized(arguments: argparse.Namespace, kind: Any, config: BitNetQuantizationConfig) -> tuple[Any, FitReport | None]:
+    """The loaded model in the config's form, and what the fit did, where there was one."""
+    dtype = dtype_of(arguments.dtype)
+    if arguments.fit is None:
+        if arguments.fit_file is not None:
+            raise UsageError("--fit-file without --fit; add --fit gptq")
+        return kind.from_pretrained(arguments.model, dtype=dtype, quantization_config=config), None
+    METHODS.get(arguments.fit)  # a misspelt one is told before anything is read
+    if arguments.fit != "least_squares" and arguments.fit_file is None:
+        raise UsageError(f"--fit {arguments.fit} needs text: --fit-file train.txt (or --fit least_squares, which does without)")
+    stored = kind.from_pretrained(arguments.model, dtype=dtype, device_map="meta").dtype
+    # float32, so that the weights behind the codes are exact; what stays float goes back to its dtype in the end
+    model = kind.from_pretrained(arguments.model, dtype=torch.float32)
+    batches = None
+    if arguments.fit_file is not None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
+        files = texts(arguments.fit_file)
+        length = min(_FIT_LENGTH, getattr(model.config, "max_position_embeddings", None) or _FIT_LENGTH)
+        windows = text_windows(tokenizer, files, length, max_windows=arguments.fit_windows)
+        batches = [{"input_ids": part} for part in windows.split(_FIT_BATCH)]
+    quantize_model(model, BitNetQuantizationConfig(**{**config.fields(), "form": "train"}))
+    report = fit_weights(model, batches, method=arguments.fit)
+    if config.form == "packed":
+        pack_model(model)
+    return model.to(stored), report
+
+
+def _copy_processor(arguments: argparse.Namespace, folder: Path) -> None:
+    try:
+        # finds the tokenizer, image processor or feature extractor, too
+        transformers.AutoProcessor.from_pretrained(arguments.model).save_pretrained(folder)
+    except Exception:
+        print("note: no tokenizer or processor found beside the model; none is saved", file=sys.stderr)
