@@ -111,7 +111,12 @@ def test_quantization_options(words: list[str], fields: dict[str, Any]) -> None:
     ("words", "message"),
     [
         (["frobnicate"], "invalid choice: 'frobnicate'"),
-        (["eval", "model"], "the following arguments are required: --text"),
+        (["eval"], "the following arguments are required: MODEL"),
+        (
+            ["eval", "model"],
+            "on what? Give --text valid.txt for perplexity, --tasks hellaswag,... for tasks of lm-eval, or both",
+        ),
+        (["eval", "model", "--text", "t", "--limit", "3"], "--limit without --tasks; add --tasks NAME"),
         (["quantize", "{base}"], "where to? Give a folder: hf-bitnet quantize MODEL OUT"),
         (["quantize", "{base}", "o", "--weight", "tenary"], "unknown weight scheme 'tenary'; legal: 'binary', "),
         (["quantize", "{base}", "o", "--override", "k_proj"], "'k_proj' is not REGEX=CHANGE"),

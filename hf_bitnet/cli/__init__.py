@@ -86,6 +86,7 @@ def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     # errors made for users explain themselves; of others the kind is half of the message
     known = type(error) in (ValueError, TypeError, RuntimeError, UsageError, Failed) or isinstance(error, OSError)
+    known = known or (isinstance(error, ImportError) and "pip install" in text)
     if known and text:
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"

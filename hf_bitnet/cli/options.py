@@ -6,6 +6,10 @@ import argparse
 import json
 from typing import Any
 
+# exit code: what was read back is not what was written
+DIFFERENT = 3
+# for the shell's completion; the command itself asks the registry
+FORMATS = ("hf_bitnet", "bitnet", "dense", "gguf", "i2_s", "onnx", "mlx")
 PRESETS = ("bitnet_b158", "w1a8", "w2a8", "w4a8", "w8a8")
 # names of config fields that options give as they are
 _FIELDS = (
@@ -46,8 +50,16 @@ def command(commands: Any, name: str, summary: str, examples: str) -> argparse.A
     return parser
 
 
-def add_model(parser: argparse.ArgumentParser, optional: bool = False) -> None:
-    parser.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help="folder, or name on the Hub")
+def add_model(parser: argparse.ArgumentParser, optional: bool = False, what: str = "folder, or name on the Hub") -> None:
+    parser.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=what)
+
+
+def add_placement(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
+    """Where a model is put, and in which dtype."""
+    parser.add_argument("--device", help="(default: the GPU where there is one)")
+    parser.add_argument(
+        "--dtype", default=dtype, help=f"of the weights: auto (the model's own), float32, bfloat16, ... (default: {dtype})"
+    )
 
 
 def add_quantization(parser: argparse.ArgumentParser) -> None:
@@ -63,12 +75,12 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--keep", action="append", metavar="REGEX", help="modules to leave in full precision; repeatable")
     group.add_argument(
         "--embeddings",
-        type=_vocabulary,
+        type=vocabulary,
         metavar="SCHEME",
         help="pack the token embeddings too, and a head tied to them: int8, int4, or 'weight:int4,group_size:32' (default: no)",
     )
     group.add_argument(
-        "--output-head", type=_vocabulary, metavar="SCHEME", help="the same for an output head of its own (default: no)"
+        "--output-head", type=vocabulary, metavar="SCHEME", help="the same for an output head of its own (default: no)"
     )
     group.add_argument(
         "--override",
@@ -107,16 +119,17 @@ def _override(text: str) -> tuple[str, str | dict[str, Any]]:
     return pattern, _pairs(change)
 
 
-def _vocabulary(text: str) -> str | dict[str, Any]:
+def vocabulary(text: str) -> str | dict[str, Any]:
     """'scheme' or 'field:value,field:value'."""
     return _pairs(text) if ":" in text else text
 
 
 def _pairs(text: str) -> dict[str, Any]:
-    return {name: _value(value) for name, _, value in (part.partition(":") for part in text.split(","))}
+    return {name: value_of(value) for name, _, value in (part.partition(":") for part in text.split(","))}
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
+    """JSON, else the text itself."""
     try:
         return json.loads(text)
     except ValueError:

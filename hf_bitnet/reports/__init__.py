@@ -1,6 +1,7 @@
 """Floor 4: how what was found about layers is shown: as a table, as plain data, as a chart."""
 
 from .chart import Bar, bar_chart
+from .page import report_page
 from .report import Column, LayerRow, Report, described, percent
 
-__all__ = ["Bar", "Column", "LayerRow", "Report", "bar_chart", "described", "percent"]
+__all__ = ["Bar", "Column", "LayerRow", "Report", "bar_chart", "described", "percent", "report_page"]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-from .looking import add_info, add_presets
-from .making import add_demo, add_quantize, add_train
-from .using import add_eval
+from .looking import add_completion, add_info, add_presets
+from .making import add_demo, add_export, add_push, add_quantize, add_train
+from .using import add_analyze, add_bench, add_chat, add_eval
 
 __all__ = ["build_parser"]
 
 # in the order of the help
-_COMMANDS = (add_quantize, add_train, add_eval, add_info, add_presets, add_demo)
+_COMMANDS = (
+    *(add_quantize, add_train, add_eval, add_analyze, add_export, add_push),
+    *(add_info, add_chat, add_bench, add_presets, add_demo, add_completion),
+)
 _EXIT_CODES = """exit codes:
   0  done
   1  it failed; the reason is on the standard error

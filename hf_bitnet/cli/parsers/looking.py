@@ -1,4 +1,4 @@
-"""The options of the commands that only show something: info, presets."""
+"""The options of the commands that only show something: info, presets, completion."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ def add_info(commands: Any) -> None:
     parser = command(
         commands,
         "info",
-        "What of a model is quantized, and how; or about this installation.",
-        "  hf-bitnet info out/packed\n  hf-bitnet info --kernels            # which body serves which operation here, and why",
+        "What of a model is quantized, and how; what an export or a GGUF file holds; or about this installation.",
+        "  hf-bitnet info out/packed\n"
+        "  hf-bitnet info exports/gguf           # what was written, and whether it was read back equal\n"
+        "  hf-bitnet info model.gguf\n"
+        "  hf-bitnet info --kernels              # which body serves which operation here, and why",
     )
-    add_model(parser, optional=True)
+    add_model(parser, optional=True, what="folder, GGUF file, or name on the Hub")
     parser.add_argument("--kernels", action="store_true", help="show the kernels")
     parser.add_argument("--device", default="cpu", help="of the kernels: cpu or cuda (default: cpu)")
 
@@ -27,3 +30,15 @@ def add_presets(commands: Any) -> None:
         "  hf-bitnet presets\n  hf-bitnet presets convert_b158\n  hf-bitnet presets --json",
     )
     parser.add_argument("name", metavar="NAME", nargs="?", help="show all of this one")
+
+
+def add_completion(commands: Any) -> None:
+    parser = command(
+        commands,
+        "completion",
+        "Print a script that completes this command in a shell.",
+        '  eval "$(hf-bitnet completion bash)"                         # in ~/.bashrc\n'
+        '  eval "$(hf-bitnet completion zsh)"                          # in ~/.zshrc, after compinit\n'
+        "  hf-bitnet completion fish > ~/.config/fish/completions/hf-bitnet.fish",
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="which shell")

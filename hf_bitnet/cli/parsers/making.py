@@ -1,4 +1,4 @@
-"""The options of the commands that make something: quantize, train, demo."""
+"""The options of the commands that make something: quantize, train, export, push, demo."""
 
 from __future__ import annotations
 
@@ -92,6 +92,54 @@ def add_train(commands: Any) -> None:
     again.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUT")
     again.add_argument("--force", action="store_true", help="replace what an earlier run left in OUT")
     add_quantization(parser)
+
+
+def add_export(commands: Any) -> None:
+    parser = command(
+        commands,
+        "export",
+        "Write a quantized model for other programs, read it back and compare; a difference leaves nothing and is exit code 3.",
+        "  hf-bitnet export --list                                # the formats, who reads them, their options\n"
+        "  hf-bitnet export out/packed model-gguf --format gguf\n"
+        "  hf-bitnet export out/packed exports --format gguf onnx # exports/gguf and exports/onnx\n"
+        "  hf-bitnet export out/packed dense --format dense --set dtype=float16 --set max_shard_size=2GB\n"
+        "  hf-bitnet export out/packed exports --format dense gguf --set dense.dtype=float32 --verify codes",
+    )
+    add_model(parser, optional=True)
+    parser.add_argument("out", metavar="OUT", nargs="?", help="folder to write; with several formats each gets one inside")
+    parser.add_argument("--format", nargs="+", metavar="NAME", help="one or several of those that --list shows")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="option of the format; FORMAT.NAME=VALUE sets it for one of several; repeatable",
+    )
+    parser.add_argument(
+        "--verify",
+        choices=("full", "codes", "none"),
+        default="full",
+        help="what to compare: codes and logits, the codes alone (the model is not run), or nothing (default: full)",
+    )
+    parser.add_argument("--base-model", metavar="ID", help="Hub id of the full-precision model, for the card")
+    parser.add_argument("--name", help="of the model, for the card and the files' metadata (default: OUT's last part)")
+    parser.add_argument("--force", action="store_true", help="replace a model in OUT")
+    parser.add_argument("--list", action="store_true", help="show the formats and write nothing")
+
+
+def add_push(commands: Any) -> None:
+    parser = command(
+        commands,
+        "push",
+        "Upload a folder that quantize, train or export made, with its card, to the Hugging Face Hub.",
+        "  hf-bitnet push out/packed me/my-model-1.58bit --dry-run     # what would be uploaded\n"
+        "  hf-bitnet push out/packed me/my-model-1.58bit --private --message 'First version'",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="folder to upload")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="of the repository, which is made where it is not there")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and show the files; upload nothing")
+    parser.add_argument("--message", metavar="TEXT", help="of the commit")
 
 
 def add_demo(commands: Any) -> None:
