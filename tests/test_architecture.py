@@ -37,6 +37,7 @@ FLOORS = {
     "hub": 5,
     "plugin": 5,
     "training": 6,
+    "metrics": 6,
     "publish": 6,
     "cli": TOP_FLOOR,
     "demo": TOP_FLOOR,
