@@ -1,4 +1,4 @@
-"""The command line, run in this process: results, exit codes, what is printed where, what is written."""
+"""The command line: exit codes, what is printed where, wrong command lines; presets, train and demo."""
 
 from __future__ import annotations
 
@@ -10,44 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers as tf
-from huggingface_hub import ModelCard
 from transformers.utils import logging as transformers_logging
 
 import hf_bitnet as hb
-from hf_bitnet.cli import main
 from hf_bitnet.cli.options import PRESETS, quantization_fields
 from hf_bitnet.cli.parsers import build_parser
-from tests import corpus
-from tests.tiny import tiny
+from tests.command_line import Captured, run, save_base, windows
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COMMANDS = ("quantize", "train", "eval", "info", "presets", "demo")
-Captured = pytest.CaptureFixture[str]
+COMMANDS = (
+    *("quantize", "train", "eval", "analyze", "export", "push", "info", "chat", "bench", "presets", "demo", "completion"),
+)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model with tokenizer, and two texts beside it."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny("llama")[0].save_pretrained(folder)
-    corpus.tokenizer().save_pretrained(folder)
-    corpus.write(folder, 800, seed=1, name="train.txt")
-    corpus.write(folder, 400, seed=2, name="valid.txt")
+    folder = save_base(tmp_path_factory.mktemp("base"))
+    (folder / "report.html").write_text("")
     return folder
-
-
-def run(capsys: Captured, *words: Any) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error."""
-    capsys.readouterr()
-    code = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def windows(base: Path) -> torch.Tensor:
-    return hb.text_windows(corpus.tokenizer(), base / "valid.txt", 16)
 
 
 # ---- the front ----
@@ -126,6 +107,39 @@ def test_quantization_options(words: list[str], fields: dict[str, Any]) -> None:
         (["quantize", "{base}", "o", "--fit-file", "a.txt"], "--fit-file without --fit; add --fit gptq"),
         (["quantize", "{base}", "o", "--granularity", "group"], "group"),
         (["eval", "{base}", "--text", "t", "--length", "0"], "must be at least 1, got 0"),
+        (["export", "{base}", "o"], "in which format? hf-bitnet export MODEL OUT --format NAME (--list shows them)"),
+        (["export", "{base}", "--format", "dense"], "which model, where to, in which format?"),
+        (["export", "{base}", "o", "--format", "gguff"], "unknown export format 'gguff'; legal: "),
+        (["export", "{base}", "o", "--format", "dense", "--set", "dtype"], "--set dtype: write NAME=VALUE"),
+        (
+            ["export", "{base}", "o", "--format", "dense", "--set", "dtyp=int8"],
+            "no option 'dtyp'; format 'dense' has dtype, max_",
+        ),
+        (
+            ["export", "{base}", "o", "--format", "dense", "--set", "dtype=int8"],
+            "dtype='int8'; legal: bfloat16, float16, float32",
+        ),
+        (
+            ["export", "{base}", "o", "--format", "dense", "--set", "onnx.dtype=int8"],
+            "--format does not name 'onnx'; it names dense",
+        ),
+        (["export", "{base}", "o", "--format", "dense", "--verify", "logits"], "invalid choice: 'logits'"),
+        (["push", "{base}"], "the following arguments are required: REPO_ID"),
+        (
+            ["analyze", "{base}", "--out", "report.pdf"],
+            "--out report.pdf: end it on .html (page), .svg (chart) or .json (data)",
+        ),
+        (["analyze", "{base}", "--to", "int3"], "--to: unknown weight scheme 'int3'"),
+        (["analyze", "{base}", "--weight", "tenary"], "unknown weight scheme 'tenary'"),
+        (["chat", "{base}", "--json"], "--json is for one answer; add --prompt TEXT"),
+        (["chat", "{base}", "--system", "s", "--prompt", "ba"], "--system needs a chat template, and the tokenizer of "),
+        (["chat", "{base}", "--device", "fpga", "--prompt", "ba"], "--device fpga is no device; for example cpu, cuda"),
+        (["bench", "{base}", "--new-tokens", "1"], "--new-tokens must be at least 2"),
+        (
+            ["bench", "{base}"],
+            "has positions for 64 tokens, --prompt-tokens and --new-tokens ask for 192; for example --prompt-tokens 48",
+        ),
+        (["completion", "tcsh"], "invalid choice: 'tcsh'"),
         (["train", "{base}", "o"], "which text? Give --train-file and --validation-file, or --dataset"),
         (["train", "{base}", "o", "--set", "lerning_rate=1"], "no field 'lerning_rate'; did you mean learning_rate?"),
         (["train", "{base}", "o", "--set", "learning_rate"], "write NAME=VALUE"),
@@ -157,6 +171,17 @@ def test_wrong_command_line_is_exit_2(
         (["eval", "{base}", "--text", "nosuch.txt"], "cannot read the text file 'nosuch.txt'"),
         (["eval", "{base}", "--text", "{base}/valid.txt", "--length", "300"], "LlamaForCausalLM has positions for 64"),
         (["info", "nosuch/model"], "nosuch/model"),
+        (["info", "{base}/valid.txt"], "valid.txt' is no GGUF file"),
+        (["export", "./nosuch", "o", "--format", "dense"], "there is no folder './nosuch'"),
+        (["export", "{base}", "o", "--format", "dense"], "not quantized; call quantize_model(model, config) first"),
+        (["export", "{base}", "{base}", "--format", "dense"], "is not empty; choose another one, or replace it: --force"),
+        (["push", "./nosuch", "me/model"], "there is no folder './nosuch'; hf-bitnet quantize, train and export make one"),
+        (["analyze", "{base}", "--text", "nosuch.txt"], "cannot read the text file 'nosuch.txt'"),
+        (["analyze", "{base}", "--out", "{base}/report.html"], "is there already; choose another name, or replace it: --force"),
+        (["chat", "nosuch/model", "--prompt", "ba"], "nosuch/model"),
+        (["chat", "{base}", "--prompt", "ba " * 70], "the prompt has 70 tokens, LlamaForCausalLM has positions for 64"),
+        (["chat", "{base}", "--prompt", " "], "the prompt has no token; give some text"),
+        (["bench", "./nosuch"], "there is no folder './nosuch'"),
         (["train", "{base}", "o", "--train-file", "x", "--validation-file", "y"], "cannot read the text file 'x'"),
     ],
 )
@@ -195,147 +220,6 @@ def test_settings_of_the_process_are_restored(capsys: Captured, base: Path) -> N
     assert run(capsys, "info", base)[0] == 0
     after = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled(), list(warnings.filters)
     assert before == after
-
-
-# ---- quantize ----
-
-
-@pytest.mark.parametrize("form", ["packed", "train"])
-def test_quantize(base: Path, tmp_path: Path, capsys: Captured, form: str) -> None:
-    out = tmp_path / "out"
-    code, printed, err = run(capsys, "quantize", base, out, "--preset", "w4a8", "--keep", "k_proj", "--form", form)
-    assert (code, err) == (0, "")
-    fields = {"keep": ["k_proj"], "form": form}
-    expected = hb.quantize_model(tf.AutoModelForCausalLM.from_pretrained(base), hb.BitNetQuantizationConfig.w4a8(**fields))
-    assert str(hb.coverage(expected)) in printed and f"saved {out}" in printed
-    saved = tf.AutoModelForCausalLM.from_pretrained(out)
-    for (name, ours), (other, theirs) in zip(saved.state_dict().items(), expected.state_dict().items(), strict=True):
-        assert name == other and torch.equal(ours, theirs), name
-    assert tf.AutoTokenizer.from_pretrained(out)("ba be")["input_ids"] == corpus.tokenizer()("ba be")["input_ids"]
-    assert "without any training" in ModelCard.load(out / "README.md").text
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("method", ["gptq", "least_squares"])
-def test_quantize_with_fitted_weights(base: Path, tmp_path: Path, capsys: Captured, method: str) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("ba be bi " * 400)
-    words = ["--fit", method, *(["--fit-file", text] if method == "gptq" else []), "--fit-windows", "2"]
-    code, printed, err = run(capsys, "quantize", base, tmp_path / "out", *words)
-    assert ((code, err) == (0, "") and "mean output error" in printed) or method == "least_squares"
-    tokenizer = tf.AutoTokenizer.from_pretrained(base)
-    length = min(256, tf.AutoConfig.from_pretrained(base).max_position_embeddings)
-    batches = [{"input_ids": hb.text_windows(tokenizer, [text], length, max_windows=2)}] if method == "gptq" else None
-    expected = hb.quantize_model(tf.AutoModelForCausalLM.from_pretrained(base).float(), hb.BitNetQuantizationConfig())
-    hb.fit_weights(expected, batches, method=method)
-    saved, expected = tf.AutoModelForCausalLM.from_pretrained(out := tmp_path / "out"), hb.pack_model(expected)
-    assert saved.config.quantization_config.form == "packed" and out.is_dir()
-    for (name, ours), (other, theirs) in zip(saved.state_dict().items(), expected.state_dict().items(), strict=True):
-        assert name == other and torch.equal(ours, theirs.to(ours.dtype)), name
-
-
-def test_quantize_json_is_all_of_the_output(base: Path, tmp_path: Path, capsys: Captured) -> None:
-    code, printed, _ = run(capsys, "quantize", base, tmp_path / "out", "--json")
-    result = json.loads(printed)
-    assert code == 0
-    assert result["config"]["weight"] == "ternary" and result["config"]["form"] == "packed"
-    assert result["coverage"]["fraction_of_linear_weights"] == pytest.approx(0.9)
-    assert result["weights_bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
-
-
-def test_quantize_replaces_only_when_told(base: Path, tmp_path: Path, capsys: Captured) -> None:
-    out = tmp_path / "out"
-    assert run(capsys, "quantize", base, out)[0] == 0
-    assert run(capsys, "quantize", base, out, "--weight", "int8")[0] == 1
-    assert json.loads(run(capsys, "info", out, "--json")[1])["config"]["weight"] == "ternary"
-    assert run(capsys, "quantize", base, out, "--weight", "int8", "--force")[0] == 0
-    assert json.loads(run(capsys, "info", out, "--json")[1])["config"]["weight"] == "int8"
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "thesis.txt").write_text("")
-    code, _, err = run(capsys, "quantize", base, tmp_path / "precious", "--force")
-    assert code == 1 and "holds no model" in err
-    assert (tmp_path / "precious" / "thesis.txt").exists()
-
-
-def test_quantize_that_fails_leaves_nothing(
-    base: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(folder: Path, card: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("hf_bitnet.cli.quantize.write_card", fail)
-    code, _, err = run(capsys, "quantize", base, tmp_path / "out")
-    assert code == 1 and "No space left on device" in err
-    assert not list(tmp_path.iterdir())
-
-
-def test_quantize_dry_run_writes_nothing(base: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    code, printed, _ = run(capsys, "quantize", base, "--dry-run", "--activation", "int8_static")
-    model = hb.quantize_model(tf.AutoModelForCausalLM.from_pretrained(base), hb.BitNetQuantizationConfig())
-    assert (code, printed) == (0, f"{hb.coverage(model)}\n")
-    assert not list(tmp_path.iterdir())
-
-
-def test_quantize_a_model_that_is_not_for_text(tmp_path: Path, capsys: Captured) -> None:
-    tiny("vit")[0].save_pretrained(tmp_path / "vit")
-    code, _, err = run(capsys, "quantize", tmp_path / "vit", tmp_path / "out", "--preset", "w8a8")
-    assert code == 0 and "no tokenizer or processor" in err
-    assert type(tf.AutoModelForImageClassification.from_pretrained(tmp_path / "out")).__name__ == "ViTForImageClassification"
-
-
-# ---- eval and info ----
-
-
-def test_eval(base: Path, tmp_path: Path, capsys: Captured) -> None:
-    model = tf.AutoModelForCausalLM.from_pretrained(base)
-    expected = hb.perplexity(model, windows(base)[:9])
-    words = ["eval", base, "--text", base / "valid.txt", "--length", 16, "--max-windows", 9]
-    code, printed, err = run(capsys, *words)
-    assert (code, err) == (0, "")
-    assert f"perplexity {expected:.4f}   (9 windows of 16 tokens of valid.txt" in printed
-    hb.quantize_model(model, hb.BitNetQuantizationConfig(form="packed")).save_pretrained(tmp_path)
-    corpus.tokenizer().save_pretrained(tmp_path)
-    result = json.loads(run(capsys, *(tmp_path if word is base else word for word in words), "--json")[1])
-    assert result["perplexity"] == pytest.approx(hb.perplexity(model, windows(base)[:9]), rel=1e-6)
-    assert (result["windows"], result["tokens"], result["text"]) == (9, 144, "valid.txt")
-    half = json.loads(run(capsys, *words, "--json", "--bf16")[1])
-    assert half["perplexity"] != expected and half["perplexity"] == pytest.approx(expected, rel=0.05)
-
-
-def test_info_of_models(base: Path, tmp_path: Path, capsys: Captured) -> None:
-    code, printed, err = run(capsys, "info", base)
-    assert (code, err) == (0, "")
-    assert "LlamaForCausalLM, not quantized by hf_bitnet" in printed and "not quantized yet" in printed
-    model = hb.quantize_model(tf.AutoModelForCausalLM.from_pretrained(base), hb.BitNetQuantizationConfig.w8a8(form="packed"))
-    model.save_pretrained(tmp_path)
-    code, printed, _ = run(capsys, "info", tmp_path)
-    assert "LlamaForCausalLM, packed: BitNetQuantizationConfig(weight='int8', granularity='channel', form='packed')" in printed
-    assert str(hb.coverage(model)) in printed
-    result = json.loads(run(capsys, "info", tmp_path, "--json")[1])
-    assert (result["form"], result["class"]) == ("packed", "LlamaForCausalLM")
-    assert result["coverage"] == hb.coverage(model).to_dict()
-
-
-def test_native_checkpoints(base: Path, tmp_path: Path, capsys: Captured) -> None:
-    model = hb.quantize_model(tf.AutoModelForCausalLM.from_pretrained(base), hb.BitNetQuantizationConfig.bitnet_b158())
-    hb.export_native(model, tmp_path)
-    corpus.tokenizer().save_pretrained(tmp_path)
-    assert "hf_bitnet" not in json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    words = ["eval", tmp_path, "--text", base / "valid.txt", "--length", 16, "--json"]
-    result = json.loads(run(capsys, *words)[1])
-    assert result["perplexity"] == pytest.approx(hb.perplexity(model, windows(base)), rel=1e-4)
-    code, printed, err = run(capsys, "info", tmp_path)
-    assert (code, err) == (0, "") and "90.0% of the linear weights quantized" in printed
-
-
-def test_info_of_the_installation(capsys: Captured) -> None:
-    code, printed, _ = run(capsys, "info")
-    assert code == 0 and f"torch {torch.__version__.split('+')[0]}" in printed
-    code, printed, _ = run(capsys, "info", "--kernels", "--json")
-    from hf_bitnet import kernels
-
-    assert json.loads(printed)["kernels"] == kernels.explain().splitlines()
 
 
 # ---- train and demo ----

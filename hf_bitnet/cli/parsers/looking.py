@@ -37,8 +37,8 @@ def add_completion(commands: Any) -> None:
         commands,
         "completion",
         "Print a script that completes this command in a shell.",
-        '  eval "$(hf-bitnet completion bash)"                         # in ~/.bashrc\n'
-        '  eval "$(hf-bitnet completion zsh)"                          # in ~/.zshrc, after compinit\n'
-        "  hf-bitnet completion fish > ~/.config/fish/completions/hf-bitnet.fish",
+        "  hf-bitnet completion fish > ~/.config/fish/completions/hf-bitnet.fish\n"
+        '  eval "$(hf-bitnet completion bash)"                                  # in ~/.bashrc\n'
+        '  eval "$(hf-bitnet completion zsh)"                                   # in ~/.zshrc, after compinit',
     )
     parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="which shell")
