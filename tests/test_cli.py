@@ -133,7 +133,7 @@ def test_quantization_options(words: list[str], fields: dict[str, Any]) -> None:
         (["analyze", "{base}", "--weight", "tenary"], "unknown weight scheme 'tenary'"),
         (["chat", "{base}", "--json"], "--json is for one answer; add --prompt TEXT"),
         (["chat", "{base}", "--system", "s", "--prompt", "ba"], "--system needs a chat template, and the tokenizer of "),
-        (["chat", "{base}", "--device", "fpga", "--prompt", "ba"], "--device fpga is no device; for example cpu, cuda"),
+        (["chat", "{base}", "--device", "gpu", "--prompt", "ba"], "--device gpu is no device; for example cpu, cuda"),
         (["bench", "{base}", "--new-tokens", "1"], "--new-tokens must be at least 2"),
         (
             ["bench", "{base}"],

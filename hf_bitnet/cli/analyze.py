@@ -77,7 +77,8 @@ def _check(arguments: argparse.Namespace) -> None:
     try:
         BitNetQuantizationConfig(overrides={".": {"weight": arguments.to} if _is_scheme(arguments.to) else arguments.to})
     except (ValueError, TypeError) as error:
-        raise UsageError(f"--to: {error}") from error
+        what = str(error).removeprefix("overrides['.']: ")
+        raise UsageError(f"--to: {what}") from error
 
 
 def _is_scheme(to: Any) -> bool:

@@ -11,10 +11,10 @@ from .common import quietly, say
 
 @quietly
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ..publish.pushing import push_to_hub  # pyright: ignore[reportMissingImports]
-
     if not Path(arguments.folder).is_dir():
         raise ValueError(f"there is no folder {arguments.folder!r}; hf-bitnet quantize, train and export make one")
+    from ..publish.pushing import push_to_hub  # pyright: ignore[reportMissingImports]
+
     pushed = push_to_hub(
         arguments.folder,
         arguments.repo_id,
