@@ -57,6 +57,17 @@ def test_version(capsys: Captured) -> None:
     assert run(capsys, "--version")[:2] == (0, f"hf-bitnet {hb.__version__}\n")
 
 
+def test_exit_codes_are_in_the_help(capsys: Captured) -> None:
+    _, out, _ = run(capsys, "--help")
+    assert [line.split()[0] for line in out.split("exit codes:\n")[1].splitlines()] == ["0", "1", "2", "3"]
+
+
+def test_json_has_no_nan(base: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_bitnet.cli.eval.perplexity", lambda *unused, **options: float("inf"))
+    code, out, _ = run(capsys, "eval", base, "--text", base / "valid.txt", "--length", 16, "--json")
+    assert code == 0 and "Infinity" not in out and json.loads(out)["perplexity"] is None
+
+
 def test_no_command_shows_the_commands(capsys: Captured) -> None:
     code, out, _ = run(capsys)
     assert code == 2 and "commands:" in out
@@ -97,6 +108,7 @@ def test_quantization_options(words: list[str], fields: dict[str, Any]) -> None:
             ["eval", "model"],
             "on what? Give --text valid.txt for perplexity, --tasks hellaswag,... for tasks of lm-eval, or both",
         ),
+        (["eval", "model", "--tasks", " ,"], "--tasks ' ,' names none; for example --tasks hellaswag,arc_easy"),
         (["eval", "model", "--text", "t", "--limit", "3"], "--limit without --tasks; add --tasks NAME"),
         (["quantize", "{base}"], "where to? Give a folder: hf-bitnet quantize MODEL OUT"),
         (["quantize", "{base}", "o", "--weight", "tenary"], "unknown weight scheme 'tenary'; legal: 'binary', "),
@@ -170,6 +182,7 @@ def test_wrong_command_line_is_exit_2(
         (["quantize", "{base}", "o", "--keep", "."], "no layer of LlamaForCausalLM would be quantized"),
         (["eval", "{base}", "--text", "nosuch.txt"], "cannot read the text file 'nosuch.txt'"),
         (["eval", "{base}", "--text", "{base}/valid.txt", "--length", "300"], "LlamaForCausalLM has positions for 64"),
+        (["eval", "{base}", "--tasks", "a", "--task-folder", "nosuch"], "there is no folder 'nosuch' with tasks"),
         (["info", "nosuch/model"], "nosuch/model"),
         (["info", "{base}/valid.txt"], "valid.txt' is no GGUF file"),
         (["export", "./nosuch", "o", "--format", "dense"], "there is no folder './nosuch'"),

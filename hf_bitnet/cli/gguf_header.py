@@ -12,6 +12,7 @@ import os
 import struct
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -105,7 +106,7 @@ def read_gguf_header(path: str | os.PathLike[str]) -> GGUFHeader:
 def _sized(reader: _Reader, entries: list[tuple[str, tuple[int, ...], int, int]], data: int) -> list[GGUFTensor]:
     """A tensor reaches to where the next one begins."""
     starts = sorted(offset for *_, offset in entries)
-    ends = dict(zip(starts, [*starts[1:], reader.size - data], strict=True))
+    ends = dict(pairwise([*starts, reader.size - data]))
     found = []
     for name, shape, kind, offset in entries:
         count = ends[offset] - offset

@@ -12,9 +12,11 @@ import io
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from .common import table
+from .options import UsageError
 
 _NAME = "lm_eval"
 # task -> figure -> value
@@ -25,10 +27,15 @@ class Harness:
     """The tasks that were asked for.
 
     Raises:
-        ImportError: lm-eval is not installed. ValueError: it has no such task.
+        UsageError: no name. ImportError: lm-eval is not installed. ValueError: it has no such task.
     """
 
     def __init__(self, tasks: str, folder: str | None = None) -> None:
+        self.names = [name.strip() for name in tasks.split(",") if name.strip()]
+        if not self.names:
+            raise UsageError(f"--tasks {tasks!r} names none; for example --tasks hellaswag,arc_easy")
+        if folder is not None and not Path(folder).is_dir():
+            raise ValueError(f"there is no folder {folder!r} with tasks (--task-folder)")
         with _quiet():
             try:
                 import lm_eval  # pyright: ignore[reportMissingImports]
@@ -37,9 +44,11 @@ class Harness:
                 raise ImportError(
                     f"--tasks needs the lm-evaluation-harness ({error}): pip install lm-eval; for perplexity alone: --text FILE"
                 ) from error
-            self._evaluate = lm_eval.simple_evaluate
-            self._manager = TaskManager(include_path=folder)
-        self.names = [name.strip() for name in tasks.split(",") if name.strip()]
+            self._evaluate: Any = lm_eval.simple_evaluate
+            # reading its own tasks, of which there are many thousands, takes long
+            self._manager: Any = None if folder is None else TaskManager(include_path=folder, include_defaults=False)
+            if self._manager is None or not {*self.names} <= {*self._manager.all_tasks}:
+                self._manager = TaskManager(include_path=folder)
         known = self._manager.all_tasks
         for name in self.names:
             if name not in known:
@@ -69,7 +78,7 @@ class Harness:
                 task_manager=self._manager,
                 log_samples=False,
             )
-        assert found is not None  # it is on processes of a higher rank
+        assert found is not None  # as it is on processes of a higher rank
         figures = {task: _figures(values) for task, values in found["results"].items()}
         high = {task: [name for name, wanted in each.items() if wanted] for task, each in found["higher_is_better"].items()}
         return figures, high
