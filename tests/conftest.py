@@ -1,4 +1,4 @@
-"""What every test shares: no network, a fixed seed, where the shared data lies, tiny models, levels of the CPU kernels."""
+"""What every test shares: no network but a Hub of our own, a fixed seed, shared data, tiny models, levels of the kernels."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from benchmarks import common
 from hf_bitnet.kernels.cpu import library
 from tests import corpus
 from tests.cpu_kernels import LEVELS
+from tests.hub_server import LoopbackHub, loopback_hub
 from tests.tiny import FAMILIES, tiny
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -50,6 +51,13 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the folder 'shared' (corpora and small trained models) beside the checkout")
     return folder
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
+    """A Hub on this machine, empty, that everything in this process takes for the Hub."""
+    with loopback_hub(monkeypatch, tmp_path_factory.mktemp("hub_cache")) as made:
+        yield made
 
 
 @pytest.fixture
