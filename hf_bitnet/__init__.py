@@ -59,6 +59,7 @@ if TYPE_CHECKING:
         command_line_defaults,
         convert,
         drawn_windows,
+        hub_checkpoint,
     )
 
 __version__ = "0.1.0"
@@ -104,6 +105,7 @@ _HOME = {
     "TokenWindows": "training",
     "cache_teacher_logits": "training",
     "drawn_windows": "training",
+    "hub_checkpoint": "training",
     "QATArguments": "training",
     "QATMixin": "training",
     "QATSeq2SeqArguments": "training",
@@ -147,6 +149,7 @@ __all__ = [
     "export_native",
     "fit_weights",
     "harden",
+    "hub_checkpoint",
     "kept_codes",
     "layer_report",
     "load_native",

@@ -47,8 +47,6 @@ def _errors(data: dict[str, Any]) -> Iterator[str]:
             yield f"{key} must name repositories of the Hub"
     if data.get("base_model_relation", "quantized") not in _RELATIONS:
         yield f"base_model_relation must be one of {', '.join(_RELATIONS)}"
-    if "model_name" in data or "eval_results" in data:
-        yield "results belong into model-index"
     if "model-index" in data:
         yield from _index_errors(data["model-index"])
 

@@ -96,7 +96,7 @@ def test_ticks_are_round_and_inside() -> None:
 
 @pytest.mark.parametrize("low, high", [(1.0, 1.0), (2.0, 1.0), (0.0, math.inf), (math.nan, 1.0)])
 def test_ticks_refuse_an_empty_range(low: float, high: float) -> None:
-    with pytest.raises(ValueError, match=r"needs finite low < high, for example ticks\(0.0, 10.0\)"):
+    with pytest.raises(ValueError, match=r"needs finite low < high, for example ticks_within\(0.0, 10.0\)"):
         chart.ticks(low, high)
 
 

@@ -36,7 +36,7 @@ MEASUREMENTS = [
 
 def test_card_says_what_the_model_is() -> None:
     model = hb.pack_model(quantized(keep=[r"layers\.0\."]))
-    card = model_card(model, name="small-b158", base_model="org/base", license="mit", measurements=MEASUREMENTS)
+    card = model_card(model, name="small-b158", base_model="org/base", license="mit", measurements=MEASUREMENTS, training={})
     text = card.text
     assert "`org/base` with ternary weights (1.58 bits) and activations 'int8'" in text
     assert "without any training" in text
@@ -70,10 +70,10 @@ def test_metadata_is_what_the_hub_reads(tmp_path: Path) -> None:
 def test_card_of_a_classifier_makes_no_claim_about_text() -> None:
     model = hb.quantize_model(tiny("bert")[0], hb.BitNetQuantizationConfig.w8a8())
     card = model_card(model, name="bert-w8")
-    assert card.data.pipeline_tag is None and card.data.license is None and card.data.eval_results is None
+    assert card.data.pipeline_tag == "text-classification" and card.data.license is None and card.data.eval_results is None
     assert "## Results" not in card.text
     assert "BertForSequenceClassification.from_pretrained(path)" in card.text
-    assert "a full-precision model with int8 weights (8 bits)" in card.text
+    assert "A model with int8 weights (8 bits)" in card.text
 
 
 def test_settings_and_versions_become_tables() -> None:

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         model.save_pretrained(folder)
         _copy_processor(arguments, folder)
         name = Path(arguments.out).resolve().name
-        write_card(folder, model_card(model, name=name, base_model=arguments.model, versions=library_versions()))
+        write_card(folder, model_card(model, name=name, base_model=arguments.model, training={}, versions=library_versions()))
         size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     seconds = time.perf_counter() - start
     say(arguments, f"saved {arguments.out}: {size / 1e6:.2f} MB of weights, {seconds:.1f} s")

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..reports.chart import ticks_within as ticks
+
 WIDTH, HEIGHT = 880, 400
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 34, 52
 
@@ -22,20 +24,6 @@ class Series:
     style: str
     points: Curve
     marks: bool = False
-
-
-def ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """Round values (1, 2 or 5 times a power of ten apart) that lie in [low, high], about `count` of them.
-
-    Raises ValueError unless low < high, both finite.
-    """
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"ticks({low}, {high}): needs finite low < high, for example ticks(0.0, 10.0)")
-    rough = (high - low) / max(count, 1)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def line_chart(

@@ -29,6 +29,7 @@ _STYLE = """
 .hfb .bar { fill: #3b78c4; }
 .hfb .broken { fill: #c4443b; }
 .hfb .curve { fill: none; stroke: #3b78c4; stroke-width: 2; }
+.hfb .other { stroke: #b3541e; }
 .hfb .faint { stroke-opacity: 0.35; stroke-width: 1; }
 .hfb line.divider { stroke-opacity: 0.55; stroke-dasharray: 4 3; }
 @media (prefers-color-scheme: dark) {
@@ -36,6 +37,7 @@ _STYLE = """
   .hfb .bar { fill: #6aa5e8; }
   .hfb .broken { fill: #f0776c; }
   .hfb .curve { stroke: #6aa5e8; }
+  .hfb .other { stroke: #e8965f; }
 }
 """
 
@@ -125,3 +127,17 @@ def ticks(low: float, high: float) -> list[float]:
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor * 5 >= span)
     first, last = math.ceil(low / step - 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, max(last, 1 if span > -low else 0) + 1)]
+
+
+def ticks_within(low: float, high: float, count: int = 6) -> list[float]:
+    """Round values (1, 2 or 5 times a power of ten apart) that lie in [low, high], about `count` of them.
+
+    Raises ValueError unless low < high, both finite.
+    """
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"ticks_within({low}, {high}): needs finite low < high, for example ticks_within(0.0, 10.0)")
+    rough = (high - low) / max(count, 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]

@@ -17,6 +17,7 @@ from .distillation import (
 from .measured_run import MeasuredRun
 from .pipeline import CONVERSION_DEFAULTS, command_line_defaults, convert
 from .presets import TRAINING_PRESETS, TrainingPreset
+from .published import hub_checkpoint
 from .quantization_schedule import QuantizationSchedule
 from .schedules import RAMPS
 from .seq2seq import QATSeq2SeqArguments, QATSeq2SeqTrainer
@@ -45,5 +46,6 @@ __all__ = [
     "distill_from_logits",
     "drawn_windows",
     "hidden_loss",
+    "hub_checkpoint",
     "relation_loss",
 ]

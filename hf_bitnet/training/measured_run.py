@@ -27,6 +27,7 @@ from ..hub import hub_id, library_versions, without_bars, write_card
 from ..surgery import coverage, pack_model
 from .amounts import amounts, limited
 from .arguments import QATArguments
+from .curve import write_curve
 from .options import plain
 from .run_folder import PACKED_FOLDER, RESULTS_FILE, TRAIN_FOLDER, clear, refuse_earlier, resumes_from
 from .run_results import METRICS, PACKED, STEPS, TRAINED, ratios, run_card, run_settings, told
@@ -205,7 +206,7 @@ class MeasuredRun:
         training: Mapping[str, Any],
         **more: Any,
     ) -> dict[str, Any]:
-        """Writes the card and results.json; only now is there a folder `packed`.
+        """Writes the card, with the training curve, and results.json; only now is there a folder `packed`.
 
         Args:
             trainer, packed, config: of the run; `packed` from `pack`.
@@ -239,7 +240,8 @@ class MeasuredRun:
         }
         if self.is_main:
             temporary = self._temporary(PACKED_FOLDER)
-            write_card(temporary, run_card(packed, results, self.metric, self.folder.resolve().name, base_model))
+            curve = write_curve(temporary, results["history"])
+            write_card(temporary, run_card(packed, results, self.metric, self.folder.resolve().name, base_model, curve))
             put_in_place(temporary, self.folder / PACKED_FOLDER)
             write_json(self.folder / RESULTS_FILE, results)
             self.say(f"saved {self.folder / PACKED_FOLDER}, {self.folder / TRAIN_FOLDER} and {self.folder / RESULTS_FILE}")

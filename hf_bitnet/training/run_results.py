@@ -59,8 +59,10 @@ def ratios(metric: str, measured: Mapping[str, float]) -> dict[str, dict[str, fl
     return {"perplexity_ratio": {step: value / measured[FULL] for step, value in measured.items()}}
 
 
-def run_card(packed: nn.Module, results: Mapping[str, Any], metric: str, name: str, base_model: str | None) -> ModelCard:
-    """The card of a packed model, from what results.json holds."""
+def run_card(
+    packed: nn.Module, results: Mapping[str, Any], metric: str, name: str, base_model: str | None, curve: str | None = None
+) -> ModelCard:
+    """The card of a packed model, from what results.json holds. `curve`: name of a picture of the losses beside it."""
     data, measured, task = results["data"], results[metric], METRICS[metric][0]
     return model_card(
         packed,
@@ -73,6 +75,7 @@ def run_card(packed: nn.Module, results: Mapping[str, Any], metric: str, name: s
             if step in measured
         ],
         training={"text": data["train"], **results["training"]},
+        curve=curve,
         versions=results["versions"],
     )
 

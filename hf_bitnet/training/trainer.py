@@ -39,12 +39,13 @@ from .lean import rounds_stochastically, to_lean
 from .metrics import TrainMetrics
 from .monitor import QuantMonitor
 from .optimizers import refuse_options, set_up
+from .published import Published
 from .resume import check_teacher, last_complete_checkpoint, write_teacher
 from .sharding import keep_weights_float32
 from .strength import StrengthCallback
 
 
-class QATMixin(Guards):
+class QATMixin(Guards, Published):
     """Makes a subclass of transformers' Trainer one for quantized models: `class Mine(QATMixin, SomeTrainer)`.
 
     A callback could only carry the schedule: evaluation at full strength, parameter groups, losses that are divided as they

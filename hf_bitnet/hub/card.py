@@ -1,33 +1,28 @@
-"""What goes with a model's files: its card, its license, the versions of the libraries. Own.
+"""The card of a model, written from the model, its config and what was measured. Own.
 
-Every figure and setting of a card comes from the model, from its config, or from what was measured; nothing is typed by
-hand, and what is not known is left out. Leaves out: uploading, which `push_to_hub` and `ModelCard.push_to_hub` do.
+Every figure and setting comes from there; nothing is typed by hand, and what is not known is left out. There is no template
+file: sections exist only where there is something to say, and each is written by the function that knows its figures.
+Leaves out: uploading (`publish/pushing.py`, `push_to_hub`).
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
-from .config import BitNetQuantizationConfig
-from .files import write_text
-from .surgery import config_of, coverage
+from ..config import BitNetQuantizationConfig
+from ..files import write_text
+from ..surgery import config_of, coverage
+from .about import CARD, class_name, hub_id, license_of, task_of
 
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_CARD = "README.md"
-_SECONDS = 5.0
-_PACKAGES = ("hf_bitnet", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
+# what every card of this library is found by
+TAGS = ("hf_bitnet", "bitnet", "quantized")
 # fields of the config that say nothing about this model to a reader
 _BOOKKEEPING = {"version", "quant_method", "quantized_modules", "min_coverage", "sub_norm_eps"} | {
     *("ste_threshold", "ste_temperature", "relaxation")
@@ -65,42 +60,52 @@ def model_card(
     license: str | None = None,
     measurements: Sequence[Measurement] = (),
     training: Mapping[str, Any] | None = None,
+    curve: str | None = None,
     versions: Mapping[str, str] | None = None,
     sections: Sequence[str] = (),
+    use: str | None = None,
+    tags: Sequence[str] = (),
+    metadata: Mapping[str, Any] | None = None,
 ) -> ModelCard:
     """The card of a quantized model, in train form or packed.
 
     Args:
-        model: carries its BitNetQuantizationConfig, from which the card is written.
+        model: carries its BitNetQuantizationConfig, from which the card is written. Its tensors are not read.
         name: of the model.
         base_model: Hub id or path of the model that was quantized. A path of this machine does not get into the card.
         from_scratch: it was trained from random weights; there is no base model.
         license: of the model; None takes the base model's, where it has a card that says so (`license_of`).
         measurements: figures; the results among them also go into the metadata.
-        training: settings and sizes of the training run; None for a model that was not trained.
+        training: settings and sizes of the training run; an empty mapping says that there was none, None that it is not known.
+        curve: name of a picture beside the card, with the losses of the training.
         versions: of the libraries.
         sections: further ones, in Markdown, each with its heading; they come before the versions.
+        use: Markdown that says how the files are loaded; None takes from_pretrained.
+        tags: beside those of every card of this library, for example "gguf".
+        metadata: further fields of the metadata, in the Hub's words: language, datasets, library_name, ...
 
     Raises ValueError when the model is not quantized.
     """
     config = config_of(model)
-    data = ModelCardData(
-        model_name=name,
-        license=license or (None if base_model is None else license_of(base_model)),
-        library_name="transformers",
-        pipeline_tag="text-generation" if hasattr(model, "can_generate") and model.can_generate() else None,  # type: ignore[operator]
-        base_model=hub_id(base_model),
-        base_model_relation="quantized" if hub_id(base_model) else None,
-        tags=["hf_bitnet", "bitnet", "quantized", config.weight, f"{config.bits:g}-bit"],
-        eval_results=[_eval_result(each) for each in measurements if each.kind == "result"] or None,
-    )
+    results = [_eval_result(each) for each in measurements if each.kind == "result"]
+    fields: dict[str, Any] = {
+        "model_name": name if results else None,  # it names an entry of model-index, and is nothing by itself
+        "license": license or (None if base_model is None else license_of(base_model)),
+        "library_name": "transformers",
+        "pipeline_tag": task_of(model),
+        "base_model": hub_id(base_model),
+        "base_model_relation": "quantized" if hub_id(base_model) else None,
+        "tags": list(dict.fromkeys([*TAGS, config.weight, f"{config.bits:g}-bit", *tags])),
+        "eval_results": results or None,
+    }
+    data = ModelCardData(**{**fields, **(metadata or {})})
     parts = [
         _summary(model, config, name, _origin(base_model, from_scratch, training)),
-        _use(model, config),
+        "## Use\n\n" + (_use(model, config) if use is None else use),
         _quantization(model, config),
     ]
     parts += [_results(measurements)] if measurements else []
-    parts += ["## Training\n\n" + _table("setting", "value", training)] if training else []
+    parts += [_training(training, curve)] if training or curve else []
     parts += sections
     parts += ["## Versions\n\n" + _table("package", "version", versions)] if versions else []
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
@@ -122,7 +127,7 @@ def _summary(model: nn.Module, config: BitNetQuantizationConfig, name: str, orig
     covered, (what, how) = coverage(model), origin
     return (
         f"# {name}\n\n{what} with {config.weight} weights ({config.bits:g} bits) and activations {config.activation!r}, made "
-        f"{how} by hf_bitnet. {covered.fraction:.1%} of the weights of its linear maps "
+        f"{how}by hf_bitnet. {covered.fraction:.1%} of the weights of its linear maps "
         f"are quantized. {covered.bytes_float / 1e6:.1f} MB in full precision are {covered.bytes_packed / 1e6:.1f} MB packed."
     )
 
@@ -130,16 +135,18 @@ def _summary(model: nn.Module, config: BitNetQuantizationConfig, name: str, orig
 def _origin(base_model: str | None, from_scratch: bool, training: Mapping[str, Any] | None) -> tuple[str, str]:
     """What was quantized, and how."""
     if from_scratch:
-        return "a model", "with quantization-aware training from random weights"
-    base = "a full-precision model" if base_model is None else f"`{hub_id(base_model) or Path(base_model).name}`"
-    return base, "with quantization-aware training" if training else "without any training"
+        return "A model", "with quantization-aware training from random weights "
+    base = "A model" if base_model is None else f"`{hub_id(base_model) or Path(base_model).name}`"
+    if training is None:
+        return base, ""
+    return base, "with quantization-aware training " if training else "without any training "
 
 
 def _use(model: nn.Module, config: BitNetQuantizationConfig) -> str:
-    kind = type(model).__name__
+    kind = class_name(model)
     native = "" if config.native is None else "\nPlain transformers, without hf_bitnet, loads these files too.\n"
     return (
-        f"## Use\n\n```python\nimport hf_bitnet\nfrom transformers import AutoTokenizer, {kind}\n\n"
+        f"```python\nimport hf_bitnet\nfrom transformers import AutoTokenizer, {kind}\n\n"
         'path = "..."  # of this repository or folder\n'
         f"tokenizer = AutoTokenizer.from_pretrained(path)\nmodel = {kind}.from_pretrained(path)\n```\n{native}".rstrip()
     )
@@ -160,6 +167,11 @@ def _results(measurements: Sequence[Measurement]) -> str:
     return "\n".join(lines)
 
 
+def _training(training: Mapping[str, Any] | None, curve: str | None) -> str:
+    parts = ["## Training", *([f"![Losses by training step]({curve})"] if curve else [])]
+    return "\n\n".join([*parts, *([_table("setting", "value", training)] if training else [])])
+
+
 def _table(left: str, right: str, rows: Mapping[str, Any]) -> str:
     return "\n".join([f"| {left} | {right} |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows.items())])
 
@@ -169,54 +181,6 @@ def _cell(value: Any) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def hub_id(name: str | None) -> str | None:
-    """`name` where it is the id of a model on the Hub; None where it is a folder here, or cannot be an id."""
-    if name is None or os.path.exists(name) or not _HUB_ID.fullmatch(name):
-        return None
-    return name
-
-
-def license_of(name: str) -> str | None:
-    """The license that the card of a model (Hub id, or folder with a README.md) names; None where it cannot be read."""
-    try:
-        if os.path.isdir(name):
-            return ModelCard.load(Path(name) / _CARD, ignore_metadata_errors=True).data.get("license")
-        known = hub_id(name)
-        # asked once: reading the card's file would be tried again for half a minute where there is no network
-        card = None if known is None else HfApi().model_info(known, timeout=_SECONDS).card_data
-        return None if card is None else card.get("license")
-    except Exception:  # no network, no card, a broken card: the license is not known, which must not fail a finished run
-        return None
-
-
-def library_versions() -> dict[str, str]:
-    """Of the packages that figures may depend on, as far as they are installed."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # run from a checkout
-            continue
-    return found
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Inside, transformers shows no progress of reading and writing weights; afterwards it does as before."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    hub_shown = not are_progress_bars_disabled()
-    transformers_logging.disable_progress_bar()  # also those of huggingface_hub
-    if hub_shown:
-        enable_progress_bars()  # a download is worth watching
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-            if not hub_shown:
-                disable_progress_bars()
-
-
 def write_card(folder: str | os.PathLike[str], card: ModelCard) -> Path:
     """Writes the card as README.md of a folder, whole or not at all."""
-    return write_text(Path(folder) / _CARD, str(card))
+    return write_text(Path(folder) / CARD, str(card))

@@ -1,0 +1,85 @@
+"""What is known of a model beside its tensors: its id on the Hub, its license, the libraries it was made with. Own."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from torch import nn
+from transformers.modelcard import TASK_MAPPING
+from transformers.utils import logging as transformers_logging
+
+CARD = "README.md"
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_SECONDS = 5.0
+_PACKAGES = ("hf_bitnet", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
+
+
+def class_name(model: nn.Module) -> str:
+    """The model's class as its users know it: FSDP puts a subclass of its own in its place."""
+    return type(model).__name__.removeprefix("FSDP")
+
+
+def task_of(model: nn.Module) -> str | None:
+    """What the model is for, in the Hub's words; None where its class does not say."""
+    name = class_name(model)
+    return next((task for task, kinds in TASK_MAPPING.items() if name in _names(kinds)), None)
+
+
+def _names(kinds: Mapping[str, Any]) -> set[str]:
+    return {name for found in kinds.values() for name in ([found] if isinstance(found, str) else found)}
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name` where it is the id of a model on the Hub; None where it is a folder here, or cannot be an id."""
+    if name is None or os.path.exists(name) or not _HUB_ID.fullmatch(name):
+        return None
+    return name
+
+
+def license_of(name: str) -> str | None:
+    """The license that the card of a model (Hub id, or folder with a README.md) names; None where it cannot be read."""
+    try:
+        if os.path.isdir(name):
+            return ModelCard.load(Path(name) / CARD, ignore_metadata_errors=True).data.get("license")
+        known = hub_id(name)
+        # asked once: reading the card's file would be tried again for half a minute where there is no network
+        card = None if known is None else HfApi().model_info(known, timeout=_SECONDS).card_data
+        return None if card is None else card.get("license")
+    except Exception:  # no network, no card, a broken card: the license is not known, which must not fail a finished run
+        return None
+
+
+def library_versions() -> dict[str, str]:
+    """Of the packages that figures may depend on, as far as they are installed."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # run from a checkout
+            continue
+    return found
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, transformers shows no progress of reading and writing weights; afterwards it does as before."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    hub_shown = not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # also those of huggingface_hub
+    if hub_shown:
+        enable_progress_bars()  # a download is worth watching
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+            if not hub_shown:
+                disable_progress_bars()
