@@ -2,11 +2,13 @@
 
 transformers has no plug-in discovery, and importing its quantizer registry takes over a second. So `import hf_bitnet` only
 leaves a note in the import system; when `transformers.quantizers.auto` is imported (by `from_pretrained`, say), the note
-runs and `hf_bitnet.plugin` adds itself.
+runs and `hf_bitnet.plugin` adds itself. One method of transformers is extended, too: a quantized model that is pushed gets our
+card (`hub/pushed.py`, which is imported at the first push).
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -14,6 +16,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 _WATCHED = "transformers.quantizers.auto"
 
@@ -29,7 +32,7 @@ class _RegisterAfter(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        importlib.import_module(f"{__package__}.plugin")
+        _extend_transformers()
 
     def __getattr__(self, name: str) -> object:
         # inspect, linecache and pkgutil ask the loader for sources
@@ -52,6 +55,20 @@ class _Watcher(importlib.abc.MetaPathFinder):
 def register_when_transformers_loads() -> None:
     """Arranges for `hf_bitnet.plugin` to be imported right after transformers' quantizer registry."""
     if _WATCHED in sys.modules:
-        importlib.import_module(f"{__package__}.plugin")
+        _extend_transformers()
     elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watcher())
+
+
+def _extend_transformers() -> None:
+    importlib.import_module(f"{__package__}.plugin")
+    mixin = importlib.import_module("transformers.utils.hub").PushToHubMixin
+    original = mixin._upload_modified_files  # push_to_hub and save_pretrained(push_to_hub=True) both end there
+
+    @functools.wraps(original)
+    def upload(self: Any, working_dir: Any, repo_id: str, *others: Any, **named: Any) -> Any:
+        pushed = importlib.import_module(f"{__package__}.hub.pushed")
+        pushed.put_card(self, working_dir, repo_id, named.get("token"))
+        return original(self, working_dir, repo_id, *others, **named)
+
+    mixin._upload_modified_files = upload

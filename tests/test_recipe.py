@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard
 
 import hf_bitnet as hb
 from hf_bitnet.training import measured_run
+from hf_bitnet.training.curve import training_curve
 from hf_bitnet.training.distillation.drawn_text import with_drawn
 from tests import corpus
 from tests.launched import launch
@@ -81,7 +82,7 @@ def windows(base: Path, name: str = "valid.txt") -> torch.Tensor:
 @pytest.fixture(scope="module")
 def run(recipe: ModuleType, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("run") / "out"
-    return out, recipe.main(arguments(base, out, preset="bitnet_b158", keep=[r"layers\.0\.mlp"]))
+    return out, recipe.main(arguments(base, out, preset="bitnet_b158", keep=[r"layers\.0\.mlp"], logging_steps=2))
 
 
 def test_run_measures_every_step(run: tuple[Path, dict[str, Any]], base: Path) -> None:
@@ -101,7 +102,7 @@ def test_run_measures_every_step(run: tuple[Path, dict[str, Any]], base: Path) -
 def test_run_leaves_complete_results(run: tuple[Path, dict[str, Any]]) -> None:
     out, results = run
     assert json.loads((out / "results.json").read_text()) == results
-    assert sorted(path.name for path in out.iterdir()) == ["packed", "results.json", "train"]
+    assert sorted(path.name for path in out.iterdir()) == ["packed", "quant_layers.jsonl", "results.json", "train"]
     training = results["training"]
     assert (training["steps"], training["tokens"], training["teacher"], training["distillation"]["alpha"]) == (
         4,
@@ -135,6 +136,8 @@ def test_run_writes_a_card(run: tuple[Path, dict[str, Any]]) -> None:
     assert [each.metric_value for each in card.data.eval_results] == [results["perplexity"]["packed"]]
     assert "| tokens | 512 |" in card.text and "| text | train.txt |" in card.text
     assert "| learning_rate | 0.002 |" in card.text
+    assert "](training_curve.svg)" in card.text
+    assert (out / "packed" / "training_curve.svg").read_text() == training_curve(results["history"])
     assert str(out.parent) not in str(card)
     assert tf.AutoTokenizer.from_pretrained(out / "packed")("ba be")["input_ids"] == corpus.tokenizer()("ba be")["input_ids"]
 
