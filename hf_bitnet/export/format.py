@@ -109,11 +109,12 @@ class ExportFormat:
     """One format. A subclass is a frozen dataclass whose fields are the options that a user may give.
 
     Attributes:
-        summary: one line for people. readers: who loads the files.
+        summary: one line for people. readers: who loads the files. library: whose files they are, in the Hub's words.
     """
 
     summary: ClassVar[str]
     readers: ClassVar[str]
+    library: ClassVar[str] = "transformers"
 
     def refusals(self, source: Source) -> list[str]:
         """Why the format cannot hold this model, each with the way out; empty where it can. Looks at no weight's value."""
@@ -130,3 +131,13 @@ class ExportFormat:
     def notes(self, source: Source) -> list[str]:
         """What the target computes differently from this library."""
         return []
+
+    def use(self, source: Source, folder: Path) -> str:
+        """Markdown of a card: how what was written into `folder` is loaded."""
+        kind = type(source.model).__name__
+        return (
+            f"```python\nfrom transformers import AutoTokenizer, {kind}\n\n"
+            'path = "..."  # of this repository or folder\n'
+            f"tokenizer = AutoTokenizer.from_pretrained(path)\nmodel = {kind}.from_pretrained(path)\n```\n\n"
+            f"Read by {self.readers}."
+        )

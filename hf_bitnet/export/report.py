@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -97,6 +97,14 @@ class ExportReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return asdict(self) | {"bytes": self.bytes}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ExportReport:
+        """What `to_dict` gave, or an export.json. Raises KeyError or TypeError where it is none."""
+        tensors = [WrittenTensor(**{**each, "shape": tuple(each["shape"])}) for each in values["tensors"]]
+        checks = [Check(**each) for each in values["checks"]]
+        rest = {each.name: values[each.name] for each in fields(cls) if each.name not in ("tensors", "checks")}
+        return cls(tensors=tensors, checks=checks, **rest)
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} x {kind}" for kind, count in self.kinds().items())

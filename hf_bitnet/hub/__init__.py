@@ -1,12 +1,13 @@
 """Floor 5: what goes with a model's files on the Hub: its card, its license, the code that loads it."""
 
-from .about import CARD, class_name, hub_id, library_versions, license_of, task_of, without_bars
+from .about import CARD, card_data, class_name, hub_id, library_versions, license_of, task_of, without_bars
 from .card import TAGS, Measurement, model_card, write_card
 
 __all__ = [
     "CARD",
     "TAGS",
     "Measurement",
+    "card_data",
     "class_name",
     "hub_id",
     "library_versions",

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import nn
 from transformers.modelcard import TASK_MAPPING
@@ -46,14 +46,20 @@ def hub_id(name: str | None) -> str | None:
 
 def license_of(name: str) -> str | None:
     """The license that the card of a model (Hub id, or folder with a README.md) names; None where it cannot be read."""
+    data = card_data(name)
+    return None if data is None else data.get("license")
+
+
+def card_data(name: str | os.PathLike[str]) -> ModelCardData | None:
+    """The metadata of a model's card (Hub id, or folder with a README.md); None where it cannot be read."""
+    name = os.fspath(name)
     try:
         if os.path.isdir(name):
-            return ModelCard.load(Path(name) / CARD, ignore_metadata_errors=True).data.get("license")
+            return ModelCard.load(Path(name) / CARD, ignore_metadata_errors=True).data
         known = hub_id(name)
         # asked once: reading the card's file would be tried again for half a minute where there is no network
-        card = None if known is None else HfApi().model_info(known, timeout=_SECONDS).card_data
-        return None if card is None else card.get("license")
-    except Exception:  # no network, no card, a broken card: the license is not known, which must not fail a finished run
+        return None if known is None else HfApi().model_info(known, timeout=_SECONDS).card_data
+    except Exception:  # no network, no card, a broken card: it is not known, which must not fail a finished run
         return None
 
 

@@ -8,13 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..config import NATIVE_METHOD, QUANT_METHOD, BitNetQuantizationConfig
 from ..export import EXPORT_FORMATS, Check, ExportFormat, ExportReport, ParityError, Source
 from ..files import new_folder, refuse_existing, write_json
-from ..hub import library_versions, model_card, without_bars, write_card
+from ..hub import card_data, library_versions, model_card, without_bars, write_card
 from ..surgery import check_codes, check_scales, config_place
 from .opening import model_class, open_model, open_tokenizer
 
@@ -47,7 +48,7 @@ def export_model(
         tokenizer: saved with the model; None takes the one beside the checkpoint, where `model` is a path.
         overwrite: replace a model that is there already.
         verify: True compares codes and logits, "codes" no logits (which need the model to run), False nothing.
-        base_model: Hub id of the full-precision model, for the card.
+        base_model: Hub id of the full-precision model, for the card; None takes what the card of a checkpoint `model` says.
         name: of the model, for the card and the files' metadata; None takes the folder's.
         progress: a bar; None shows it on a terminal.
         options: of the format, for example dtype="float16".
@@ -66,6 +67,7 @@ def export_model(
     refuse_existing(out, overwrite=overwrite)
     _refuse_itself(model, out)
     target = Path(os.path.abspath(out))
+    known = card_data(model) if isinstance(model, str | os.PathLike) else None
     source = _source(model, tokenizer, name or target.name)
     refusals = chosen.refusals(source)
     if refusals:
@@ -81,11 +83,33 @@ def export_model(
         used = dataclasses.asdict(chosen)  # type: ignore[call-overload]
         notes = chosen.notes(source)
         report = ExportReport(format, str(out), used, written, checks, notes, files, seconds)
-        write_json(folder / REPORT, report.to_dict())
-        about = {"base_model": base_model, "versions": library_versions(), "sections": [report.markdown()]}
-        card = model_card(source.model, name=source.name, **about)
-        write_card(folder, card)
+        write_json(folder / REPORT, report.to_dict() | {"path": target.name})  # the file may go to others
+        write_card(folder, _card(chosen, source, folder, report, base_model, known))
     return report
+
+
+def _card(
+    chosen: ExportFormat,
+    source: Source,
+    folder: Path,
+    report: ExportReport,
+    base_model: str | None,
+    known: ModelCardData | None,
+) -> ModelCard:
+    """`known`: metadata of the card of the checkpoint that was exported."""
+    known = ModelCardData() if known is None else known
+    named = known.get("base_model")  # a list where several models were merged
+    return model_card(
+        source.model,
+        name=source.name,
+        base_model=base_model or (named if isinstance(named, str) else None),
+        license=known.get("license"),
+        versions=library_versions(),
+        sections=[report.markdown()],
+        use=chosen.use(source, folder),
+        tags=[report.format],
+        metadata={"library_name": chosen.library},
+    )
 
 
 def _with_options(kind: type[ExportFormat], format: str, options: dict[str, Any]) -> ExportFormat:
