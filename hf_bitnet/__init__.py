@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .export import export_native
     from .modules import BitConv1D, BitEmbedding, BitLinear, PackedBitLinear, PackedEmbedding
     from .plugin import load_native
-    from .publish import export_model, open_model
+    from .publish import export_model, open_model, push_to_hub
     from .quantizers import Quantized
     from .surgery import (
         Coverage,
@@ -81,6 +81,7 @@ _HOME = {
     "export_model": "publish",
     "export_native": "export",
     "open_model": "publish",
+    "push_to_hub": "publish",
     "harden": "surgery",
     "kept_codes": "surgery",
     "optimize_for_generation": "surgery",
@@ -158,6 +159,7 @@ __all__ = [
     "output_report",
     "pack_model",
     "perplexity",
+    "push_to_hub",
     "quantize_model",
     "read_windows",
     "sensitivity",

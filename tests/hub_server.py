@@ -122,6 +122,13 @@ class LoopbackHub:
         """Titles of the commits, the first one (which makes the repository) left out."""
         return [commit.title for commit in self.repositories[repo_id].branches[branch]][1:]
 
+    def forget_uploads(self) -> None:
+        """Removes what was uploaded and is in no commit."""
+        kept = {
+            file.sha256 for r in self.repositories.values() for b in r.branches.values() for c in b for file in c.files.values()
+        }
+        self.blobs = {key: content for key, content in self.blobs.items() if key in kept}
+
     # ---- what requests do ----
 
     def create(self, repo_id: str, private: bool) -> bool:

@@ -5,6 +5,7 @@ from .native import NativeBitNetConfig
 from .quantization import (
     CONFIG_VERSION,
     FOREIGN_LINEAR_CLASS,
+    FORMS,
     KEEP,
     NATIVE_LOADING,
     NATIVE_METHOD,
@@ -15,6 +16,7 @@ from .quantization import (
 __all__ = [
     "CONFIG_VERSION",
     "FOREIGN_LINEAR_CLASS",
+    "FORMS",
     "KEEP",
     "NATIVE_LOADING",
     "NATIVE_METHOD",

@@ -2,9 +2,11 @@
 
 from .about import CARD, card_data, class_name, hub_id, library_versions, license_of, task_of, without_bars
 from .card import TAGS, Measurement, model_card, write_card
+from .shim import SHIM, shim_files
 
 __all__ = [
     "CARD",
+    "SHIM",
     "TAGS",
     "Measurement",
     "card_data",
@@ -13,6 +15,7 @@ __all__ = [
     "library_versions",
     "license_of",
     "model_card",
+    "shim_files",
     "task_of",
     "without_bars",
     "write_card",

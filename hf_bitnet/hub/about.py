@@ -55,7 +55,7 @@ def card_data(name: str | os.PathLike[str]) -> ModelCardData | None:
     name = os.fspath(name)
     try:
         if os.path.isdir(name):
-            return ModelCard.load(Path(name) / CARD, ignore_metadata_errors=True).data
+            return ModelCard.load(Path(name) / CARD, ignore_metadata_errors=True).data  # type: ignore[return-value]
         known = hub_id(name)
         # asked once: reading the card's file would be tried again for half a minute where there is no network
         return None if known is None else HfApi().model_info(known, timeout=_SECONDS).card_data

@@ -32,7 +32,7 @@ def put_card(pushed: Any, folder: str | os.PathLike[str], repo_id: str, token: A
         return
     if hf_api().file_exists(repo_id, CARD, token=token):
         card = ModelCard.load(Path(folder) / CARD)
-        card.data.tags = list(dict.fromkeys([*(card.data.get("tags") or []), *TAGS]))
+        card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *TAGS]))
     else:
         base = str(getattr(pushed.config, "_name_or_path", None) or "")
         about = {"base_model": base if base not in ("", repo_id) else None, "tags": pushed.model_tags or []}

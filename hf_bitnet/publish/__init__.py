@@ -2,5 +2,6 @@
 
 from .exporting import export_model
 from .opening import open_model
+from .pushing import PushedRepo, PushReport, push_to_hub
 
-__all__ = ["export_model", "open_model"]
+__all__ = ["PushReport", "PushedRepo", "export_model", "open_model", "push_to_hub"]
