@@ -8,8 +8,8 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := $(wildcard hf_bitnet tests recipes benchmarks)
-TYPED := $(wildcard hf_bitnet recipes benchmarks)
+SOURCES := $(wildcard hf_bitnet tests recipes benchmarks model_cards)
+TYPED := $(wildcard hf_bitnet recipes benchmarks model_cards)
 KERNELS := hf_bitnet/kernels/cpu/CMakeLists.txt $(wildcard hf_bitnet/kernels/cpu/src/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # one thread per worker: more of them only wait for each other

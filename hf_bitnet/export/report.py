@@ -69,7 +69,7 @@ class ExportReport:
         format: name of the format. path: of the folder. options: of the format, as they were used.
         tensors: every tensor that was written. checks: every comparison that was made.
         notes: what the target does differently from hf_bitnet, for example with activations.
-        files: name -> bytes. seconds: writing and reading back.
+        files: name -> bytes. seconds: writing and reading back. versions: of the libraries.
     """
 
     format: str
@@ -80,6 +80,7 @@ class ExportReport:
     notes: list[str]
     files: dict[str, int]
     seconds: float
+    versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:

@@ -82,13 +82,13 @@ def export_model(
         seconds = round(time.perf_counter() - start, 3)
         used = dataclasses.asdict(chosen)  # type: ignore[call-overload]
         notes = chosen.notes(source)
-        report = ExportReport(format, str(out), used, written, checks, notes, files, seconds)
+        report = ExportReport(format, str(out), used, written, checks, notes, files, seconds, library_versions())
         write_json(folder / REPORT, report.to_dict() | {"path": target.name})  # the file may go to others
-        write_card(folder, _card(chosen, source, folder, report, base_model, known))
+        write_card(folder, export_card(chosen, source, folder, report, base_model, known))
     return report
 
 
-def _card(
+def export_card(
     chosen: ExportFormat,
     source: Source,
     folder: Path,
@@ -96,7 +96,7 @@ def _card(
     base_model: str | None,
     known: ModelCardData | None,
 ) -> ModelCard:
-    """`known`: metadata of the card of the checkpoint that was exported."""
+    """The card of an export. `known`: metadata of the card of the checkpoint that was exported."""
     known = ModelCardData() if known is None else known
     named = known.get("base_model")  # a list where several models were merged
     return model_card(
@@ -104,7 +104,7 @@ def _card(
         name=source.name,
         base_model=base_model or (named if isinstance(named, str) else None),
         license=known.get("license"),
-        versions=library_versions(),
+        versions=report.versions,
         sections=[report.markdown()],
         use=chosen.use(source, folder),
         tags=[report.format],
