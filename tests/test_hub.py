@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from torch import nn
 from transformers import PreTrainedModel
 
 import hf_bitnet as hb
@@ -15,6 +16,7 @@ from hf_bitnet.hub import (
     hub_id,
     license_of,
     model_card,
+    task_of,
     write_card,
 )
 from tests.tiny import tiny
@@ -83,6 +85,46 @@ def test_settings_and_versions_become_tables() -> None:
     assert "| learning_rate | 0.0001 |\n| tokens | 1,500,000 |\n| text | a\\|b |" in card.text
     assert "| torch | 2.13 |" in card.text
     assert "with quantization-aware training" in card.text
+
+
+def test_what_is_not_known_is_not_claimed() -> None:
+    """An export knows nothing of how its model came about."""
+    text = model_card(quantized(), name="x").text
+    assert "A model with ternary weights (1.58 bits) and activations 'int8', made by hf_bitnet." in text
+    assert "without any training" not in text and "quantization-aware training" not in text
+
+
+def test_parts_that_others_give() -> None:
+    card = model_card(
+        quantized(),
+        name="x",
+        use="Open it with llama.cpp.",
+        tags=["gguf", "ternary"],
+        metadata={"library_name": "gguf", "language": "en", "datasets": ["org/corpus"]},
+        curve="curve.svg",
+        sections=["## Mine\n\ntext"],
+    )
+    assert "## Use\n\nOpen it with llama.cpp.\n\n## Quantization" in card.text and "from_pretrained" not in card.text
+    assert "## Training\n\n![Losses by training step](curve.svg)\n\n## Mine" in card.text
+    assert (card.data.library_name, card.data.language, card.data.datasets) == ("gguf", "en", ["org/corpus"])
+    assert card.data.tags == ["hf_bitnet", "bitnet", "quantized", "ternary", "1.58-bit", "gguf"]
+    assert "model_name" not in card.data.to_dict()  # there is no result that it would be the name of
+
+
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [
+        ("llama", "text-generation"),
+        ("gpt2", "text-generation"),
+        ("bert", "text-classification"),
+        ("t5", "text2text-generation"),
+        ("vit", "image-classification"),
+        ("whisper", "automatic-speech-recognition"),
+    ],
+)
+def test_tasks(family: str, task: str) -> None:
+    assert task_of(tiny(family)[0]) == task
+    assert task_of(nn.Linear(1, 1)) is None
 
 
 def test_native_checkpoints_are_said_to_be_native() -> None:

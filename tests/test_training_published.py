@@ -15,7 +15,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from transformers import TrainerCallback
 
 import hf_bitnet as hb
-from hf_bitnet.training.curve import CURVE, training_curve
+from hf_bitnet.reports import Line, line_chart
+from hf_bitnet.training.curve import CURVE, training_curve, write_curve
 from tests.hub_metadata import metadata_errors
 from tests.hub_server import LoopbackHub
 from tests.qat import ONE_LAYER, assert_same, make_trainer, quantized, weights
@@ -130,7 +131,7 @@ def test_checkpoint_of_two_steps_is_noticed(hub: LoopbackHub, tmp_path: Path) ->
     assert Path(hb.hub_checkpoint(REPO, checkpoint="checkpoint-2")).is_dir()
 
 
-def test_curve() -> None:
+def test_curve(tmp_path: Path) -> None:
     history = [{"loss": 4.0 - 0.1 * step, "step": step} for step in range(1, 11)]
     assert training_curve(history[:1]) is None and training_curve([{"eval_loss": 1.0, "step": 1}]) is None
     drawn = training_curve([*history, {"eval_loss": 3.5, "step": 5}, {"eval_loss": 3.25, "step": 10}])
@@ -143,5 +144,8 @@ def test_curve() -> None:
     assert list(xs) == sorted(xs) and list(ys) == sorted(ys)  # a lower loss is drawn lower: y grows downwards
     broken = training_curve([{"loss": value, "step": i} for i, value in enumerate([3.0, 2.0, float("nan"), 1.0, 2.0])])
     assert broken is not None and broken.count("<title>training loss</title>") == 2
+    with pytest.raises(ValueError, match=r"has 2 colours, got 3 lines; draw two charts"):
+        line_chart("x", "y", [Line("one", [(0, 1)])] * 3, "step")
+    assert write_curve(tmp_path, [{"loss": float("nan"), "step": i} for i in range(3)]) is None and not any(tmp_path.iterdir())
     long = training_curve([{"loss": 1.0 + i % 2, "step": i} for i in range(5000)])
     assert long is not None and len(long) < 20_000

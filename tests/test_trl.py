@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers as tf
 from datasets import Dataset, IterableDataset
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from hf_bitnet import BitNetQuantizationConfig, QATArguments, quantize_model
@@ -114,6 +115,9 @@ def test_sft_streams_completions_and_resumes_exactly(tmp_path: Path) -> None:
     assert not {WORDS[i] for i in batch["input_ids"][batch["labels"] != -100]} & {"a", "b"}
     whole.train()
     assert_learned(whole, tmp_path / "saved")
+    card = ModelCard.load(tmp_path / "README.md")  # TRL writes one with each checkpoint
+    assert {"hf_bitnet", "quantized", "trl", "sft"} <= set(card.data.tags) and "| max_steps |" not in card.text
+    assert str(tmp_path) not in str(card) and "| save_strategy |" not in card.text
     again = sft(tmp_path, quantized(seed=3), stream(), **saved)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same(weights(whole.model), weights(again.model))

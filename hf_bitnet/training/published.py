@@ -69,6 +69,7 @@ class Published(_Base):
             super().create_model_card(**{key: value for key, value in given.items() if value is not None})
             return
         folder = Path(str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
         task = (_listed(tasks) or [task_of(model)])[0]
         data = _listed(dataset) or _listed(dataset_name) or _listed(dataset_tags)
         curve = write_curve(folder, self.state.log_history)

@@ -82,10 +82,18 @@ def run_card(
 
 def run_settings(args: QATArguments) -> dict[str, Any]:
     """The training settings that are not the defaults, and the most important ones; no paths, no tokens."""
-    defaults = {each.name: each.default for each in fields(QATArguments)}
+    ours = {each.name for each in fields(QATArguments)}
+    defaults = {each.name: each.default for each in fields(args)}
     found: dict[str, Any] = {"mixed_precision": args.mixed_precision}
     for name, value in args.to_dict().items():
+        if name not in defaults or (name not in ours and not _is_plain(value)):
+            continue
         changed = value != defaults[name] and (bool(value) or defaults[name] is True)
         if name in _ALWAYS or (changed and name not in _NEVER and not name.startswith(_NEVER_PREFIXES)):
             found[name] = value
     return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a field of another trainer's arguments can be shown: a number, or a word that is no path."""
+    return isinstance(value, bool | int | float) or (isinstance(value, str) and value.isidentifier())
