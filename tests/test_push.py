@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 import hf_bitnet as hb
+from hf_bitnet.export import EXPORT_FORMATS, Source
 from hf_bitnet.hub import SHIM
-from tests import corpus
+from hf_bitnet.publish.contents import form_of
+from tests import corpus, gguf_models
 from tests.checkpoints import loaded, logits
 from tests.hub_metadata import metadata_errors
 from tests.hub_server import LoopbackHub, Refused
@@ -51,11 +53,11 @@ def card_of(hub: LoopbackHub, repo_id: str = REPO) -> ModelCard:
     return ModelCard(text)
 
 
-def assert_files(hub: LoopbackHub, folder: Path, place: str = "", repo_id: str = REPO) -> None:
+def assert_files(hub: LoopbackHub, folder: Path, place: str = "", repo_id: str = REPO, least: int = 3) -> None:
     """Everything in the folder came back through the client, byte for byte; cards are made anew."""
     there = Path(snapshot_download(repo_id)) / place
     names = [path.name for path in folder.iterdir() if path.name not in ("README.md", "training_args.bin")]
-    assert len(names) >= 3
+    assert len(names) >= least
     for name in names:
         assert (there / name).read_bytes() == (folder / name).read_bytes(), name
 
@@ -86,6 +88,35 @@ def test_all_forms_in_one_repository(hub: LoopbackHub, run_folder: Path) -> None
     assert f'`from_pretrained("{REPO}", subfolder="train")`' in card.text
     assert "## Export in `dense/`" in card.text and "| safetensors | quantized values | equal |" in card.text
     card.validate()
+
+
+@pytest.mark.parametrize(
+    "formats", [("gguf",), pytest.param(EXPORT_FORMATS.names(), marks=pytest.mark.slow, id="every format")]
+)
+def test_exports_come_back(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, formats: tuple[str, ...]) -> None:
+    """Files of every format, byte for byte, beside the packed and the train form."""
+    pytest.importorskip("gguf", reason="needs the package gguf: pip install gguf")
+    model = gguf_models.made("llama")
+    exported = [name for name in formats if not EXPORT_FORMATS.get(name)().refusals(Source(model, None, "x"))]
+    assert "gguf" in exported
+    model.save_pretrained(tmp_path / "train")
+    for name in exported:
+        hb.export_model(tmp_path / "train", tmp_path / name, format=name, progress=False, verify="codes")
+    hb.pack_model(model).save_pretrained(tmp_path / "packed")
+    # a format may write what save_pretrained writes
+    forms = ("packed", "train", *(name for name in exported if form_of(tmp_path / name) == name))
+    hb.push_to_hub({form: tmp_path / form for form in forms}, REPO)
+    assert len(hub.commits(REPO)) == 1
+    for place, form in zip(("", *forms[1:]), forms, strict=True):
+        assert_files(hub, tmp_path / form, place, least=2)
+    read = gguf_models.tensors(Path(hf_hub_download(REPO, "gguf/model.gguf")))
+    assert torch.equal(
+        read["blk.1.ffn_down.weight"], gguf_models.tensors(tmp_path / "gguf" / "model.gguf")["blk.1.ffn_down.weight"]
+    )
+    card = card_of(hub)
+    assert set(forms[2:]) <= set(card.data.tags) and "llama.cpp and what is built on it" in card.text
+    text = ModelCard.load(tmp_path / "gguf" / "README.md").text
+    assert "llama-cli -m model.gguf" in text and "from_pretrained" not in text
 
 
 def test_each_form_in_a_repository_of_its_own(hub: LoopbackHub, run_folder: Path) -> None:
@@ -260,7 +291,7 @@ def test_what_is_no_model_of_ours(run_folder: Path, tmp_path: Path) -> None:
         hb.push_to_hub(tiny("llama")[0], REPO)
     with pytest.raises(TypeError, match=r"takes a model, a folder or \{form: folder\}, got int"):
         hb.push_to_hub(3, REPO)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"unknown form 'pack'; legal: train, packed, dense"):
+    with pytest.raises(ValueError, match=r"unknown form 'pack'; legal: train, packed, "):
         hb.push_to_hub(run_folder, REPO, forms=("pack",))
     with pytest.raises(ValueError, match=r"forms='packed'; give each form once"):
         hb.push_to_hub(run_folder, REPO, forms="packed")

@@ -109,12 +109,13 @@ class ExportFormat:
     """One format. A subclass is a frozen dataclass whose fields are the options that a user may give.
 
     Attributes:
-        summary: one line for people. readers: who loads the files. library: whose files they are, in the Hub's words.
+        summary: one line for people. readers: who loads the files. library: whose files they are, in the Hub's words; None
+            where the Hub tells by the files.
     """
 
     summary: ClassVar[str]
     readers: ClassVar[str]
-    library: ClassVar[str] = "transformers"
+    library: ClassVar[str | None] = "transformers"
 
     def refusals(self, source: Source) -> list[str]:
         """Why the format cannot hold this model, each with the way out; empty where it can. Looks at no weight's value."""

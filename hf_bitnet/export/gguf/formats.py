@@ -20,7 +20,9 @@ _FLOATS = {"f16": "F16", "bf16": "BF16", "f32": "F32"}
 class _File(ExportFormat):
     """What the two formats share; the options are those of the subclasses."""
 
+    library: ClassVar[str | None] = None
     program: ClassVar[str]
+    command: ClassVar[str]
     other: str
     strict: bool
     file_name: str
@@ -73,6 +75,9 @@ class _File(ExportFormat):
         )
         return [target, *plan.metadata.notes, *self._kind_notes(plan), *tokenizer_notes(source, plan)]
 
+    def use(self, source: Source, folder: Path) -> str:
+        return f'```sh\n{self.command} -m {self.file_name} -p "Once upon a time"\n```\n\nRead by {self.readers}.'
+
     _activation_blocks: ClassVar[str]
 
     def _kind_notes(self, plan: Plan) -> list[str]:
@@ -93,6 +98,7 @@ class Gguf(_File):
     summary: ClassVar[str] = "one GGUF file with ternary, 1-, 2-, 4- or 8-bit blocks"
     readers: ClassVar[str] = "llama.cpp and what is built on it"
     program: ClassVar[str] = "llama.cpp"
+    command: ClassVar[str] = "llama-cli"
     _activation_blocks: ClassVar[str] = "with one scale for 32 or 256 of them"
 
     kind: str | None = None
@@ -147,6 +153,7 @@ class I2S(_File):
     summary: ClassVar[str] = "one GGUF file of bitnet.cpp: ternary, one scale a tensor, laid out for x86"
     readers: ClassVar[str] = "bitnet.cpp"
     program: ClassVar[str] = "bitnet.cpp"
+    command: ClassVar[str] = "python run_inference.py"
     _activation_blocks: ClassVar[str] = "with one scale a token"
 
     other: str = "f16"
