@@ -15,7 +15,7 @@ from ..plain import FLOAT32_LIMIT, compare_logits, dequantized_logits
 from ..report import Check, WrittenTensor
 from ..stream import Planned
 from .blocks import BITS, Blocks
-from .graph import trace, write
+from .graph import FILE, trace, write
 from .readers import compare_codes, runtime_logits
 from .traced import Wanted, plans, traced_view
 
@@ -43,6 +43,7 @@ class Onnx(ExportFormat):
 
     summary: ClassVar[str] = "a graph whose quantized layers are MatMulNBits of 2, 4 or 8 bits; weights only"
     readers: ClassVar[str] = "onnxruntime"
+    library: ClassVar[str | None] = None
 
     dtype: str = "float32"
     accuracy_level: int = 0
@@ -86,6 +87,13 @@ class Onnx(ExportFormat):
         if getattr(source.model.config, "type_vocab_size", 0) > 1:
             notes.append("every token_type_id is 0: the graph takes input_ids and attention_mask")
         return notes
+
+    def use(self, source: Source, folder: Path) -> str:
+        return (
+            "```python\nimport onnxruntime\n\n"
+            f'session = onnxruntime.InferenceSession("{FILE}")\n'
+            "print([each.name for each in session.get_inputs()])\n```"
+        )
 
     def write(self, source: Source, folder: Path, progress: Progress) -> list[WrittenTensor]:
         model, planned = traced_view(source, self._wanted)
