@@ -18,7 +18,7 @@ _MORE = {
     "llama": {"head_dim": 64},
     "mistral": {"head_dim": 64},
     "qwen3": {"head_dim": 32},
-    "gemma3": {"head_dim": 64, "query_pre_attn_scalar": 64},
+    "gemma3": {"head_dim": 64},
     "bitnet": {"hidden_act": "silu", "tie_word_embeddings": True},
 }
 _OTHERS: dict[str, tuple[type[tf.PreTrainedConfig], type[tf.PreTrainedModel]]] = {

@@ -17,6 +17,7 @@ here. Leaves out: which layout a tensor gets (`kinds.py`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -163,14 +164,18 @@ def from_q1_0(data: Tensor) -> Tensor:
 
 def from_i2_s(data: Tensor) -> Tensor:
     """Levels, which the one scale behind the last row has yet to multiply."""
-    shifts = torch.tensor([6, 4, 2, 0], dtype=torch.uint8)
-    codes = (data.unflatten(1, (-1, 1, 32)) >> shifts[:, None]) & 3
-    return codes.flatten(1).float() - 1
+    four = torch.embedding(_levels_in(2, -1, 1), data.unflatten(1, (-1, 32)).int())
+    return four.flip(3).transpose(2, 3).flatten(1)
 
 
 def _from_neighbours(data: Tensor, bits: int, lowest: int, step: int, block: int) -> Tensor:
     blocks = data.unflatten(1, (-1, 2 + block * bits // 8))
     d = blocks[..., :2].contiguous().view(torch.float16).float()
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    indices = (blocks[..., 2:].unsqueeze(-1) >> shifts) & (1 << bits) - 1
-    return ((indices.float() * step + lowest).flatten(2) * d).flatten(1)
+    return (torch.embedding(_levels_in(bits, lowest, step), blocks[..., 2:].int()).flatten(2) * d).flatten(1)
+
+
+@functools.cache
+def _levels_in(bits: int, lowest: int, step: int) -> Tensor:
+    """float32 (256, 8 / bits): the levels in a byte, those in the lowest bits first."""
+    indices = (torch.arange(256)[:, None] >> torch.arange(0, 8, bits)) & (1 << bits) - 1
+    return (indices * step + lowest).float()

@@ -52,7 +52,8 @@ class CodesPart:
         return self.kind.encode(self.levels, self.d.repeat_interleave(blocks // self.d.shape[1], dim=1), self.steps)
 
     def values(self) -> Tensor:
-        return (self.levels.float().unflatten(1, (self.d.shape[1], -1)) * self.d.float().unsqueeze(2)).flatten(1)
+        # int8 times float32 is float32 at once
+        return (self.levels.unflatten(1, (self.d.shape[1], -1)) * self.d.float().unsqueeze(2)).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -138,20 +139,24 @@ class Floats:
     """A tensor that is not quantized, rounded to the kind's dtype.
 
     Attributes:
-        order: as of `Codes`. offset: added to it in float32 (norms that keep their weight minus 1).
+        order: as of `Codes`.
+        offset, factor: it stands for (tensor + offset) * factor, in float32.
     """
 
     tensor: Tensor
     kind: Kind
     order: Tensor | None = None
     offset: float = 0.0
+    factor: float = 1.0
 
     def parts(self) -> Iterator[FloatsPart]:
         tensor = self.tensor if self.order is None else self.tensor[self.order.to(self.tensor.device)]
         rows = max(1, _AT_ONCE // max(1, tensor[:1].numel()))
         for part in tensor.detach().split(rows):
-            value = part.cpu() if self.offset == 0 else part.cpu().float() + self.offset
-            yield FloatsPart(value.to(self.kind.dtype))
+            part = part.cpu()
+            if (self.offset, self.factor) != (0.0, 1.0):
+                part = (part.float() + self.offset) * self.factor
+            yield FloatsPart(part.to(self.kind.dtype))
 
     def tail(self) -> Tensor:
         return torch.zeros(0, dtype=torch.uint8)

@@ -52,7 +52,7 @@ class Metadata:
 
 
 def problems(config: Any, architecture: Architecture) -> list[str]:
-    """What of the positions and of the scaling of attention the architecture does not know."""
+    """What of the positions the architecture does not know."""
     where = f"{architecture.program}'s architecture {architecture.name!r}"
     found = []
     for layers, rope in _ropes(config).items():
@@ -63,13 +63,15 @@ def problems(config: Any, architecture: Architecture) -> list[str]:
             found.append(f"positions rotate a part of each head only, {where} rotates all of it")
         elif kind == "yarn" and any(rope.get(key) not in (None, usual) for key, usual in _YARN.items()):
             found.append(f"rope_type='yarn' with other values than {_YARN}, which are fixed in {where}")
-    scalar = getattr(config, "query_pre_attn_scalar", None)
-    if scalar is not None:
-        large = config.num_hidden_layers == _GEMMA_27B_LAYERS
-        known = config.hidden_size // config.num_attention_heads if large else head_size(config)
-        if scalar != known:
-            found.append(f"query_pre_attn_scalar={scalar}, {where} takes {known} with {config.num_hidden_layers} layers")
     return found
+
+
+def query_factor(config: Any) -> float:
+    """What queries are multiplied with, because the architecture of Gemma 3 scales attention by itself."""
+    scalar = getattr(config, "query_pre_attn_scalar", None)
+    large = config.num_hidden_layers == _GEMMA_27B_LAYERS
+    known = config.hidden_size // config.num_attention_heads if large else head_size(config)
+    return 1.0 if scalar is None else math.sqrt(known / scalar)
 
 
 def metadata_of(config: Any, architecture: Architecture) -> Metadata:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,16 @@ def compare_values(path: Path, plan: Plan) -> Check:
     what = "codes and scales"
     if extra := found.keys() - {entry.stored for entry in plan.entries}:
         return Check(reader, what, False, f"{min(extra)} is no tensor of the model")
-    counted: Counter[str] = Counter()
     for entry in plan.entries:
         stored = found.get(entry.stored)
         if stored is None or (stored.kind, stored.shape) != (entry.kind.id, entry.shape):
             return Check(reader, what, False, f"{entry.stored} is missing or of another kind or shape")
-        if not _equal(path, entry, stored):
-            return Check(reader, what, False, f"{entry.stored} is another")
-        counted[f"{entry.kind.name} decoded by {decoded_by(entry.kind)}"] += 1
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # decoding is most of the time that an export takes
+        equal = pool.map(lambda entry: _equal(path, entry, found[entry.stored]), plan.entries)
+        different = next((entry for entry, same in zip(plan.entries, equal, strict=True) if not same), None)
+    if different is not None:
+        return Check(reader, what, False, f"{different.stored} is another")
+    counted = Counter(f"{entry.kind.name} decoded by {decoded_by(entry.kind)}" for entry in plan.entries)
     return Check(reader, what, True, "bit for bit: " + ", ".join(f"{n} x {kind}" for kind, n in counted.items()))
 
 

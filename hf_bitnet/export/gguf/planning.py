@@ -85,8 +85,9 @@ def plan_of(source: Source, program: str, choice_of: Chooser, other: Kind) -> Pl
         assert stored is not None
         order = architecture.row_order(stored, len(tensor), config)
         offset = architecture.norm_offset if stored.endswith("norm.weight") else 0.0
+        factor = metadata.query_factor(config) if stored.endswith("attn_q_norm.weight") else 1.0
         kind = F32 if tensor.dim() == 1 else other
-        entries.append(Entry(name, stored, kind, Floats(tensor, kind, order, offset)))
+        entries.append(Entry(name, stored, kind, Floats(tensor, kind, order, offset, factor)))
     for name, (stored, gain) in architectures.sub_norms(source, architecture).items():
         entries.append(Entry(name, stored, F32, Floats(gain, F32)))
     for stored, tensor in made.tensors.items():
