@@ -18,7 +18,7 @@ import hf_bitnet as hb
 from hf_bitnet.export import Source
 from hf_bitnet.export.onnx import Onnx
 from hf_bitnet.export.onnx.blocks import Blocks, plan
-from hf_bitnet.export.onnx.readers import compare_codes, runtime_logits
+from hf_bitnet.export.onnx.readers import compare_codes, compare_runtime, runtime_logits
 from hf_bitnet.quantizers import WEIGHT_SCHEMES, Grid, Quantized, make_weight_quantizer
 from hf_bitnet.quantizers.weight import WeightScheme
 from tests.test_export import quantized
@@ -188,9 +188,12 @@ def test_graph_of_every_scheme(mixed: Any, exported: tuple[Path, Any]) -> None:
 def test_any_batch_and_length(mixed: Any, exported: tuple[Path, Any]) -> None:
     plain = hb.dequantize_model(copy.deepcopy(mixed))
     for shape in ((1, 1), (3, 5), (2, 40)):
-        ids = torch.randint(3, 96, shape)
-        with torch.no_grad():
-            torch.testing.assert_close(runtime_logits(exported[0], ids), plain(ids).logits, rtol=1e-4, atol=1e-4)
+        assert_same_logits(exported[0], plain, torch.randint(3, 96, shape))
+
+
+def assert_same_logits(folder: Path, plain: Any, ids: Tensor) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(runtime_logits(folder, ids), plain(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_padding_is_masked(mixed: Any, exported: tuple[Path, Any]) -> None:
@@ -269,6 +272,12 @@ def test_onnx_without_onnxruntime(mixed: Any, exported: tuple[Path, Any], monkey
     assert [check.passed for check in checks] == [True, None] and "pip install" in checks[1].detail
 
 
+def test_onnxruntime_that_cannot_run_it(exported: tuple[Path, Any], tmp_path: Path) -> None:
+    shutil.copy(exported[0] / "model.onnx", tmp_path)  # without its data
+    check = compare_runtime(tmp_path, torch.ones(1, 3, dtype=torch.long), torch.ones(1, 3, 96), 1.0)
+    assert check.passed is False and f"version {onnxruntime.__version__} cannot run it: " in check.detail
+
+
 class Guesses(nn.Module):
     """A forward that looks at what it computed."""
 
@@ -313,7 +322,10 @@ def test_model_that_cannot_be_traced(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_onnx_of_families(tmp_path: Path, family: str, scheme: str) -> None:
-    report = hb.export_model(quantized(family, weight=scheme), tmp_path / "out", format="onnx", progress=False)
+    layers: dict[str, Any] = {"num_hidden_layers": 1, **({"layer_types": ["sliding_attention"]} if family == "gemma3" else {})}
+    model = hb.quantize_model(tiny(family, **layers)[0], hb.BitNetQuantizationConfig(weight=scheme))
+    report = hb.export_model(model, tmp_path / "out", format="onnx", progress=False)
+    print(f"{family} {scheme}: {report.checks[1].detail}")
     assert [check.passed for check in report.checks] == [True, True], report
 
 
@@ -324,11 +336,17 @@ def test_onnx_with_keys_and_values(tmp_path: Path, family: str) -> None:
     model = quantized(family, weight="int4")
     report = hb.export_model(model, tmp_path / "out", format="onnx", kv_cache=True, progress=False)
     assert [check.passed for check in report.checks] == [True, True], report
-    plain, ids = hb.dequantize_model(model), torch.randint(3, 96, (2, 13))
-    with torch.no_grad():
-        torch.testing.assert_close(runtime_logits(tmp_path / "out", ids), plain(ids).logits, rtol=1e-4, atol=1e-4)
+    assert_same_logits(tmp_path / "out", hb.dequantize_model(model), torch.randint(3, 96, (2, 13)))
     inputs = [each.name for each in onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.input]
     assert inputs[:4] == ["input_ids", "attention_mask", "past_key_values.0.key", "past_key_values.0.value"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_cache", [False, True])
+def test_window_longer_than_the_text_that_was_traced(tmp_path: Path, kv_cache: bool) -> None:
+    model = hb.quantize_model(tiny("mistral", sliding_window=30)[0], hb.BitNetQuantizationConfig(weight="int4"))
+    hb.export_model(model, tmp_path / "out", format="onnx", kv_cache=kv_cache, progress=False)
+    assert_same_logits(tmp_path / "out", hb.dequantize_model(model), torch.randint(3, 96, (2, 45)))
 
 
 @pytest.mark.slow

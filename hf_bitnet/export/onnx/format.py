@@ -11,12 +11,12 @@ import torch
 
 from ..dense import write_configs
 from ..format import EXPORT_FORMATS, ExportFormat, Progress, Source
-from ..plain import FLOAT32_LIMIT, compare_logits, dequantized_logits
+from ..plain import FLOAT32_LIMIT, dequantized_logits
 from ..report import Check, WrittenTensor
 from ..stream import Planned
 from .blocks import BITS, Blocks
 from .graph import FILE, trace, write
-from .readers import compare_codes, runtime_logits
+from .readers import compare_codes, compare_runtime
 from .traced import Wanted, plans, traced_view
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -80,10 +80,10 @@ class Onnx(ExportFormat):
         if any(layer.activation.quantizes for layer in source.layers.values()):
             what = "int8 in blocks" if self.accuracy_level else self.dtype
             notes.append(f"weights only: activations are {what} in the products, here they are quantized otherwise")
-        if not self.accuracy_level and any(each.bits == 2 for each in plans(source, self._wanted).values()):
-            notes.append(
-                "onnxruntime makes floats of 2-bit weights in each product with float activations; see accuracy_level=4"
-            )
+        if any(each.bits == BITS[0] for each in plans(source, self._wanted).values()):
+            notes.append("2-bit operators need onnxruntime 1.27 or later; for earlier ones: min_bits=4")
+            if not self.accuracy_level:
+                notes.append("with float activations onnxruntime makes floats of 2-bit weights each time; see accuracy_level=4")
         if getattr(source.model.config, "type_vocab_size", 0) > 1:
             notes.append("every token_type_id is 0: the graph takes input_ids and attention_mask")
         return notes
@@ -114,12 +114,10 @@ class Onnx(ExportFormat):
             return checks
         if importlib.util.find_spec("onnxruntime") is None:
             return [*checks, Check("onnxruntime", "logits", None, _INSTALL)]
-        ids, expected = source.probe(), dequantized_logits(source, dtype)
-        found = runtime_logits(folder, ids, accuracy_level=0)
-        checks.append(compare_logits("onnxruntime", found, expected, _LIMITS[self.dtype]))
+        given = folder, source.probe(), dequantized_logits(source, dtype)
+        checks.append(compare_runtime(*given, _LIMITS[self.dtype], accuracy_level=0))
         if self.accuracy_level:
-            found = runtime_logits(folder, ids)
-            checks.append(compare_logits("onnxruntime, int8 activations", found, expected, _INT8_LIMIT))
+            checks.append(compare_runtime(*given, _INT8_LIMIT, reader="onnxruntime, int8 activations"))
         return checks
 
 

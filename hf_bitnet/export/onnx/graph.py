@@ -1,4 +1,4 @@
-"""Traces a view of a model with torch.onnx.export and writes model.onnx beside its data, one tensor at a time. Own.
+"""Traces a view of a model with torch.onnx.export and writes model.onnx beside its data, some rows at a time. Own.
 
     plain    input_ids, attention_mask -> logits
     cached   and past_key_values.0.key, ... -> logits, present.0.key, ...: the names that Optimum uses
@@ -122,7 +122,7 @@ def trace(model: Any, *, kv_cache: bool, opset: int) -> Any:
 
 
 def write(graph: Any, planned: dict[str, Planned], folder: Path, progress: Callable[[int], object]) -> dict[str, str]:
-    """Simplifies the graph, writes model.onnx and, one tensor at a time, the data beside it. Memory: of one tensor.
+    """Simplifies the graph, writes model.onnx and, some rows at a time, the data beside it.
 
     Args:
         planned: name of a parameter of the view -> what it stands for.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...quantizers import Quantized
 from ..format import Source, shape_of
+from ..plain import compare_logits
 from ..report import Check
 from .graph import FILE
 
@@ -92,6 +93,19 @@ def compare_codes(source: Source, folder: Path, stored: Mapping[str, str], dtype
         if file.differs(node, shape_of(layer), Source.blocks(layer), dtype):
             return Check(reader, what, False, f"{name} is another")
     return Check(reader, what, True, f"{len(stored)} matrices, exactly")
+
+
+def compare_runtime(
+    folder: Path, ids: Tensor, expected: Tensor, limit: float, *, reader: str = "onnxruntime", accuracy_level: int | None = None
+) -> Check:
+    """What onnxruntime computes of `ids` against the `expected` logits; see `runtime_logits`."""
+    try:
+        found = runtime_logits(folder, ids, accuracy_level=accuracy_level)
+    except Exception as error:  # those of its own have no class in common
+        import onnxruntime  # pyright: ignore[reportMissingImports]
+
+        return Check(reader, "logits", False, f"version {onnxruntime.__version__} cannot run it: {str(error)[:300]}")
+    return compare_logits(reader, found, expected, limit)
 
 
 def runtime_logits(folder: Path, ids: Tensor, *, accuracy_level: int | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """A view of a quantized model that torch.onnx.export can trace, and what its parameters stand for. Own.
 
 The view has the modules of the model and none of its memory: each parameter is one zero, expanded to its shape. The graph that
-is traced names its initializers as the view its parameters, and they are filled one by one when the file is written.
+is traced names its initializers as the view its parameters, and they are made when the file is written.
 """
 
 from __future__ import annotations
