@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .export import export_native
     from .modules import BitConv1D, BitEmbedding, BitLinear, PackedBitLinear, PackedEmbedding
     from .plugin import load_native
-    from .publish import export_model, open_model, push_to_hub
+    from .publish import export_model, import_model, open_model, push_to_hub
     from .quantizers import Quantized
     from .surgery import (
         Coverage,
@@ -80,6 +80,7 @@ _HOME = {
     "dequantize_model": "surgery",
     "export_model": "publish",
     "export_native": "export",
+    "import_model": "publish",
     "open_model": "publish",
     "push_to_hub": "publish",
     "harden": "surgery",
@@ -151,6 +152,7 @@ __all__ = [
     "fit_weights",
     "harden",
     "hub_checkpoint",
+    "import_model",
     "kept_codes",
     "layer_report",
     "load_native",

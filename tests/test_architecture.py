@@ -33,6 +33,7 @@ FLOORS = {
     "calibration": 5,
     "analysis": 5,
     "export": 5,
+    "importing": 5,
     "adapters": 5,
     "hub": 5,
     "plugin": 5,

@@ -1,0 +1,8 @@
+"""Floor 5: quantized checkpoints of other programs, read into packed models with equal codes and scales."""
+
+from .codes import OUTSIDE, Found, Levels, Misfit, fit
+from .folder import Folder
+from .opening import import_checkpoint
+from .recognition import recognise
+
+__all__ = ["OUTSIDE", "Folder", "Found", "Levels", "Misfit", "fit", "import_checkpoint", "recognise"]

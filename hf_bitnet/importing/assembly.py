@@ -1,0 +1,205 @@
+"""A model of ours from layers that were read, one after the other. Own.
+
+What is read becomes the tensors of a packed checkpoint, and goes the way that a saved one goes: transformers loads it, the
+plug-in makes the layers, and every check of a checkpoint holds. Memory: of the packed model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Set
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from ..config import BitNetQuantizationConfig
+from ..modules import PackedBitLinear
+from ..quantizers import ACTIVATION_SCHEMES
+from ..surgery import choose
+from .codes import Found, Misfit
+from .folder import model_class
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+# fields of a layer's config, in pairs, so that equal ones can be counted
+Kind = tuple[tuple[str, Any], ...]
+
+
+class Place(NamedTuple):
+    """A linear map of the model: its sizes, and whether its weight is stored (in_features, out_features)."""
+
+    out_features: int
+    in_features: int
+    transposed: bool
+
+
+class Contents(Protocol):
+    """A foreign checkpoint that was opened.
+
+    Attributes:
+        config: of the model, without quantization. source: what to call it in errors.
+    """
+
+    config: PreTrainedConfig
+    source: str
+
+    def tensors(self, places: Mapping[str, Place]) -> Iterator[tuple[str, Tensor | Found | Misfit]]:
+        """(name of a parameter, what it is) of every tensor. `places`: the layers that can be quantized, by module name."""
+        ...
+
+    def advice(self) -> str:
+        """What to do where no layer is quantized."""
+        ...
+
+
+def assemble(contents: Contents, *, activation: str | None, dtype: torch.dtype | None, **options: Any) -> Any:
+    """The packed model of a foreign checkpoint.
+
+    Args:
+        activation: scheme of the inputs of all quantized layers; None takes what the checkpoint says.
+        dtype: of what is not quantized; None takes the config's.
+        options: of from_pretrained.
+
+    Raises ValueError where a layer does not fit, none is quantized, or a tensor has no place or is missing.
+    """
+    kind = model_class(contents.config)
+    places = layer_places(kind, contents.config)
+    state: dict[str, Tensor] = {}
+    kinds: dict[str, Kind] = {}
+    misfits: list[str] = []
+    for name, got in contents.tensors(places):
+        layer = name.removesuffix(".weight")
+        if isinstance(got, Misfit):
+            misfits.append(f"{name}: {got.reason}")
+        elif isinstance(got, Found) and layer in places:
+            got = got if activation is None else got._replace(activation=activation)
+            _check_shape(layer, got, places[layer])
+            state |= _packed(layer, got)
+            kinds[layer] = _kind(got)
+        else:  # where a layer cannot be quantized here (an output head), its values serve
+            state[name] = got.quantized.dequantize() if isinstance(got, Found) else got
+    _refuse(contents, misfits, bool(kinds))
+    config = contents.config
+    kept = [name for name in places if name not in kinds]
+    config.quantization_config = quantization_config(kinds, kept, kind.base_model_prefix).to_dict()
+    config.architectures = [kind.__name__]
+    return _loaded(kind, state, contents, dtype or _dtype(config, state), options)
+
+
+def layer_places(kind: Any, config: PreTrainedConfig) -> dict[str, Place]:
+    """The linear maps of a model that quantize_model would take, by their names."""
+    model = empty_model(kind, config)
+    places = {}
+    for choice in choose(model, BitNetQuantizationConfig()):
+        if choice.kept is None:
+            rows, columns = choice.module.get_parameter("weight").shape
+            transposed = not hasattr(choice.module, "out_features")
+            places[choice.name] = Place(*((columns, rows) if transposed else (rows, columns)), transposed)
+    return places
+
+
+def empty_model(kind: Any, config: PreTrainedConfig) -> Any:
+    """The model on the meta device. Raises ValueError where the config's values contradict each other."""
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except Exception as error:  # whatever a model's constructor raises
+        raise ValueError(f"no {kind.__name__} can be made of the config ({type(error).__name__}: {error})") from error
+
+
+def quantization_config(kinds: Mapping[str, Kind], kept: list[str], base_prefix: str) -> BitNetQuantizationConfig:
+    """The config of a packed model with these layers: the commonest kind in the fields, others in overrides.
+
+    Args:
+        base_prefix: what the names begin with that they have not in the model without its head.
+    """
+    (common, _), *_ = Counter(kinds.values()).most_common(1)
+    others: dict[Kind, list[str]] = {}
+    for name, kind in kinds.items():
+        if kind != common:
+            others.setdefault(kind, []).append(name)
+    overrides: dict[str, str | dict[str, Any]] = {}
+    for kind, names in others.items():
+        for pattern in _patterns(names, kinds.keys() - set(names), base_prefix):
+            overrides[pattern] = dict(kind)
+    fields: dict[str, Any] = dict(common)
+    return BitNetQuantizationConfig(
+        **fields,
+        form="packed",
+        overrides=overrides,
+        keep=_patterns(kept, kinds.keys(), base_prefix),
+        quantized_modules=list(kinds),
+    )
+
+
+def _kind(found: Found) -> Kind:
+    quantizer = found.quantizer
+    return (
+        ("weight", quantizer.scheme),
+        ("weight_scale", quantizer.scale_rule),
+        ("granularity", quantizer.granularity),
+        ("group_size", quantizer.group_size),
+        ("activation", found.activation),
+    )
+
+
+def _patterns(names: list[str], others: Set[str], base_prefix: str) -> list[str]:
+    """Regular expressions that find these modules and none of the others."""
+    stars = {_NUMBER.sub("*", name) for name in others}
+    patterns = []
+    for name in names:
+        any_number = _NUMBER.sub("*", name)
+        one = (name if any_number in stars else any_number).removeprefix(f"{base_prefix}.")
+        escaped = re.escape(one).replace(r"\*", r"\d+")
+        patterns.append(rf"(^|\.){escaped}$")
+    return list(dict.fromkeys(patterns))
+
+
+def _check_shape(layer: str, found: Found, place: Place) -> None:
+    shape = tuple(found.quantized.codes.shape)
+    if shape != (place.out_features, place.in_features):
+        raise ValueError(f"the weight of {layer} has shape {shape}, the model needs {(place.out_features, place.in_features)}")
+
+
+def _packed(layer: str, found: Found) -> dict[str, Tensor]:
+    rows, columns = found.quantized.codes.shape
+    kind = ACTIVATION_SCHEMES.get(found.activation)
+    packed = PackedBitLinear(columns, rows, False, quantizer=found.quantizer, activation=kind, device="meta")
+    packed.store(found.quantized)
+    return {f"{layer}.weight": packed.weight.data, f"{layer}.weight_scale": packed.weight_scale.data}
+
+
+def _refuse(contents: Contents, misfits: list[str], any_found: bool) -> None:
+    if misfits:
+        more = f" (and {len(misfits) - 3} more layers)" if len(misfits) > 3 else ""
+        raise ValueError(f"{contents.source} cannot be imported with equal values: {'; '.join(misfits[:3])}{more}")
+    if not any_found:
+        raise ValueError(f"{contents.source} holds no quantized layer: {contents.advice()}")
+
+
+def _dtype(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> torch.dtype:
+    named = getattr(config, "dtype", None)
+    if isinstance(named, torch.dtype):
+        return named
+    floats = (tensor.dtype for name, tensor in state.items() if tensor.is_floating_point() and not name.endswith("_scale"))
+    return next(floats, torch.float32)
+
+
+def _loaded(kind: Any, state: dict[str, Tensor], contents: Contents, dtype: torch.dtype, options: Any) -> Any:
+    advice = (
+        "the model described is not the one that is stored. Give the config of the right one: import_model(..., base=<folder "
+        "or Hub name>)"
+    )
+    given = {**options, "config": contents.config, "state_dict": state, "dtype": dtype, "output_loading_info": True}
+    try:
+        model, info = kind.from_pretrained(None, **given)
+    except RuntimeError as error:  # shapes that differ
+        raise ValueError(f"{contents.source} does not fit into {kind.__name__} ({error}); {advice}") from error
+    for what, keys in (("lacks", info["missing_keys"]), ("has no place in the model for", info["unexpected_keys"])):
+        if keys:
+            named = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            raise ValueError(f"{contents.source} {what} {named}: {advice}")
+    model.name_or_path = model.config.name_or_path = contents.source
+    return model

@@ -1,0 +1,175 @@
+"""Codes and scales of other programs, put into a scheme of ours with not one value changed. Own.
+
+A foreign layer is levels (whole numbers, `value = level * scale`) and scales. It becomes the narrowest scheme whose grid holds
+all of its levels, with the fewest scales that say the same. Levels that no grid of the same width holds (-8 of a 4-bit range,
+-128 of an 8-bit one) are refused, or go where the user says (`Outside`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ..quantizers import WEIGHT_SCHEMES, Quantized, WeightQuantizer
+
+Outside = Literal["refuse", "wider", "clip"]
+OUTSIDE: tuple[str, ...] = get_args(Outside)
+
+
+class Found(NamedTuple):
+    """A layer of ours.
+
+    Attributes:
+        quantized: codes int8 (N, K) and scale. quantizer: the scheme and granularity that they are of.
+        activation: scheme of the layer's input in the program it comes from.
+    """
+
+    quantized: Quantized
+    quantizer: WeightQuantizer
+    activation: str = "none"
+
+
+class Misfit(NamedTuple):
+    """Why a layer cannot be a layer of ours."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Levels:
+    """A foreign weight.
+
+    Attributes:
+        levels: whole numbers, int16 (N, K).
+        scale: float32 (1, 1), (N, 1) or (N, G), any sign; where it is 0 the levels mean nothing.
+        bits: that the foreign format keeps a level in.
+        learned: whether the scale was a parameter, and should be one again.
+    """
+
+    levels: Tensor
+    scale: Tensor
+    bits: int
+    learned: bool = False
+
+
+def schemes() -> list[str]:
+    """Names of the weight schemes, the narrowest first."""
+    kinds = {name: WEIGHT_SCHEMES.get(name) for name in WEIGHT_SCHEMES}
+    return sorted(kinds, key=lambda name: (kinds[name].storage_bits, kinds[name].grid.levels))
+
+
+def with_half_levels() -> str:
+    """Name of the narrowest scheme whose levels lie half way between whole numbers, -1.5 to 1.5."""
+    return next(name for name in schemes() if WEIGHT_SCHEMES.get(name).grid.values == [-1.5, -0.5, 0.5, 1.5])
+
+
+def fit(foreign: Levels, outside: str = "refuse") -> Found | Misfit:
+    """The narrowest scheme that holds these levels.
+
+    Args:
+        outside: what becomes of levels that no scheme of as many bits has: "refuse", "wider" (the next wider scheme) or
+            "clip" (the nearest level; the only one that changes values).
+
+    Returns a `Misfit` where levels do not fit, or a scale is not a finite number.
+    """
+    if not bool(torch.isfinite(foreign.scale).all()):
+        return Misfit(f"{int((~torch.isfinite(foreign.scale)).sum())} of its scales are NaN or infinite")
+    levels, scale = _positive(foreign)
+    levels, scale = _reduced(levels, scale)
+    present = torch.unique(levels).tolist()
+    width = max(foreign.bits, 1)
+    fitting = [name for name in schemes() if set(present) <= set(WEIGHT_SCHEMES.get(name).grid.values)]
+    narrow = [name for name in fitting if WEIGHT_SCHEMES.get(name).storage_bits <= _stored(width)]
+    if narrow or (fitting and outside == "wider"):
+        return found(levels, scale, (narrow or fitting)[0], learned=foreign.learned)
+    if outside == "clip":
+        name = _clipping(width)
+        grid = WEIGHT_SCHEMES.get(name).grid
+        return found(levels.clamp(grid.lowest, grid.highest), scale, name, learned=foreign.learned)
+    return Misfit(_outside(present, width, bool(fitting)))
+
+
+def found(levels: Tensor, scale: Tensor, scheme: str, *, learned: bool = False) -> Found:
+    """Levels (whole or half numbers, (N, K)) that are on the grid of `scheme`, with the fewest scales that say the same."""
+    kind = WEIGHT_SCHEMES.get(scheme)
+    scale = _fewest(levels, scale.float())
+    granularity, group_size = "tensor", None
+    if scale.shape[1] > 1:
+        granularity, group_size = "group", levels.shape[1] // scale.shape[1]
+    elif scale.shape[0] > 1:
+        granularity = "channel"
+    quantizer = WeightQuantizer(scheme, "learned" if learned else kind.default_scale, granularity, group_size)
+    # one row alone: (1, 1) is a tensor's scale and a channel's
+    assert quantizer.scale_shape(*levels.shape) == tuple(scale.shape)
+    codes = (levels + kind.grid.zero_point).to(torch.int8)
+    return Found(Quantized(codes, scale, kind.grid.zero_point), quantizer)
+
+
+def same_value(one: Quantized, other: Tensor) -> bool:
+    """Whether the codes stand for exactly these values, rounded to their dtype."""
+    return torch.equal(one.dequantize(other.dtype), other)
+
+
+def _stored(bits: int) -> int:
+    """Bits of the narrowest scheme that is stored in at least so many."""
+    return min(stored for name in schemes() if (stored := WEIGHT_SCHEMES.get(name).storage_bits) >= min(bits, 8))
+
+
+def _clipping(bits: int) -> str:
+    """Of the schemes of so many bits, the one that reaches furthest."""
+    whole = [name for name in schemes() if float(WEIGHT_SCHEMES.get(name).grid.zero_point).is_integer()]
+    same = [name for name in whole if WEIGHT_SCHEMES.get(name).storage_bits == _stored(bits)]
+    return same[-1]
+
+
+def _outside(present: list[int], bits: int, fits_wider: bool) -> str:
+    low, high = present[0], present[-1]
+    grid = WEIGHT_SCHEMES.get(_clipping(bits)).grid
+    ours = f"{grid.lowest} to {grid.highest}"
+    ways = "outside='clip' moves them to the nearest level, which changes these weights"
+    if fits_wider:
+        ways = f"outside='wider' stores the layer in more bits, value for value; {ways}"
+    return f"its {bits}-bit levels go from {low} to {high}, those of {_stored(bits)}-bit schemes here from {ours}; {ways}"
+
+
+def _positive(foreign: Levels) -> tuple[Tensor, Tensor]:
+    """Levels and scales with no scale below 0; where a scale is 0 so are the levels."""
+    levels, scale = foreign.levels.to(torch.int16), foreign.scale.float()
+    if bool((scale > 0).all()):
+        return levels, scale
+    sign = scale.sign().to(torch.int16)
+    columns = levels.shape[1] // sign.shape[1]
+    return levels * sign.repeat_interleave(columns, dim=1), scale.abs()
+
+
+def _reduced(levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Without a factor that all levels share, where the scales can take it over exactly: 0 and +-127 become 0 and +-1."""
+    present = torch.unique(levels).tolist()
+    factor = math.gcd(*present)
+    if factor <= 1:
+        return levels, scale
+    larger = scale * factor
+    if not all(torch.equal((level // factor) * larger, level * scale) for level in present):
+        return levels, scale
+    return torch.div(levels, factor, rounding_mode="trunc"), larger
+
+
+def _fewest(levels: Tensor, scale: Tensor) -> Tensor:
+    """The same scales with fewer of them: one for the tensor, one a row, or as many as come.
+
+    A scale whose levels are all 0 may be any, so it takes the mean of the others.
+    """
+    used = levels.reshape(scale.numel(), -1).ne(0).any(dim=-1).reshape(scale.shape)
+    if not bool(used.any()):
+        return torch.ones(1, 1)
+    lowest, highest = torch.where(used, scale, torch.inf), torch.where(used, scale, -torch.inf)
+    if bool(lowest.amin() == highest.amax()):
+        return lowest.amin().reshape(1, 1)
+    typical = scale[used].mean()
+    if bool((lowest.amin(dim=1) >= highest.amax(dim=1)).all()):
+        return torch.where(used.any(dim=1), lowest.amin(dim=1), typical).unsqueeze(1)
+    return torch.where(used, scale, typical)

@@ -1,0 +1,235 @@
+"""GGUF files of llama.cpp and bitnet.cpp: the model behind the metadata, its names, its layers. Own.
+
+transformers reads the config from the metadata (of a copy without weights, because its reader stops at types it does not know);
+names are of the package `gguf`. What the converters did to tensors is undone: the llama architecture has the rows of queries and
+keys in another order (pairs that rotate together lie side by side), gemma's norms have 1 added. BitNet's architectures, which
+transformers does not read, are here: rotation in halves, so no rows move; `bitnet` computes with SiLU, `bitnet-b1.58` and
+`bitnet-25` with squared ReLU.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from .assembly import Place, empty_model
+from .codes import Found, Levels, Misfit, fit
+from .folder import model_class, model_config
+from .gguf_file import GGUFFile, Stored
+from .gguf_types import floats, is_float, kind_name, layer_weight
+from .recognition import recognise
+
+# of the rotary embedding, not of the model: they are in its config
+_ROTARY = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+# Llama 3.1 and 3.2, beside the factor itself
+_LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """named: in the package gguf. permuted: whether rows of queries and keys were. norm_offset: what norms have added.
+    activation: of BitNet's feed-forward, None for architectures that transformers reads.
+    """
+
+    named: str
+    permuted: bool = False
+    norm_offset: float = 0.0
+    activation: str | None = None
+
+
+_ARCHITECTURES = {
+    "llama": _Architecture("llama", permuted=True),
+    "qwen2": _Architecture("qwen2"),
+    "qwen3": _Architecture("qwen3"),
+    "phi3": _Architecture("phi3"),
+    "gemma2": _Architecture("gemma2", norm_offset=1.0),
+    "gemma3": _Architecture("gemma3", norm_offset=1.0),
+    "bitnet": _Architecture("bitnet", activation="silu"),
+    "bitnet-b1.58": _Architecture("bitnet", activation="relu2"),
+    "bitnet-25": _Architecture("bitnet", activation="relu2"),
+}
+# of BitNet, which the package gguf knows under the names of an older model
+_BITNET_NORMS = {"self_attn.attn_sub_norm": "attn_sub_norm", "mlp.ffn_sub_norm": "ffn_sub_norm"}
+_HEAD = "lm_head"
+
+
+class GGUFModel:
+    """`Contents` of a file.
+
+    Args:
+        base: folder or Hub name of a model with the same architecture, whose config.json is taken instead of the metadata.
+
+    Raises ValueError for an architecture that is not known, or one of which the metadata does not say enough.
+    """
+
+    def __init__(self, path: Path, outside: str, base: str | None) -> None:
+        require_gguf()
+        self.file, self.outside, self.source = GGUFFile(path), outside, str(path)
+        name = self.file.architecture
+        if name not in _ARCHITECTURES:
+            raise ValueError(f"{path} is of the architecture {name!r}; legal: {', '.join(_ARCHITECTURES)}")
+        parts = self.file.metadata.get("split.count", 1)
+        if parts != 1:
+            raise ValueError(f"{path} is one of {parts} parts; join them first: llama-gguf-split --merge <first part> <file>")
+        self.architecture = _ARCHITECTURES[name]
+        self.config = model_config(base) if base is not None else self._config()
+
+    def tensors(self, places: Mapping[str, Place]) -> Iterator[tuple[str, Tensor | Found | Misfit]]:
+        names = self._names()
+        for name, stored in self.file.tensors.items():
+            if name in _ROTARY or _scaled(name) in self.file.tensors:
+                continue
+            ours = names.get(name)
+            if ours is None:
+                raise ValueError(
+                    f"{self.source} holds the tensor {name}, for which {model_class(self.config).__name__} has no place; give "
+                    "the config of the right model: import_model(..., base=<folder or Hub name>)"
+                )
+            layer = ours.removesuffix(".weight")
+            yield ours, self._layer(stored) if layer in places else self._other(stored)
+
+    def advice(self) -> str:
+        kinds = sorted({kind_name(tensor.kind) for tensor in self.file.tensors.values() if len(tensor.shape) == 2})
+        return f"its matrices are of {', '.join(kinds)}; load it with transformers' from_pretrained(folder, gguf_file=...)"
+
+    def _layer(self, stored: Stored) -> Tensor | Found | Misfit:
+        weight = layer_weight(self.file, stored)
+        if isinstance(weight, Misfit):
+            return weight
+        order = self._row_order(stored)
+        if isinstance(weight, Tensor):
+            weight = weight if order is None else weight[order]
+            got = recognise(weight)
+            # a layer of floats may be one that was never quantized
+            return weight if isinstance(got, Misfit) and is_float(stored) else got
+        scale = weight.scale * self._further_scale(stored)
+        levels = weight.levels if order is None else weight.levels[order]
+        scale = scale if order is None or scale.shape[0] == 1 else scale[order]
+        return fit(Levels(levels, scale, weight.bits), self.outside)
+
+    def _other(self, stored: Stored) -> Tensor:
+        tensor, order = floats(self.file, stored), self._row_order(stored)
+        if self.architecture.norm_offset and stored.name.endswith("norm.weight"):
+            tensor = tensor.float() - self.architecture.norm_offset
+        return tensor if order is None else tensor[order]
+
+    def _further_scale(self, stored: Stored) -> Tensor:
+        """`<layer>.scale`, with which llama.cpp multiplies what comes out of a layer of the architecture bitnet."""
+        found = self.file.tensors.get(stored.name.removesuffix(".weight") + ".scale")
+        return torch.ones(1, 1) if found is None else floats(self.file, found).float().reshape(1, 1)
+
+    def _row_order(self, stored: Stored) -> Tensor | None:
+        """Which row of the file is which row of the model, for queries and keys of permuted architectures."""
+        heads = {".attn_q.": "num_attention_heads", ".attn_k.": "num_key_value_heads"}
+        key = next((key for part, key in heads.items() if part in stored.name), None)
+        if key is None or not self.architecture.permuted:
+            return None
+        rows, count = stored.shape[0], int(getattr(self.config, key))
+        if rows % (2 * count):
+            raise ValueError(f"{self.source}: {stored.name} has {rows} rows, which are no {count} heads of an even size")
+        return torch.arange(rows).reshape(count, -1, 2).transpose(1, 2).reshape(-1)
+
+    def _names(self) -> dict[str, str]:
+        """Name in the file -> name of the parameter."""
+        import gguf  # pyright: ignore[reportMissingImports]
+
+        numbers = {named: number for number, named in gguf.MODEL_ARCH_NAMES.items()}
+        table = gguf.get_tensor_name_map(numbers[self.architecture.named], self.config.num_hidden_layers)
+        parameters = empty_model(model_class(self.config), self.config).state_dict()
+        names = {}
+        for ours in parameters:
+            module, _, leaf = ours.rpartition(".")
+            theirs = table.get_name(module) or _bitnet_name(module)
+            if theirs is not None:
+                names[f"{theirs}.{leaf}"] = ours
+        return names
+
+    def _config(self) -> PreTrainedConfig:
+        config = self._bitnet_config() if self.architecture.activation else self._read_by_transformers()
+        head_size = self._said("attention.key_length")
+        if head_size is not None and hasattr(config, "head_dim"):
+            config.head_dim = head_size  # transformers reads it for some architectures only
+        rotary = [name for name in _ROTARY if name in self.file.tensors]
+        if rotary and not (rotary == [_ROTARY[0]] and self._scale_rotation(config)):
+            raise ValueError(
+                f"{self.source} holds {rotary[0]}, a change of its rotary embedding that its metadata does not describe; give "
+                "the config of the original: import_model(..., base=<folder or Hub name>)"
+            )
+        return config
+
+    def _read_by_transformers(self) -> PreTrainedConfig:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / self.file.path.name).write_bytes(self.file.without_weights())
+            config = model_config(folder, gguf_file=self.file.path.name)
+        config.name_or_path = ""
+        return config
+
+    def _bitnet_config(self) -> PreTrainedConfig:
+        tokens = self.file.metadata.get("tokenizer.ggml.tokens")
+        try:
+            return transformers.BitNetConfig(
+                vocab_size=self._said("vocab_size") or tokens,
+                hidden_size=self._said("embedding_length"),
+                intermediate_size=self._said("feed_forward_length"),
+                num_hidden_layers=self._said("block_count"),
+                num_attention_heads=self._said("attention.head_count"),
+                num_key_value_heads=self._said("attention.head_count_kv"),
+                max_position_embeddings=self._said("context_length"),
+                rms_norm_eps=self._said("attention.layer_norm_rms_epsilon"),
+                rope_parameters={"rope_type": "default", "rope_theta": self._said("rope.freq_base") or 10000.0},
+                hidden_act=self.architecture.activation,
+                tie_word_embeddings="output.weight" not in self.file.tensors,
+                bos_token_id=self.file.metadata.get("tokenizer.ggml.bos_token_id"),
+                eos_token_id=self.file.metadata.get("tokenizer.ggml.eos_token_id"),
+            )
+        except Exception as error:  # transformers' own checks raise a class of their own
+            raise ValueError(f"{self.source}: its metadata does not describe a BitNet model ({error})") from error
+
+    def _said(self, key: str) -> Any:
+        return self.file.metadata.get(f"{self.file.architecture}.{key}")
+
+    def _scale_rotation(self, config: PreTrainedConfig) -> bool:
+        """Writes what divides the frequencies into the config, where it is nothing or what Llama 3 does; else False."""
+        divided_by = floats(self.file, self.file.tensors[_ROTARY[0]]).float().flatten()
+        if bool((divided_by == 1).all()):
+            return True
+        plain = dict(getattr(config, "rope_parameters", None) or {})
+        theta, size = plain.get("rope_theta"), 2 * divided_by.numel()
+        if theta is None:
+            return False
+        config.rope_parameters = {**plain, **_LLAMA3, "factor": float(divided_by.amax())}
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        compute: Callable[..., Any] = ROPE_INIT_FUNCTIONS[_LLAMA3["rope_type"]]
+        frequencies = 1.0 / theta ** (torch.arange(0, size, 2).float() / size)
+        found = compute(config, torch.device("cpu"))[0]
+        return found.shape == frequencies.shape and torch.allclose(found, frequencies / divided_by, rtol=1e-4)
+
+
+def require_gguf() -> None:
+    """Raises ImportError that says how to install the package gguf."""
+    try:
+        import gguf  # noqa: F401 # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ImportError("reading a GGUF file needs the package gguf: pip install 'hf_bitnet[gguf]'") from None
+
+
+def _scaled(name: str) -> str | None:
+    """The weight that the tensor `name` is a further scale of."""
+    return f"{name.removesuffix('.scale')}.weight" if name.endswith(".scale") else None
+
+
+def _bitnet_name(module: str) -> str | None:
+    if module == _HEAD:
+        return "output"
+    parts = module.split(".")
+    theirs = _BITNET_NORMS.get(".".join(parts[-2:]))
+    return None if theirs is None else f"blk.{parts[-3]}.{theirs}"

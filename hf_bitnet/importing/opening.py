@@ -1,0 +1,59 @@
+"""What lies at a path: which kind of foreign checkpoint it is, and the reader for it. Own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .assembly import Contents, assemble
+from .codes import OUTSIDE
+from .float_weights import FloatWeights
+from .folder import Folder
+from .gguf_model import GGUFModel
+from .learned_scales import SCALE, LearnedScales
+from .torchao import TorchAO
+
+# quant_method -> reader. The method `bitnet` is transformers' own, which `load_native` reads
+_METHODS: dict[str, Callable[..., Contents]] = {"torchao": TorchAO}
+
+
+def import_checkpoint(
+    path: Path,
+    *,
+    gguf: Path | None,
+    base: str | None,
+    activation: str | None,
+    outside: str,
+    w_bits: float | None,
+    dtype: torch.dtype | None,
+    **options: Any,
+) -> Any:
+    """The packed model of a checkpoint in a local folder, or of a GGUF file; see `hf_bitnet.import_model`.
+
+    Args:
+        gguf: the GGUF file, where it is one.
+
+    Raises ValueError where it is of no kind that is read, is damaged, or has a layer that does not fit.
+    """
+    if outside not in OUTSIDE:
+        raise ValueError(f"outside={outside!r}; legal: {', '.join(map(repr, OUTSIDE))}")
+    contents = GGUFModel(gguf, outside, base) if gguf is not None else _opened(Folder(path, base), activation, outside, w_bits)
+    return assemble(contents, activation=activation, dtype=dtype, **options)
+
+
+def _opened(folder: Folder, activation: str | None, outside: str, w_bits: float | None) -> Contents:
+    method = folder.method
+    if method is not None and method not in _METHODS:
+        raise ValueError(
+            f"{folder.path} is quantized by the method {method!r}; read are 'bitnet', {', '.join(map(repr, _METHODS))}, GGUF "
+            "files, learned scales of a row (ParetoQ) and float weights that lie on a grid. Quantize the float model instead: "
+            "from_pretrained(<its name>, quantization_config=...)"
+        )
+    if method is not None:
+        return _METHODS[method](folder, outside, activation is not None)
+    if any(name.endswith(SCALE) for name in folder.names):
+        return LearnedScales(folder, outside, w_bits)
+    return FloatWeights(folder)

@@ -1,0 +1,137 @@
+"""import_model: quantized checkpoints of other programs become models of this library. Own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import FOREIGN_LINEAR_CLASS, NATIVE_METHOD, QUANT_METHOD
+from ..importing import Folder, import_checkpoint
+from ..plugin import load_native
+from ..surgery import convert_native, pack_model, trained_layers, unpack_model
+
+_FORMS = ("packed", "train")
+_GGUF = ".gguf"
+# what is fetched of a repository: nothing that could run
+_FILES = ["*.json", "*.safetensors"]
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def import_model(
+    path: str | os.PathLike[str],
+    *,
+    file: str | None = None,
+    form: str = "packed",
+    base: str | None = None,
+    activation: str | None = None,
+    outside: str = "refuse",
+    w_bits: float | None = None,
+    dtype: torch.dtype | str | None = None,
+    **options: Any,
+) -> Any:
+    """A checkpoint that another program quantized, as a model with the same codes and scales.
+
+    What is read, found out from the files themselves:
+    - transformers' method `bitnet`: BitNet 2B4T, Falcon3-1.58bit, Falcon-E, what onebitllms writes;
+    - GGUF files: TQ1_0, TQ2_0, Q2_0, Q1_0, Q4_0, Q8_0, bitnet.cpp's I2_S; Q2_K and floats where they lie on a grid; of the
+      architectures llama, qwen2, qwen3, phi3, gemma2, gemma3, bitnet, bitnet-b1.58 and bitnet-25;
+    - torchao, saved as safetensors: Int8Tensor and IntxUnpackedToInt8Tensor;
+    - learned scales of a row (ParetoQ);
+    - float weights that lie on a grid (a dense export of a quantized model).
+    Anything else is refused with the reason. Nothing of the checkpoint is run or unpickled. Each layer gets the narrowest scheme
+    that holds its codes and the fewest scales that say the same; `coverage(model)` shows them, and what stayed in floats.
+
+    Args:
+        path: folder, GGUF file or Hub name.
+        file: name of the GGUF file in that folder or repository, where there are several.
+        form: "packed", or "train": float weights that give the same codes, with learned scales.
+        base: folder or Hub name of a model with the same architecture, whose config.json describes this one; for checkpoints
+            without a config that transformers knows, and for GGUF files, whose metadata says less than a config does.
+        activation: scheme of the inputs of all quantized layers, for example "int8"; None takes what the checkpoint says: "none"
+            where only weights are quantized. Not for the method `bitnet`, which has int8.
+        outside: what happens to codes that no scheme of as many bits has (-8 of 4 bits, -128 of 8): "refuse", "wider" (the layer
+            is stored in more bits, value for value) or "clip" (to the nearest code; the only choice that changes values).
+        w_bits: bits of learned scales (1, 1.58, 2, 3, 4), where config.json does not say it.
+        dtype: of what is not quantized; None takes the checkpoint's, for GGUF files float32.
+        options: of from_pretrained, and revision, token, cache_dir of the Hub.
+
+    Returns the model, of the class that the checkpoint names, in eval mode.
+
+    Raises ValueError (OSError from the Hub) where there is no such checkpoint, it is damaged, or it is of no kind that is read.
+    """
+    if form not in _FORMS:
+        raise ValueError(f"form={form!r}; legal: {', '.join(map(repr, _FORMS))}")
+    refused = [name for name in ("trust_remote_code", "quantization_config") if name in options]
+    if refused:
+        raise TypeError(f"import_model takes no {refused[0]}: nothing of a checkpoint is run, and it says how it is quantized")
+    found, options = _fetched(os.fspath(path), file, options)
+    gguf = _gguf(found, file)
+    if gguf is None and Folder(found, base).method == NATIVE_METHOD:
+        return _native(found, form, activation, {"dtype": dtype or "auto", **options})
+    wanted = _dtype(dtype) or (None if gguf is None else torch.float32)
+    about = {"gguf": gguf, "base": base, "activation": activation, "outside": outside, "w_bits": w_bits, "dtype": wanted}
+    model = import_checkpoint(found, **about, **options)
+    return model if form == "packed" else unpack_model(model, weight_scale="learned")
+
+
+def _native(path: Path, form: str, activation: str | None, options: dict[str, Any]) -> Any:
+    settings = Folder(path).settings["quantization_config"]
+    if QUANT_METHOD in settings or settings.get("linear_class") == FOREIGN_LINEAR_CLASS:
+        raise ValueError(f"{path} is a checkpoint of this library already; load it with transformers' from_pretrained(path)")
+    if activation not in (None, "int8"):
+        raise ValueError(f"activation={activation!r}: the method {NATIVE_METHOD!r} quantizes inputs as 'int8'; leave it out")
+    model = convert_native(load_native(path, **options))
+    if next(iter(trained_layers(model)), None) is not None:  # of the kind that trains
+        return pack_model(model) if form == "packed" else model
+    return model if form == "packed" else unpack_model(model, weight_scale="learned")
+
+
+def _fetched(path: str, file: str | None, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """What is on this machine, fetched from the Hub where it has to be; and the options that are not the Hub's."""
+    hub = {name: value for name, value in options.items() if name in _HUB}
+    options = {name: value for name, value in options.items() if name not in _HUB}
+    local = Path(path).expanduser()
+    if local.exists():
+        return local, options
+    if path.startswith((".", "/", "~")) or not 0 <= path.count("/") <= 1 or path.endswith(_GGUF):
+        raise ValueError(f"there is no folder or file {path!r}")
+    import huggingface_hub
+
+    try:
+        if file is not None:
+            return Path(huggingface_hub.hf_hub_download(path, file, **hub)), options
+        return Path(huggingface_hub.snapshot_download(path, allow_patterns=_FILES, **hub)), options
+    except (OSError, ValueError) as error:
+        raise OSError(f"there is no folder {path!r}, and the Hub does not give it ({error})") from error
+
+
+def _gguf(path: Path, file: str | None) -> Path | None:
+    """The GGUF file that is meant, or None where safetensors are."""
+    if path.is_file():
+        return path
+    if file is not None:
+        if not (path / file).is_file() or not (path / file).resolve().is_relative_to(path.resolve()):
+            raise ValueError(f"{path} holds no file {file!r}; it has: {', '.join(_names(path)) or 'no GGUF file'}")
+        return path / file
+    names = _names(path)
+    if not names or any(path.glob("*.safetensors")):
+        return None
+    if len(names) > 1:
+        raise ValueError(f"{path} holds several GGUF files; name one: file={names[0]!r}, or {', '.join(names[1:])}")
+    return path / names[0]
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(each.name for each in folder.glob(f"*{_GGUF}"))
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype in (None, "auto") or isinstance(dtype, torch.dtype):
+        return None if dtype == "auto" else dtype  # type: ignore[return-value]
+    found = getattr(torch, str(dtype), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype={dtype!r} is no dtype of torch; for example dtype=torch.bfloat16")
+    return found
