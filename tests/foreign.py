@@ -1,6 +1,6 @@
 """Quantized checkpoints as other programs write them, made here from the descriptions of their formats.
 
-Independent of hf_bitnet: bytes are put together weight by weight or by the package gguf.
+Bytes are put together weight by weight or by the package gguf, not by hf_bitnet.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ import transformers as tf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hf_bitnet.surgery import quantized_layers
+
 from .tiny import VOCABULARY, tiny
 
 F32, F16, Q4_0, Q8_0, Q2_K, TQ1_0, TQ2_0, I2_S, Q1_0, Q2_0 = 0, 1, 2, 8, 10, 34, 35, 36, 41, 42
+# of a tensor: shape (rows first), type, bytes
+Stored = tuple[tuple[int, ...], int, bytes]
 # sizes that every block divides, and no two alike
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 SCALE = 0.03125 * 1.25  # of float16
@@ -63,57 +67,49 @@ def onto_grid(model: nn.Module, levels: list[float], *, scale: float = SCALE, gr
             layer.weight.copy_((codes.unflatten(1, (-1, groups)) * factor).flatten(1))
 
 
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a quantized model's layers."""
+    return {name: layer.quantized_weight().dequantize() for name, layer in quantized_layers(model)}
+
+
+def assert_values(imported: nn.Module, model: nn.Module) -> None:
+    """The projections of the plain model, and no others, are quantized to exactly their values."""
+    expected = {name: layer.weight for name, layer in projections(model).items()}
+    found = values_of(imported)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 # ---- GGUF ----
 
 
-def quarter_fields(codes: list[int], bits: int, run: int) -> bytes:
-    """Codes in fields of a byte, from the lowest; those of one byte are `run` apart."""
-    fields, out = 8 // bits, bytearray()
-    for start in range(0, len(codes), fields * run):
-        for place in range(run):
-            out.append(sum(codes[start + place + field * run] << (bits * field) for field in range(fields)))
-    return bytes(out)
+def fields(codes: np.ndarray, bits: int, run: int) -> np.ndarray:
+    """Codes (B, n) in fields of bytes (B, n bits / 8), from the lowest on; those of one byte are `run` apart."""
+    parts = codes.astype(np.uint8).reshape(len(codes), -1, 8 // bits, run)
+    shifted = [parts[:, :, field] << (bits * field) for field in range(8 // bits)]
+    return np.bitwise_or.reduce(shifted).reshape(len(codes), -1)
 
 
-def _scaled_block(block: np.ndarray, largest: int) -> tuple[float, list[int]]:
-    """The scale that the test put there, and the levels."""
-    magnitudes = sorted({abs(float(value)) for value in block} - {0.0})
-    scale = magnitudes[0] if magnitudes else 0.0
-    levels = [round(float(value) / scale) if scale else 0 for value in block]
-    assert all(level * scale == value for level, value in zip(levels, block, strict=True)) and max(map(abs, levels)) <= largest
-    return scale, levels
-
-
-def block_q2_0(block: np.ndarray) -> bytes:
-    scale, levels = _scaled_block(block, 2)
-    return np.float16(scale).tobytes() + quarter_fields([level + 1 for level in levels], 2, 1)
-
-
-def block_q1_0(block: np.ndarray) -> bytes:
-    scale, levels = _scaled_block(block, 1)
-    return np.float16(scale).tobytes() + quarter_fields([(level + 1) // 2 for level in levels], 1, 1)
-
-
-def block_q4_0(block: np.ndarray) -> bytes:
-    scale, levels = _scaled_block(block, 8)
-    return np.float16(scale).tobytes() + quarter_fields([level + 8 for level in levels], 4, 16)
+def blocks(weight: np.ndarray, size: int, zero: int, bits: int, run: int) -> bytes:
+    """fp16 scale and codes of every block. The scale is the smallest magnitude, of which the test made all others."""
+    rows = weight.reshape(-1, size)
+    scale = np.where(rows == 0, np.inf, np.abs(rows)).min(axis=1, keepdims=True)
+    levels = np.round(rows / scale)
+    assert np.array_equal((levels * scale).astype(np.float32), rows) and np.array_equal(np.float16(scale), scale)
+    codes = (levels + 1) / 2 if bits == 1 else levels + zero
+    return np.concatenate([np.float16(scale).view(np.uint8), fields(codes, bits, run)], axis=1).tobytes()
 
 
 def i2_s(weight: np.ndarray) -> bytes:
     """128 weights in 32 bytes, the first in the highest bits; the scale behind."""
-    scale = float(np.abs(weight).max())
-    codes = [round(float(value) / scale) + 1 for value in weight.ravel()]
-    out = bytearray()
-    for start in range(0, len(codes), 128):
-        out += bytes(sum(codes[start + 32 * quarter + place] << (6 - 2 * quarter) for quarter in range(4)) for place in range(32))
-    return bytes(out) + np.float32(scale).tobytes() + bytes(28)
+    scale = np.abs(weight).max()
+    codes = (np.round(weight / scale) + 1).astype(np.uint8).reshape(-1, 4, 32)
+    packed = codes[:, 0] << 6 | codes[:, 1] << 4 | codes[:, 2] << 2 | codes[:, 3]
+    return packed.tobytes() + np.float32(scale).tobytes() + bytes(28)
 
 
-_BLOCKS: dict[int, tuple[int, Callable[[np.ndarray], bytes]]] = {
-    Q2_0: (64, block_q2_0),
-    Q1_0: (128, block_q1_0),
-    Q4_0: (32, block_q4_0),
-}
+# type -> size of a block, code of zero, bits, distance of the codes that share a byte
+_BLOCKS = {Q2_0: (64, 1, 2, 1), Q1_0: (128, 0, 1, 1), Q4_0: (32, 8, 4, 16)}
 
 
 def encoded(weight: Tensor, kind: int) -> bytes:
@@ -126,8 +122,7 @@ def encoded(weight: Tensor, kind: int) -> bytes:
     if kind == I2_S:
         return i2_s(array)
     if kind in _BLOCKS:
-        size, block = _BLOCKS[kind]
-        return b"".join(block(each) for each in array.reshape(-1, size))
+        return blocks(array, *_BLOCKS[kind])
     import gguf
 
     return gguf.quants.quantize(array, gguf.GGMLQuantizationType(kind)).tobytes()
@@ -144,7 +139,7 @@ def _value(value: Any) -> bytes:
     return struct.pack("<II", 4, value)
 
 
-def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, tuple[tuple[int, ...], int, bytes]]) -> Path:
+def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Stored]) -> Path:
     """A GGUF file of version 3. `tensors`: name -> shape (rows first), type, bytes."""
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
     for key, value in metadata.items():
@@ -230,8 +225,16 @@ def described(model: Any, architecture: str) -> dict[str, Any]:
     return {"general.architecture": architecture, **named, **ids}
 
 
-def model_to_gguf(path: Path, model: Any, architecture: str, kind: int, *, table: int = F32, **changes: Any) -> Path:
-    """A file of the model with its projections in one type. `changes`: {name of a tensor: (shape, type, bytes)} to replace."""
+def model_to_gguf(
+    path: Path,
+    model: Any,
+    architecture: str,
+    kind: int,
+    *,
+    table: int = F32,
+    changes: Mapping[str, Stored] | None = None,
+) -> Path:
+    """A file of the model with its projections in one type, and its tables in another. `changes`: tensors to replace."""
     inner, tensors = projections(model), {}
     tied = model.config.tie_word_embeddings
     for name, tensor in model.state_dict().items():
@@ -240,13 +243,15 @@ def model_to_gguf(path: Path, model: Any, architecture: str, kind: int, *, table
         used = kind if name.removesuffix(".weight") in inner else table if tensor.dim() == 2 else F32
         data = encoded(_as_converted(name, tensor, model, architecture), used)
         tensors[gguf_name(name, architecture)] = (tuple(tensor.shape), used, data)
-    return write_gguf(path, described(model, architecture), tensors | changes)
+    return write_gguf(path, described(model, architecture), tensors | dict(changes or {}))
 
 
 # ---- learned scales ----
 
 
-def paretoq(model: Any, folder: Path, w_bits: float, *, scale: Callable[[Tensor], Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def paretoq(
+    model: Any, folder: Path, w_bits: float, *, scale: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Saves float weights with `weight_clip_val`, and returns what ParetoQ's layers multiply with, by the paper's equations.
 
     Value by value in Python: 1 bit and LSQ round(w / a) clipped to the range; SEQ a / k (floor(k clip(w / a)) + 1/2) for 2 bits

@@ -23,6 +23,10 @@ from .codes import Found, Misfit
 from .folder import model_class
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+WRONG_MODEL = (
+    "the model described is not the one that is stored. Give the config of the right one: import_model(..., base=<folder or "
+    "Hub name>)"
+)
 # fields of a layer's config, in pairs, so that equal ones can be counted
 Kind = tuple[tuple[str, Any], ...]
 
@@ -35,6 +39,23 @@ class Place(NamedTuple):
     transposed: bool
 
 
+class Wanted(NamedTuple):
+    """What a model needs.
+
+    Attributes:
+        places: module name -> linear map that can be quantized. shapes: name of a parameter or buffer -> its shape.
+    """
+
+    places: dict[str, Place]
+    shapes: dict[str, tuple[int, ...]]
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises ValueError when a tensor has another shape than the model's."""
+        wanted = self.shapes.get(name, shape)
+        if wanted != shape:
+            raise ValueError(f"{name} has shape {shape}, the model needs {wanted}; {WRONG_MODEL}")
+
+
 class Contents(Protocol):
     """A foreign checkpoint that was opened.
 
@@ -45,8 +66,8 @@ class Contents(Protocol):
     config: PreTrainedConfig
     source: str
 
-    def tensors(self, places: Mapping[str, Place]) -> Iterator[tuple[str, Tensor | Found | Misfit]]:
-        """(name of a parameter, what it is) of every tensor. `places`: the layers that can be quantized, by module name."""
+    def tensors(self, wanted: Wanted) -> Iterator[tuple[str, Tensor | Found | Misfit]]:
+        """(name of a parameter, what it is) of every tensor."""
         ...
 
     def advice(self) -> str:
@@ -65,21 +86,23 @@ def assemble(contents: Contents, *, activation: str | None, dtype: torch.dtype |
     Raises ValueError where a layer does not fit, none is quantized, or a tensor has no place or is missing.
     """
     kind = model_class(contents.config)
-    places = layer_places(kind, contents.config)
+    wanted = wanted_by(kind, contents.config)
+    places = wanted.places
     state: dict[str, Tensor] = {}
     kinds: dict[str, Kind] = {}
     misfits: list[str] = []
-    for name, got in contents.tensors(places):
+    for name, got in contents.tensors(wanted):
         layer = name.removesuffix(".weight")
         if isinstance(got, Misfit):
             misfits.append(f"{name}: {got.reason}")
         elif isinstance(got, Found) and layer in places:
             got = got if activation is None else got._replace(activation=activation)
-            _check_shape(layer, got, places[layer])
+            wanted.check(name, tuple(got.quantized.codes.shape)[:: -1 if places[layer].transposed else 1])
             state |= _packed(layer, got)
             kinds[layer] = _kind(got)
         else:  # where a layer cannot be quantized here (an output head), its values serve
             state[name] = got.quantized.dequantize() if isinstance(got, Found) else got
+            wanted.check(name, tuple(state[name].shape))
     _refuse(contents, misfits, bool(kinds))
     config = contents.config
     kept = [name for name in places if name not in kinds]
@@ -88,25 +111,20 @@ def assemble(contents: Contents, *, activation: str | None, dtype: torch.dtype |
     return _loaded(kind, state, contents, dtype or _dtype(config, state), options)
 
 
-def layer_places(kind: Any, config: PreTrainedConfig) -> dict[str, Place]:
-    """The linear maps of a model that quantize_model would take, by their names."""
-    model = empty_model(kind, config)
+def wanted_by(kind: Any, config: PreTrainedConfig) -> Wanted:
+    """What a model of this config needs. Raises ValueError where the config's values contradict each other."""
+    try:
+        with torch.device("meta"):
+            model = kind(config)
+    except Exception as error:  # whatever a model's constructor raises
+        raise ValueError(f"no {kind.__name__} can be made of the config ({type(error).__name__}: {error})") from error
     places = {}
     for choice in choose(model, BitNetQuantizationConfig()):
         if choice.kept is None:
             rows, columns = choice.module.get_parameter("weight").shape
             transposed = not hasattr(choice.module, "out_features")
             places[choice.name] = Place(*((columns, rows) if transposed else (rows, columns)), transposed)
-    return places
-
-
-def empty_model(kind: Any, config: PreTrainedConfig) -> Any:
-    """The model on the meta device. Raises ValueError where the config's values contradict each other."""
-    try:
-        with torch.device("meta"):
-            return kind(config)
-    except Exception as error:  # whatever a model's constructor raises
-        raise ValueError(f"no {kind.__name__} can be made of the config ({type(error).__name__}: {error})") from error
+    return Wanted(places, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
 
 
 def quantization_config(kinds: Mapping[str, Kind], kept: list[str], base_prefix: str) -> BitNetQuantizationConfig:
@@ -157,12 +175,6 @@ def _patterns(names: list[str], others: Set[str], base_prefix: str) -> list[str]
     return list(dict.fromkeys(patterns))
 
 
-def _check_shape(layer: str, found: Found, place: Place) -> None:
-    shape = tuple(found.quantized.codes.shape)
-    if shape != (place.out_features, place.in_features):
-        raise ValueError(f"the weight of {layer} has shape {shape}, the model needs {(place.out_features, place.in_features)}")
-
-
 def _packed(layer: str, found: Found) -> dict[str, Tensor]:
     rows, columns = found.quantized.codes.shape
     kind = ACTIVATION_SCHEMES.get(found.activation)
@@ -188,18 +200,14 @@ def _dtype(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> torch.dtype
 
 
 def _loaded(kind: Any, state: dict[str, Tensor], contents: Contents, dtype: torch.dtype, options: Any) -> Any:
-    advice = (
-        "the model described is not the one that is stored. Give the config of the right one: import_model(..., base=<folder "
-        "or Hub name>)"
-    )
     given = {**options, "config": contents.config, "state_dict": state, "dtype": dtype, "output_loading_info": True}
     try:
         model, info = kind.from_pretrained(None, **given)
     except RuntimeError as error:  # shapes that differ
-        raise ValueError(f"{contents.source} does not fit into {kind.__name__} ({error}); {advice}") from error
+        raise ValueError(f"{contents.source} does not fit into {kind.__name__} ({error}); {WRONG_MODEL}") from error
     for what, keys in (("lacks", info["missing_keys"]), ("has no place in the model for", info["unexpected_keys"])):
         if keys:
             named = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            raise ValueError(f"{contents.source} {what} {named}: {advice}")
+            raise ValueError(f"{contents.source} {what} {named}: {WRONG_MODEL}")
     model.name_or_path = model.config.name_or_path = contents.source
     return model

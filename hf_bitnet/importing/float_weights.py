@@ -6,11 +6,11 @@ stays as it is; `coverage(model)` lists it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from torch import Tensor
 
-from .assembly import Place
+from .assembly import Wanted
 from .codes import Found, Misfit
 from .folder import Folder
 from .recognition import recognise
@@ -23,9 +23,9 @@ class FloatWeights:
         self.folder, self.config, self.source = folder, folder.config(), str(folder.path)
         self._example: str | None = None
 
-    def tensors(self, places: Mapping[str, Place]) -> Iterator[tuple[str, Tensor | Found | Misfit]]:
+    def tensors(self, wanted: Wanted) -> Iterator[tuple[str, Tensor | Found | Misfit]]:
         for name, tensor in self.folder.tensors():
-            place = places.get(name.removesuffix(".weight"))
+            place = wanted.places.get(name.removesuffix(".weight"))
             if place is None or not tensor.is_floating_point() or tensor.dim() != 2:
                 yield name, tensor
                 continue

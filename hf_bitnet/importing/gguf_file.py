@@ -93,8 +93,8 @@ class GGUFFile:
         end = tensor.start + count
         if end > len(self.data):
             raise ValueError(
-                f"{self.path} is incomplete: the tensor {tensor.name} ends at byte {end}, the file at {len(self.data)}; copy or "
-                "download it again"
+                f"{self.path} is incomplete: the tensor {tensor.name} ends at byte {end}, the file at {len(self.data)}; copy "
+                "or download it again"
             )
         return memoryview(self.data)[tensor.start : end]
 
@@ -108,7 +108,7 @@ class GGUFFile:
 
     def without_weights(self) -> bytes:
         """A file with the same metadata and names, whose tensors are single zeros of a type that every reader knows."""
-        parts = [MAGIC, struct.pack("<IQQ", VERSIONS[-1], len(self.tensors), self.metadata_count), self.pairs]
+        parts = [MAGIC, struct.pack("<IQQ", VERSIONS[-1], len(self.tensors), len(self.metadata)), self.pairs]
         alignment = int(self.metadata.get("general.alignment", _ALIGNMENT))
         step = max(alignment, 4)
         for index, name in enumerate(self.tensors):
@@ -116,10 +116,6 @@ class GGUFFile:
             parts.append(struct.pack("<Q", len(encoded)) + encoded + struct.pack("<IQIQ", 1, 1, F32, index * step))
         head = b"".join(parts)
         return head + bytes(-len(head) % alignment + step * len(self.tensors))
-
-    @property
-    def metadata_count(self) -> int:
-        return len(self.metadata)
 
 
 class _Damaged(Exception):

@@ -1,16 +1,16 @@
 """GGUF files of llama.cpp and bitnet.cpp: the model behind the metadata, its names, its layers. Own.
 
-transformers reads the config from the metadata (of a copy without weights, because its reader stops at types it does not know);
-names are of the package `gguf`. What the converters did to tensors is undone: the llama architecture has the rows of queries and
-keys in another order (pairs that rotate together lie side by side), gemma's norms have 1 added. BitNet's architectures, which
-transformers does not read, are here: rotation in halves, so no rows move; `bitnet` computes with SiLU, `bitnet-b1.58` and
-`bitnet-25` with squared ReLU.
+transformers reads the config from the metadata (of a copy without weights, because its reader stops at types it does not
+know); names are of the package `gguf`. What the converters did to tensors is undone: the llama architecture has the rows of
+queries and keys in another order (pairs that rotate together lie side by side), gemma's norms have 1 added. BitNet's
+architectures, which transformers does not read, are here: rotation in halves, so no rows move; `bitnet` computes with SiLU,
+`bitnet-b1.58` and `bitnet-25` with squared ReLU.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from .assembly import Place, empty_model
+from .assembly import Wanted
 from .codes import Found, Levels, Misfit, fit
 from .folder import model_class, model_config
 from .gguf_file import GGUFFile, Stored
@@ -82,8 +82,8 @@ class GGUFModel:
         self.architecture = _ARCHITECTURES[name]
         self.config = model_config(base) if base is not None else self._config()
 
-    def tensors(self, places: Mapping[str, Place]) -> Iterator[tuple[str, Tensor | Found | Misfit]]:
-        names = self._names()
+    def tensors(self, wanted: Wanted) -> Iterator[tuple[str, Tensor | Found | Misfit]]:
+        names = self._names(wanted)
         for name, stored in self.file.tensors.items():
             if name in _ROTARY or _scaled(name) in self.file.tensors:
                 continue
@@ -93,8 +93,8 @@ class GGUFModel:
                     f"{self.source} holds the tensor {name}, for which {model_class(self.config).__name__} has no place; give "
                     "the config of the right model: import_model(..., base=<folder or Hub name>)"
                 )
-            layer = ours.removesuffix(".weight")
-            yield ours, self._layer(stored) if layer in places else self._other(stored)
+            wanted.check(ours, stored.shape)
+            yield ours, self._layer(stored) if ours.removesuffix(".weight") in wanted.places else self._other(stored)
 
     def advice(self) -> str:
         kinds = sorted({kind_name(tensor.kind) for tensor in self.file.tensors.values() if len(tensor.shape) == 2})
@@ -137,15 +137,14 @@ class GGUFModel:
             raise ValueError(f"{self.source}: {stored.name} has {rows} rows, which are no {count} heads of an even size")
         return torch.arange(rows).reshape(count, -1, 2).transpose(1, 2).reshape(-1)
 
-    def _names(self) -> dict[str, str]:
+    def _names(self, wanted: Wanted) -> dict[str, str]:
         """Name in the file -> name of the parameter."""
         import gguf  # pyright: ignore[reportMissingImports]
 
         numbers = {named: number for number, named in gguf.MODEL_ARCH_NAMES.items()}
         table = gguf.get_tensor_name_map(numbers[self.architecture.named], self.config.num_hidden_layers)
-        parameters = empty_model(model_class(self.config), self.config).state_dict()
         names = {}
-        for ours in parameters:
+        for ours in wanted.shapes:
             module, _, leaf = ours.rpartition(".")
             theirs = table.get_name(module) or _bitnet_name(module)
             if theirs is not None:
@@ -153,6 +152,9 @@ class GGUFModel:
         return names
 
     def _config(self) -> PreTrainedConfig:
+        layers = self._said("block_count")
+        if not isinstance(layers, int) or not 1 <= layers <= len(self.file.tensors):
+            raise ValueError(f"{self.source} says that it has {layers} layers, in {len(self.file.tensors)} tensors")
         config = self._bitnet_config() if self.architecture.activation else self._read_by_transformers()
         head_size = self._said("attention.key_length")
         if head_size is not None and hasattr(config, "head_dim"):
@@ -173,23 +175,23 @@ class GGUFModel:
         return config
 
     def _bitnet_config(self) -> PreTrainedConfig:
-        tokens = self.file.metadata.get("tokenizer.ggml.tokens")
+        metadata = self.file.metadata
+        fields: dict[str, Any] = {
+            "vocab_size": self._said("vocab_size") or metadata.get("tokenizer.ggml.tokens"),
+            "hidden_size": self._said("embedding_length"),
+            "intermediate_size": self._said("feed_forward_length"),
+            "num_hidden_layers": self._said("block_count"),
+            "num_attention_heads": self._said("attention.head_count"),
+            "num_key_value_heads": self._said("attention.head_count_kv"),
+            "max_position_embeddings": self._said("context_length"),
+            "rms_norm_eps": self._said("attention.layer_norm_rms_epsilon"),
+            "rope_parameters": {"rope_type": "default", "rope_theta": self._said("rope.freq_base") or 10000.0},
+            "hidden_act": self.architecture.activation,
+            "tie_word_embeddings": "output.weight" not in self.file.tensors,
+            **{f"{token}_token_id": metadata.get(f"tokenizer.ggml.{token}_token_id") for token in ("bos", "eos")},
+        }
         try:
-            return transformers.BitNetConfig(
-                vocab_size=self._said("vocab_size") or tokens,
-                hidden_size=self._said("embedding_length"),
-                intermediate_size=self._said("feed_forward_length"),
-                num_hidden_layers=self._said("block_count"),
-                num_attention_heads=self._said("attention.head_count"),
-                num_key_value_heads=self._said("attention.head_count_kv"),
-                max_position_embeddings=self._said("context_length"),
-                rms_norm_eps=self._said("attention.layer_norm_rms_epsilon"),
-                rope_parameters={"rope_type": "default", "rope_theta": self._said("rope.freq_base") or 10000.0},
-                hidden_act=self.architecture.activation,
-                tie_word_embeddings="output.weight" not in self.file.tensors,
-                bos_token_id=self.file.metadata.get("tokenizer.ggml.bos_token_id"),
-                eos_token_id=self.file.metadata.get("tokenizer.ggml.eos_token_id"),
-            )
+            return transformers.BitNetConfig(**fields)
         except Exception as error:  # transformers' own checks raise a class of their own
             raise ValueError(f"{self.source}: its metadata does not describe a BitNet model ({error})") from error
 

@@ -1,7 +1,7 @@
 """Checkpoints of float weights with a learned scale a row, as ParetoQ saves them (arXiv 2502.02631).
 
-Beside `<layer>.weight` (N, K) there is `<layer>.weight_clip_val` (N, 1), here a; config.json says how many bits (`w_bits`). What
-their model computes with, in the dtype of the weights:
+Beside `<layer>.weight` (N, K) there is `<layer>.weight_clip_val` (N, 1), here a; config.json says how many bits (`w_bits`).
+What their model computes with, in the dtype of the weights:
 
     1 bit      a sign(w)
     1.58 bit   a / 1.5 round(1.5 clip(w / a))           `w_bits` 0; SEQ without a shift
@@ -13,12 +13,12 @@ Codes come from these formulas, not from ours: at ties the two may differ. Activ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .assembly import Place
+from .assembly import Wanted
 from .codes import Found, Levels, Misfit, fit, found, same_value, with_half_levels
 from .folder import Folder
 
@@ -49,9 +49,9 @@ class LearnedScales:
         self.bits = _BITS[said]
         self.config = folder.config()
         if hasattr(self.config, "w_bits"):
-            del self.config.w_bits
+            delattr(self.config, "w_bits")
 
-    def tensors(self, places: Mapping[str, Place]) -> Iterator[tuple[str, Tensor | Found | Misfit]]:
+    def tensors(self, wanted: Wanted) -> Iterator[tuple[str, Tensor | Found | Misfit]]:
         scaled = {name.removesuffix(SCALE) for name in self.folder.names if name.endswith(SCALE)}
         for name, tensor in self.folder.tensors():
             layer = name.removesuffix(".weight")
@@ -61,13 +61,19 @@ class LearnedScales:
 
     def _layer(self, weight: Tensor, scale: Tensor) -> Found | Misfit:
         if weight.dim() != 2 or scale.numel() not in (1, weight.shape[0]) or not weight.is_floating_point():
-            return Misfit(f"it has shape {tuple(weight.shape)} and scales of shape {tuple(scale.shape)}; legal is (N, K), (N, 1)")
+            return Misfit(
+                f"it has shape {tuple(weight.shape)} and scales of shape {tuple(scale.shape)}; legal is (N, K), (N, 1)"
+            )
         scale = scale.reshape(-1, 1).to(weight.dtype)
         if not bool(torch.isfinite(scale).all()) or not bool(torch.isfinite(weight).all()):
             return Misfit("it or its learned scale holds NaN or infinite values")
         scale = scale.clamp(min=_SMALLEST)
         got = _quantized(weight, scale, self.bits, self.outside)
-        if self.outside != "clip" and isinstance(got, Found) and not same_value(got.quantized, _value(weight, scale, self.bits)):
+        if (
+            self.outside != "clip"
+            and isinstance(got, Found)
+            and not same_value(got.quantized, _value(weight, scale, self.bits))
+        ):
             return Misfit("its codes and scales give other values than its formula; please report this")
         return got
 

@@ -32,24 +32,32 @@ def recognise(weight: Tensor) -> Found | Misfit:
     bad = int((~torch.isfinite(values)).sum())
     if bad:
         return Misfit(f"it holds {bad} NaN or infinite values")
-    for name in schemes():
-        placed = _placed(values, WEIGHT_SCHEMES.get(name).grid)
-        if placed is not None:
-            return found(*placed, name)
+    # levels of every grid are levels of the widest one (at another scale), so what is not even on that is on none
+    widest = WEIGHT_SCHEMES.get(schemes()[-1]).grid
+    if _may_be(values.reshape(-1, _shapes(values)[-1][1]), widest):
+        for name in schemes():
+            placed = _placed(values, WEIGHT_SCHEMES.get(name).grid)
+            if placed is not None:
+                return found(*placed, name)
     distinct = torch.unique(values[0]).numel()
     return Misfit(f"its weights lie on no grid of a scheme here; its first row holds {distinct} different values")
 
 
 def _placed(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor] | None:
     """Levels (N, K) and scales of the weight on a grid, or None."""
-    channels, inputs = values.shape
-    shapes = [(1, 1), (channels, 1), *((channels, inputs // size) for size in GROUPS if inputs > size and inputs % size == 0)]
-    for shape in shapes:
-        rows = values.reshape(shape[0] * shape[1], -1)
+    for shape, size in _shapes(values):
+        rows = values.reshape(-1, size)
         placed = _on_grid(rows, grid) if _may_be(rows, grid) else None
         if placed is not None:
             return placed[0].reshape(values.shape), placed[1].reshape(shape)
     return None
+
+
+def _shapes(values: Tensor) -> list[tuple[tuple[int, int], int]]:
+    """Shapes that the scales of a weight (N, K) may have, and how many weights then share one; the fewest scales first."""
+    channels, inputs = values.shape
+    groups = [size for size in GROUPS if inputs > size and inputs % size == 0]
+    return [((1, 1), values.numel()), ((channels, 1), inputs), *(((channels, inputs // size), size) for size in groups)]
 
 
 def _on_grid(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor] | None:
@@ -104,7 +112,9 @@ def _may_be(rows: Tensor, grid: Grid) -> bool:
     # all attempts at once, for one row
     row = few[few.abs().amax(dim=-1).argmax()].unsqueeze(0)
     extreme = _extreme(row)
-    candidates = torch.cat([_nudged(extreme / value, nudge) for value, nudge in _attempts(grid) if (value > 0) == (extreme > 0)])
+    candidates = torch.cat(
+        [_nudged(extreme / value, nudge) for value, nudge in _attempts(grid) if (value > 0) == (extreme > 0)]
+    )
     return not bool(extreme.any()) or bool(_levels(row[:, :_MANY_COLUMNS], candidates, grid)[1].any())
 
 

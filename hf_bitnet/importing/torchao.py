@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .assembly import Place
+from .assembly import Wanted
 from .codes import Found, Levels, Misfit, fit
 from .folder import Folder
 
@@ -35,7 +35,7 @@ class TorchAO:
         self.config, self.source = folder.config(), str(folder.path)
         self.notes = self._notes()
 
-    def tensors(self, places: Mapping[str, Place]) -> Iterator[tuple[str, Tensor | Found | Misfit]]:
+    def tensors(self, wanted: Wanted) -> Iterator[tuple[str, Tensor | Found | Misfit]]:
         parts: set[str] = set()
         for name, note in sorted(self.notes.items()):  # notes come in no order
             if note.get("_type") != _PLAIN:
@@ -74,7 +74,9 @@ class TorchAO:
         rows, columns = codes.shape
         scale = scale.reshape(scale.shape[0] if scale.dim() else 1, -1)
         if scale.shape[0] not in (1, rows) or (scale.shape[0] == 1 < rows and scale.shape[1] > 1) or columns % scale.shape[1]:
-            return Misfit(f"its scales have shape {tuple(scale.shape)}; legal is one for the tensor, a row, or a group of a row")
+            return Misfit(
+                f"its scales have shape {tuple(scale.shape)}; legal is one for the tensor, a row, or a group of a row"
+            )
         levels = codes.to(torch.int16)
         if zero is not None and bool(zero.any()):
             if not torch.equal(zero, zero.round()) or zero.numel() != scale.numel():
@@ -87,7 +89,9 @@ class TorchAO:
         try:
             names = json.loads(self.folder.metadata[_NAMES])
             # every file of a sharded checkpoint has the notes of its own tensors; their lists of names replace each other
-            named = {name: text for name, text in self.folder.metadata.items() if "." in name} if isinstance(names, list) else {}
+            named = (
+                {name: text for name, text in self.folder.metadata.items() if "." in name} if isinstance(names, list) else {}
+            )
             notes = {name: json.loads(text) for name, text in named.items()}
         except (KeyError, ValueError, RecursionError) as error:
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config import FOREIGN_LINEAR_CLASS, NATIVE_METHOD, QUANT_METHOD
+from ..config import FOREIGN_LINEAR_CLASS, NATIVE_METHOD, QUANT_METHOD, NativeBitNetConfig
 from ..importing import Folder, import_checkpoint
 from ..plugin import load_native
 from ..surgery import convert_native, pack_model, trained_layers, unpack_model
@@ -41,8 +41,9 @@ def import_model(
     - torchao, saved as safetensors: Int8Tensor and IntxUnpackedToInt8Tensor;
     - learned scales of a row (ParetoQ);
     - float weights that lie on a grid (a dense export of a quantized model).
-    Anything else is refused with the reason. Nothing of the checkpoint is run or unpickled. Each layer gets the narrowest scheme
-    that holds its codes and the fewest scales that say the same; `coverage(model)` shows them, and what stayed in floats.
+    Anything else is refused with the reason. Nothing of the checkpoint is run or unpickled. Each layer gets the narrowest
+    scheme that holds its codes and the fewest scales that say the same; `coverage(model)` shows them, and what stayed in
+    floats.
 
     Args:
         path: folder, GGUF file or Hub name.
@@ -50,10 +51,10 @@ def import_model(
         form: "packed", or "train": float weights that give the same codes, with learned scales.
         base: folder or Hub name of a model with the same architecture, whose config.json describes this one; for checkpoints
             without a config that transformers knows, and for GGUF files, whose metadata says less than a config does.
-        activation: scheme of the inputs of all quantized layers, for example "int8"; None takes what the checkpoint says: "none"
-            where only weights are quantized. Not for the method `bitnet`, which has int8.
-        outside: what happens to codes that no scheme of as many bits has (-8 of 4 bits, -128 of 8): "refuse", "wider" (the layer
-            is stored in more bits, value for value) or "clip" (to the nearest code; the only choice that changes values).
+        activation: scheme of the inputs of all quantized layers, for example "int8"; None takes what the checkpoint says:
+            "none" where only weights are quantized. Not for the method `bitnet`, which has int8.
+        outside: what happens to codes that no scheme of as many bits has (-8 of 4 bits, -128 of 8): "refuse", "wider" (the
+            layer is stored in more bits, value for value) or "clip" (to the nearest code; the only choice that changes values).
         w_bits: bits of learned scales (1, 1.58, 2, 3, 4), where config.json does not say it.
         dtype: of what is not quantized; None takes the checkpoint's, for GGUF files float32.
         options: of from_pretrained, and revision, token, cache_dir of the Hub.
@@ -81,8 +82,9 @@ def _native(path: Path, form: str, activation: str | None, options: dict[str, An
     settings = Folder(path).settings["quantization_config"]
     if QUANT_METHOD in settings or settings.get("linear_class") == FOREIGN_LINEAR_CLASS:
         raise ValueError(f"{path} is a checkpoint of this library already; load it with transformers' from_pretrained(path)")
-    if activation not in (None, "int8"):
-        raise ValueError(f"activation={activation!r}: the method {NATIVE_METHOD!r} quantizes inputs as 'int8'; leave it out")
+    fixed = NativeBitNetConfig(settings).activation
+    if activation not in (None, fixed):
+        raise ValueError(f"activation={activation!r}: the method {NATIVE_METHOD!r} quantizes inputs as {fixed!r}; leave it out")
     model = convert_native(load_native(path, **options))
     if next(iter(trained_layers(model)), None) is not None:  # of the kind that trains
         return pack_model(model) if form == "packed" else model
