@@ -128,6 +128,21 @@ def test_ternary_weights_in_a_wide_type(tmp_path: Path) -> None:
         assert layer.quantized_weight().scale.item() == stored
 
 
+@pytest.mark.parametrize("kind", [F16, Q8_0, TQ1_0, Q2_0, Q1_0])
+def test_tables(kind: int, tmp_path: Path) -> None:
+    """Embeddings and heads become floats, of any type."""
+    model, _ = wide("llama", num_hidden_layers=1)
+    onto_grid(model, TERNARY)
+    for table in (model.model.embed_tokens, model.lm_head):
+        table.weight.data = torch.where(torch.rand_like(table.weight) < 0.5, -foreign.SCALE, foreign.SCALE)
+    path = model_to_gguf(tmp_path / "model.gguf", model, "llama", TQ2_0, table=kind)
+    imported = import_model(path)
+    assert_values(imported, model)
+    limit = 1e-3 if kind == Q8_0 else 0.0  # whose scale is rounded
+    assert torch.allclose(imported.lm_head.weight, model.lm_head.weight, rtol=limit, atol=0)
+    assert torch.allclose(imported.model.embed_tokens.weight, model.model.embed_tokens.weight, rtol=limit, atol=0)
+
+
 @pytest.mark.parametrize("kind", [F16, F32])
 def test_floats_on_a_grid(kind: int, tmp_path: Path) -> None:
     model, _ = wide("llama", num_hidden_layers=1)

@@ -17,6 +17,8 @@ from torch import Tensor
 from ..quantizers import WEIGHT_SCHEMES, Quantized, WeightQuantizer
 
 Outside = Literal["refuse", "wider", "clip"]
+# bounds the working memory of counting
+_COUNTED_AT_ONCE = 2**20
 OUTSIDE: tuple[str, ...] = get_args(Outside)
 
 
@@ -80,7 +82,7 @@ def fit(foreign: Levels, outside: str = "refuse") -> Found | Misfit:
         return Misfit(f"{int((~torch.isfinite(foreign.scale)).sum())} of its scales are NaN or infinite")
     levels, scale = _positive(foreign)
     levels, scale = _reduced(levels, scale)
-    present = torch.unique(levels).tolist()
+    present = _present(levels)
     width = max(foreign.bits, 1)
     fitting = [name for name in schemes() if set(present) <= set(WEIGHT_SCHEMES.get(name).grid.values)]
     narrow = [name for name in fitting if WEIGHT_SCHEMES.get(name).storage_bits <= _stored(width)]
@@ -105,7 +107,7 @@ def found(levels: Tensor, scale: Tensor, scheme: str, *, learned: bool = False) 
     quantizer = WeightQuantizer(scheme, "learned" if learned else kind.default_scale, granularity, group_size)
     # one row alone: (1, 1) is a tensor's scale and a channel's
     assert quantizer.scale_shape(*levels.shape) == tuple(scale.shape)
-    codes = (levels + kind.grid.zero_point).to(torch.int8)
+    codes = levels.to(torch.int8) if kind.grid.zero_point == 0 else (levels + kind.grid.zero_point).to(torch.int8)
     return Found(Quantized(codes, scale, kind.grid.zero_point), quantizer)
 
 
@@ -146,9 +148,18 @@ def _positive(foreign: Levels) -> tuple[Tensor, Tensor]:
     return levels * sign.repeat_interleave(columns, dim=1), scale.abs()
 
 
+def _present(levels: Tensor) -> list[int]:
+    """The different levels, ascending. Sorting them all would take longer than everything else."""
+    lowest, highest = (int(each) for each in torch.aminmax(levels))
+    counts = torch.zeros(highest - lowest + 1, dtype=torch.int64)
+    for rows in levels.split(max(1, _COUNTED_AT_ONCE // levels.shape[1])):
+        counts += torch.bincount((rows - lowest).flatten(), minlength=counts.numel())
+    return [lowest + index for index in torch.nonzero(counts)[:, 0].tolist()]
+
+
 def _reduced(levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Without a factor that all levels share, where the scales can take it over exactly: 0 and +-127 become 0 and +-1."""
-    present = torch.unique(levels).tolist()
+    present = _present(levels)
     factor = math.gcd(*present)
     if factor <= 1:
         return levels, scale

@@ -98,10 +98,15 @@ def layer_weight(file: GGUFFile, tensor: Stored) -> Levels | Tensor | Misfit:
 
 
 def floats(file: GGUFFile, tensor: Stored) -> Tensor:
-    """The numbers of a tensor of any type that the package gguf can read, in its own dtype or float32.
+    """The numbers of a tensor of a type above or one that the package gguf can read, in its own dtype or float32.
 
     Raises ValueError where it cannot.
     """
+    if tensor.kind in _TYPES and len(tensor.shape) == 2:
+        blocks = _blocks(file, tensor, _TYPES[tensor.kind])
+        if isinstance(blocks, Misfit):
+            raise ValueError(f"{file.path}: {tensor.name} cannot be read: {blocks.reason}")
+        return (blocks.levels.unflatten(1, (blocks.scale.shape[1], -1)) * blocks.scale.unsqueeze(-1)).flatten(1)
     if tensor.kind in _FLOATS:
         dtype = _FLOATS[tensor.kind]
         return _raw(file, tensor, torch.Size(tensor.shape).numel() * dtype.itemsize).view(dtype).reshape(tensor.shape)
