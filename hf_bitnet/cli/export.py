@@ -9,10 +9,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from .. import export_model, open_model
+from .. import export_model
 from ..export import EXPORT_FORMATS, ExportFormat, ExportReport, ParityError
 from ..files import refuse_existing
-from ..publish.opening import open_tokenizer
 from .common import quietly, say, table
 from .options import DIFFERENT, Failed, UsageError, value_of
 
@@ -33,11 +32,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     targets = {name: Path(arguments.out) / name if len(names) > 1 else Path(arguments.out) for name in names}
     for target in targets.values():
         refuse_existing(target, overwrite=arguments.force, advice="--force")
-    model, tokenizer = open_model(arguments.model), open_tokenizer(arguments.model)
     exports, failures = [], {}
     for name, target in targets.items():
         try:
-            report = _exported(arguments, model, tokenizer, name, target, options[name])
+            report = _exported(arguments, name, target, options[name])
         except _REFUSED as error:  # the other formats are still made
             failures[name] = error
             exports.append(_failure(arguments, name, error))
@@ -52,14 +50,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _exported(
-    arguments: argparse.Namespace, model: Any, tokenizer: Any, name: str, target: Path, options: dict[str, Any]
-) -> ExportReport:
+def _exported(arguments: argparse.Namespace, name: str, target: Path, options: dict[str, Any]) -> ExportReport:
     return export_model(
-        model,
+        arguments.model,  # opened anew for each format, which costs little: weights are mapped from the file
         target,
         format=name,
-        tokenizer=tokenizer,
         overwrite=arguments.force,
         verify=_VERIFY[arguments.verify],
         base_model=arguments.base_model,
