@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import transformers as tf
+from huggingface_hub.utils import are_progress_bars_disabled
 from transformers.utils import logging as transformers_logging
 
 import hf_bitnet as hb
@@ -230,10 +231,13 @@ def test_interrupted(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_settings_of_the_process_are_restored(capsys: Captured, base: Path) -> None:
-    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled(), list(warnings.filters)
+    def settings() -> tuple[Any, ...]:
+        bars = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+        return transformers_logging.get_verbosity(), bars, list(warnings.filters)
+
+    before = settings()
     assert run(capsys, "info", base)[0] == 0
-    after = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled(), list(warnings.filters)
-    assert before == after
+    assert settings() == before
 
 
 # ---- train and demo ----

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -17,6 +15,7 @@ import hf_bitnet as hb
 from hf_bitnet.cli.options import FORMATS
 from hf_bitnet.export import EXPORT_FORMATS, Check, ExportFormat, ExportReport, Source, WrittenTensor, plain
 from tests.command_line import Captured, run, save_quantized
+from tests.hub_server import LoopbackHub
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +156,7 @@ def test_info_of_an_export(packed: Path, tmp_path: Path, capsys: Captured) -> No
     assert "parity: equal    a teacher: logits (1 slip)" in printed and "LlamaForCausalLM" not in printed
     result = json.loads(run(capsys, "info", tmp_path / "slip", "--json")[1])
     saved = json.loads((tmp_path / "slip" / "export.json").read_text())
-    assert result["export"] == saved and isinstance(saved["tensors"], list)
+    assert result["export"] == {**saved, "path": str(tmp_path / "slip")} and isinstance(saved["tensors"], list)
     run(capsys, "export", packed, tmp_path / "quiet", "--format", "slip", "--verify", "none")
     assert "parity: was not checked" in run(capsys, "info", tmp_path / "quiet")[1]
 
@@ -180,35 +179,33 @@ def test_a_report_is_found_again_as_it_was_written(packed: Path, tmp_path: Path)
 # ---- push ----
 
 
-@pytest.fixture
-def pushed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    calls: list[Any] = []
-
-    def push_to_hub(folder: Any, repo_id: str, **options: Any) -> SimpleNamespace:
-        calls.append((str(folder), repo_id, options))
-        return SimpleNamespace(url="https://hub/me/model", files=["README.md", "model.safetensors"])
-
-    module = ModuleType("hf_bitnet.publish.pushing")
-    module.push_to_hub = push_to_hub  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    return calls
-
-
-def test_push(packed: Path, capsys: Captured, pushed: list[Any]) -> None:
-    code, printed, err = run(capsys, "push", packed, "me/model")
-    assert (code, printed, err) == (0, "pushed 2 files: https://hub/me/model\n", "")
-    code, printed, _ = run(capsys, "push", packed, "me/model", "--private", "--dry-run", "--message", "First")
-    assert code == 0 and printed == "would push 2 files to me/model:\n  README.md\n  model.safetensors\n"
-    code, printed, _ = run(capsys, "push", packed, "me/model", "--json")
-    assert json.loads(printed)["files"] == ["README.md", "model.safetensors"] and json.loads(printed)["dry_run"] is False
-    plain = {"private": None, "dry_run": False, "commit_message": None}
-    asked = {"private": True, "dry_run": True, "commit_message": "First"}
-    assert pushed == [(str(packed), "me/model", options) for options in (plain, asked, plain)]
+def test_push(packed: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub) -> None:
+    monkeypatch.setattr(plain, "run_plain", logits_here)
+    code, printed, err = run(capsys, "push", packed, "me/model", "--dry-run")
+    assert (code, err) == (0, "") and "model.safetensors" in printed and printed.endswith("not pushed (dry run)\n")
+    assert not hub.repositories
+    code, printed, err = run(capsys, "push", packed, "me/model", "--private", "--message", "First", "--base-model", "org/base")
+    assert (code, err) == (0, "") and printed.startswith("me/model: packed; ") and f"{hub.url}/me/model/commit/" in printed
+    assert hub.commits("me/model") == ["First"] and hub.repositories["me/model"].private
+    assert hub.files("me/model")["model.safetensors"] == (packed / "model.safetensors").read_bytes()
+    assert b"base_model: org/base" in hub.files("me/model")["README.md"]
+    words = ["push", packed, "me/{form}", "--forms", "packed", "dense", "--no-card", "--remote-code", "--revision", "next"]
+    code, printed, err = run(capsys, *words, "--json")
+    assert code == 0, err
+    result = json.loads(printed)
+    assert [repo["repo_id"] for repo in result["repos"]] == ["me/packed", "me/dense"] and result["dry_run"] is False
+    assert result["url"] == result["repos"][0]["url"]
+    assert "export.json" in hub.files("me/dense", "next") and "README.md" not in hub.files("me/packed", "next")
+    assert any(name.endswith(".py") for name in hub.files("me/packed", "next"))
 
 
-def test_push_that_fails(packed: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, pushed: list[Any]) -> None:
-    def fail(*unused: Any, **options: Any) -> None:
-        raise ValueError("no token; run hf auth login")
-
-    monkeypatch.setattr(sys.modules["hf_bitnet.publish.pushing"], "push_to_hub", fail)
-    assert run(capsys, "push", packed, "me/model") == (1, "", "hf-bitnet push: error: no token; run hf auth login\n")
+def test_push_that_fails(
+    packed: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub
+) -> None:
+    code, _, err = run(capsys, "push", tmp_path, "me/model")
+    assert code == 1 and err.startswith("hf-bitnet push: error: ") and err.count("\n") == 1
+    monkeypatch.setattr(Slip, "passed", False)
+    code, printed, err = run(capsys, "push", packed, "me/model", "--forms", "slip", "--json")
+    assert code == 3 and "not the model that was written" in err and "parity: DIFFERS  a teacher: logits (1 slip)" in err
+    assert [check["passed"] for check in json.loads(printed)["checks"]] == [True, False]
+    assert not hub.repositories

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 from .. import TRAINING_PRESETS, BitNetQuantizationConfig
@@ -40,11 +41,24 @@ def _quiet() -> Iterator[None]:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        with warnings.catch_warnings(), without_bars():
+        with warnings.catch_warnings(), without_bars(), _bars_on_terminals():
             warnings.simplefilter("ignore")
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """Downloads and uploads show bars, but not in a file."""
+    shown = not are_progress_bars_disabled()
+    if shown and not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def say(arguments: argparse.Namespace, *lines: object) -> None:

@@ -62,7 +62,8 @@ def _report(path: Path) -> ExportReport:
         values.pop("bytes", None)  # the sum of `files`
         tensors = [WrittenTensor(**{**each, "shape": tuple(each["shape"])}) for each in values.pop("tensors")]
         checks = [Check(**each) for each in values.pop("checks")]
-        report = ExportReport(**values, tensors=tensors, checks=checks)
+        # where it lies now, which need not be where it was written
+        report = ExportReport(**{**values, "path": str(path.parent)}, tensors=tensors, checks=checks)
         str(report)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} is not what export_model writes: {type(error).__name__}: {error}") from error

@@ -131,13 +131,28 @@ def add_push(commands: Any) -> None:
     parser = command(
         commands,
         "push",
-        "Upload a folder that quantize, train or export made, with its card, to the Hugging Face Hub.",
-        "  hf-bitnet push out/packed me/my-model-1.58bit --dry-run     # what would be uploaded\n"
-        "  hf-bitnet push out/packed me/my-model-1.58bit --private --message 'First version'",
+        "Upload a model, in one form or several, with its card, to the Hugging Face Hub. Log in before: hf auth login",
+        "  hf-bitnet push out me/my-model --dry-run                     # what would be uploaded; nobody is asked\n"
+        "  hf-bitnet push out me/my-model --private --message 'First version'\n"
+        "  hf-bitnet push out me/my-model --forms packed train gguf     # in one repository; what is not there is made\n"
+        "  hf-bitnet push out 'me/my-model-{form}' --forms packed gguf  # in two",
     )
-    parser.add_argument("folder", metavar="FOLDER", help="folder to upload")
-    parser.add_argument("repo_id", metavar="REPO_ID", help="of the repository, which is made where it is not there")
+    parser.add_argument("folder", metavar="FOLDER", help="of a model, an export, or a run of `hf-bitnet train`")
+    parser.add_argument(
+        "repo_id", metavar="REPO_ID", help="made where it is not there; with {form} in it each form gets one of its own"
+    )
+    parser.add_argument(
+        "--forms", nargs="+", metavar="FORM", help="packed, train, and formats of export (default: what the folder holds)"
+    )
+    parser.add_argument("--base-model", metavar="ID", help="Hub id of the full-precision model, where the card lacks it")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", metavar="BRANCH", help="push there (default: main)")
+    parser.add_argument(
+        "--remote-code",
+        action="store_true",
+        help="add a file that loads the model without `import hf_bitnet`, where it is trusted",
+    )
+    parser.add_argument("--no-card", action="store_true", help="leave the repository's README.md as it is")
     parser.add_argument("--dry-run", action="store_true", help="check everything and show the files; upload nothing")
     parser.add_argument("--message", metavar="TEXT", help="of the commit")
 
