@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     )
     from .calibration import calibrate, fit_weights
     from .config import BitNetQuantizationConfig
-    from .export import export_native
     from .modules import BitConv1D, BitEmbedding, BitLinear, PackedBitLinear, PackedEmbedding
     from .plugin import load_native
     from .publish import export_model, import_model, open_model, push_to_hub
@@ -79,7 +78,6 @@ _HOME = {
     "coverage": "surgery",
     "dequantize_model": "surgery",
     "export_model": "publish",
-    "export_native": "export",
     "import_model": "publish",
     "open_model": "publish",
     "push_to_hub": "publish",
@@ -148,7 +146,6 @@ __all__ = [
     "dequantize_model",
     "drawn_windows",
     "export_model",
-    "export_native",
     "fit_weights",
     "harden",
     "hub_checkpoint",

@@ -184,7 +184,7 @@ def test_info_of_models(base: Path, tmp_path: Path, capsys: Captured) -> None:
 
 def test_native_checkpoints(base: Path, tmp_path: Path, capsys: Captured) -> None:
     model = hb.quantize_model(tf.AutoModelForCausalLM.from_pretrained(base), hb.BitNetQuantizationConfig.bitnet_b158())
-    hb.export_native(model, tmp_path)
+    hb.export_model(model, tmp_path, format="bitnet", verify="codes", progress=False)
     corpus.tokenizer().save_pretrained(tmp_path)
     assert "hf_bitnet" not in json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     words = ["eval", tmp_path, "--text", base / "valid.txt", "--length", 16, "--json"]

@@ -18,7 +18,7 @@ from hf_bitnet import (
     BitNetQuantizationConfig,
     coverage,
     dequantize_model,
-    export_native,
+    export_model,
     import_model,
     pack_model,
     quantize_model,
@@ -176,7 +176,7 @@ def test_native_online(form: str, tmp_path: Path) -> None:
 
 def test_exported_native_comes_back(tmp_path: Path) -> None:
     model = quantize_model(tiny("qwen3")[0], BitNetQuantizationConfig.bitnet_b158())
-    export_native(model, tmp_path / "native")
+    export_model(model, tmp_path / "native", format="bitnet", verify=False, progress=False)
     back = dict(quantized_layers(import_model(tmp_path / "native")))
     for name, layer in quantized_layers(model):
         assert torch.equal(back[name].quantized_weight().codes, layer.quantized_weight().codes)

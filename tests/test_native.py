@@ -6,7 +6,6 @@ checkpoints are written here by transformers' own functions, not by our exporter
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,16 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.bitnet import pack_weights
 
-import hf_bitnet.export.native as exporter
 from hf_bitnet import (
     BitNetQuantizationConfig,
     convert_native,
     coverage,
     dequantize_model,
-    export_native,
     load_native,
     pack_model,
-    quantize_model,
-    set_norm_blend,
     unpack_model,
 )
 from hf_bitnet.modules import BitLinear, NativeLayer, PackedBitLinear
@@ -36,25 +31,15 @@ from hf_bitnet.surgery import full_precision_copy, quantized_layers, set_strengt
 from tests.checkpoints import (
     DISK,
     assert_same_layers,
-    edit_config,
-    edit_tensors,
     loaded,
     logits,
     read_config,
     reloaded,
     run_plain_transformers,
 )
+from tests.native import KINDS, NAMES, TRAINED, VARIANTS, batch_of, close, quantized, write_native
 from tests.tiny import tiny
 
-KINDS = ("bitlinear", "packed", "unpacked", "online")
-# (family, overrides, norms, dtype): BitNet itself; biases; norms with an eps of their own; both dtypes
-VARIANTS = [
-    ("bitnet", {}, False, torch.float32),
-    ("llama", {"attention_bias": True, "mlp_bias": True}, False, torch.float32),
-    ("llama", {"attention_bias": True}, True, torch.bfloat16),
-]
-NAMES = [f"{kind}-{index}" for kind in KINDS for index in range(len(VARIANTS))]
-TRAINED = ("llama", "qwen3", "gemma3", "bert", "t5", "vit", "whisper", "mixtral", "bitnet")
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "int8": ("llama", {"weight": "int8"}),
     "channel": ("llama", {"granularity": "channel"}),
@@ -89,11 +74,6 @@ def plain(folders: Path) -> dict[str, tuple[list[str] | str, Tensor | None]]:
         model, batch = quantized(family)
         model.save_pretrained(folders / f"train-{family}")
         jobs[folders / f"train-{family}"] = batch
-        sub_norm = {"sub_norm": ["."], "sub_norm_eps": 1e-5} if family == "bitnet" else {}
-        model, batch = quantized(family, form="packed" if family == "qwen3" else "train", **sub_norm)
-        set_norm_blend(model, 1.0)
-        export_native(model, folders / f"export-{family}")
-        jobs[folders / f"export-{family}"] = batch
     for name, (family, fields) in REFUSED.items():
         model, batch = quantized(family, **fields)
         model.save_pretrained(folders / name)
@@ -102,52 +82,6 @@ def plain(folders: Path) -> dict[str, tuple[list[str] | str, Tensor | None]]:
     model.model.save_pretrained(folders / "base")  # under names without the prefix
     jobs[folders / "base"] = batch
     return {folder.name: result for folder, result in run_plain_transformers(jobs).items()}
-
-
-def quantized(family: str, **fields: Any) -> tuple[Any, dict[str, Tensor]]:
-    model, batch = tiny(family)
-    return quantize_model(model, BitNetQuantizationConfig(**fields)), batch
-
-
-def write_native(model: Any, folder: Path, kind: str, norms: bool) -> None:
-    """A native checkpoint of the float model."""
-    model.save_pretrained(folder)
-    names = [name for name, module in model.named_modules() if type(module) is nn.Linear and name != "lm_head"]
-
-    def edit(tensors: dict[str, Tensor]) -> None:
-        generator = torch.Generator().manual_seed(0)
-        for name in names:
-            weight = tensors[f"{name}.weight"]
-            scale = weight.float().abs().mean()
-            codes = (weight.float() / scale).round().clamp(-1, 1)
-            if kind != "online":
-                tensors[f"{name}.weight"] = codes.to(weight.dtype) if kind == "unpacked" else pack_weights(codes)
-                stored = 1 / scale if kind == "bitlinear" else scale
-                tensors[f"{name}.weight_scale"] = stored.reshape(1).to(weight.dtype)
-            if norms:
-                gain = 1 + 0.1 * torch.randn(weight.shape[1], generator=generator)
-                tensors[f"{name}.rms_norm.weight"] = gain.to(weight.dtype)
-
-    edit_tensors(folder, edit)
-    settings = {
-        "quant_method": "bitnet",
-        "linear_class": "bitlinear" if kind == "bitlinear" else "autobitlinear",
-        "quantization_mode": "online" if kind == "online" else "offline",
-        "modules_to_not_convert": ["lm_head"],
-        "use_rms_norm": norms,
-        "rms_norm_eps": 1e-5,
-    }
-    edit_config(folder, lambda config: config.update(quantization_config=settings))
-
-
-def batch_of(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "batch.safetensors")
-
-
-def close(a: Tensor, b: Tensor | None, limit: float) -> bool:
-    """RMS of the difference against RMS."""
-    assert b is not None
-    return float((a - b).square().mean().sqrt()) <= limit * float(b.square().mean().sqrt())
 
 
 # ---- native checkpoints in our layers ----
@@ -313,86 +247,3 @@ def test_other_forms_stop_plain_transformers(name: str, plain: dict[str, Any], f
     family, fields = REFUSED[name]
     model, batch = quantized(family, **fields)
     assert torch.equal(logits(loaded(type(model), folders / name), batch), logits(model, batch))
-
-
-# ---- the exporter ----
-
-
-@pytest.mark.parametrize("family", TRAINED)
-def test_export(family: str, plain: dict[str, Any], folders: Path) -> None:
-    name = f"export-{family}"
-    classes, output = plain[name]
-    sub_norm = {"sub_norm": ["."], "sub_norm_eps": 1e-5} if family == "bitnet" else {}
-    model, batch = quantized(family, **sub_norm)
-    set_norm_blend(model, 1.0)
-    assert classes.count("BitLinear") == len(dict(quantized_layers(model)))
-    assert close(logits(model, batch), output, 1e-4)
-    back = load_native(folders / name)
-    for mine, theirs in zip(quantized_layers(model), quantized_layers(back), strict=True):
-        a, b = mine[1].quantized_weight(), theirs[1].quantized_weight()
-        assert mine[0] == theirs[0] and torch.equal(a.codes, b.codes) and torch.allclose(a.scale, b.scale, rtol=1e-6)
-    assert torch.equal(logits(back, batch), output)
-
-
-def test_export_of_a_loaded_native_model(plain: dict[str, Any], folders: Path, tmp_path: Path) -> None:
-    """The stored bias of autobitlinear is not the bias of bitlinear."""
-    batch = batch_of(folders / "packed-1")
-    back = load_native(export_native(load_native(folders / "packed-1"), tmp_path / "out"))
-    assert close(logits(back, batch), plain["packed-1"][1], 1e-3)
-
-
-@pytest.mark.parametrize(
-    ("family", "fields", "words"),
-    [
-        ("llama", {"weight": "int4"}, r"q_proj cannot be written.*it is int4 with one scale a channel"),
-        ("llama", {"granularity": "channel"}, r"it is ternary with one scale a channel"),
-        ("llama", {"activation": "none"}, r"its activations are NoActivation"),
-        ("gpt2", {}, r"it is a Conv1D"),
-        ("llama", {"sub_norm": ["o_proj"]}, r"a norm in front of every quantized layer or of none"),
-        ("t5", {"overrides": {"wo": {"weight": "ternary"}}}, r"wo cannot be written.*by its name"),
-    ],
-)
-def test_export_refuses(family: str, fields: dict[str, Any], words: str, tmp_path: Path) -> None:
-    model, _ = quantized(family, **fields)
-    set_norm_blend(model, 1.0)
-    with pytest.raises(ValueError, match=words):
-        export_native(model, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_export_refuses_odd_rows_and_plain_models(tmp_path: Path) -> None:
-    model, _ = tiny("llama", intermediate_size=78)
-    with pytest.raises(ValueError, match=r"has no quantized layer; call quantize_model"):
-        export_native(model, tmp_path / "out")
-    with pytest.raises(TypeError, match=r"takes a transformers model, got Linear"):
-        export_native(nn.Linear(2, 2), tmp_path / "out")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"its 78 output features are not a multiple of 4"):
-        export_native(quantize_model(model, BitNetQuantizationConfig()), tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_export_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch = quantized("llama")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    target = export_native(model, tmp_path / "deep" / "out", max_shard_size="30KB")
-    assert len(list(target.glob("*.safetensors"))) > 1
-    assert os.stat(target).st_mode == os.stat(target.parent).st_mode  # not private, as temporary folders are
-    with pytest.raises(FileExistsError, match=r"exists already; choose another folder, or .*overwrite=True"):
-        export_native(model, target)
-
-    def fails(*args: Any, **kwargs: Any) -> None:
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(exporter, "save_torch_state_dict", fails)
-        with pytest.raises(OSError, match="disk full"):
-            export_native(model, target, overwrite=True)
-        with pytest.raises(OSError, match="disk full"):
-            export_native(model, tmp_path / "deep" / "other")
-    assert [entry.name for entry in (tmp_path / "deep").iterdir()] == ["out"]
-    assert close(logits(load_native(target), batch), logits(model, batch), 1e-4)
-    export_native(model, target, overwrite=True)
-    assert [entry.name for entry in (tmp_path / "deep").iterdir()] == ["out"] and (target / "model.safetensors").exists()
-    # the model is as it was
-    assert model.config.quantization_config.form == "train"
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_bitnet import BitNetQuantizationConfig, export_native, quantize_model
+from hf_bitnet import BitNetQuantizationConfig, export_model, quantize_model
 from tests.checkpoints import edit_tensors, logits, read_config
 from tests.test_vocabulary import config
 from tests.tiny import tiny
@@ -82,7 +82,7 @@ def test_native_format_has_no_packed_embeddings(tmp_path: Path) -> None:
     model, _ = tiny("llama")
     quantize_model(model, config())
     with pytest.raises(ValueError, match=r"no packed embeddings, and model\.embed_tokens is quantized"):
-        export_native(model, tmp_path / "native")
+        export_model(model, tmp_path / "native", format="bitnet")
     model.save_pretrained(tmp_path / "train")  # plain transformers would compute other logits: it must refuse
     assert "hf_bitnet" in read_config(tmp_path / "train")["linear_class"]
 

@@ -10,6 +10,7 @@ from .quantization import (
     NATIVE_LOADING,
     NATIVE_METHOD,
     QUANT_METHOD,
+    STORAGES,
     BitNetQuantizationConfig,
 )
 
@@ -21,6 +22,7 @@ __all__ = [
     "NATIVE_LOADING",
     "NATIVE_METHOD",
     "QUANT_METHOD",
+    "STORAGES",
     "BitNetQuantizationConfig",
     "LayerConfig",
     "NativeBitNetConfig",

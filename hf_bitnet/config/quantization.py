@@ -37,6 +37,8 @@ FORMS = ("train", "packed")
 # Plain transformers only warns about an unknown quant_method and loads float weights as a dense model, with other numbers.
 # Its own method with a linear_class it does not know makes it stop, and the name is what its error prints.
 FOREIGN_LINEAR_CLASS = "hf_bitnet: this checkpoint needs `pip install hf_bitnet`, and `import hf_bitnet` before from_pretrained"
+# how a packed checkpoint stores ternary weights: four or five a byte. Not a field: a model in memory has one layout
+STORAGES = ("bits", "trits")
 # raised when a saved field changes its meaning; an older or newer file is then refused instead of misread
 CONFIG_VERSION = 1
 
@@ -126,6 +128,8 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         self.quantized_modules = quantized_modules
         # how transformers itself would load a model with this config; set by surgery, where there is such a way
         self.native: dict[str, Any] | None = None
+        # of the checkpoint that this config was read from, or is going to be saved in
+        self.storage = STORAGES[0]
         self.post_init()
 
     @classmethod
@@ -220,7 +224,8 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         around = {"linear_class": FOREIGN_LINEAR_CLASS} if self.native is None else copy.deepcopy(self.native)
         # pairs, not a dict: transformers sorts the keys of config.json, and here the first match wins
         overrides = [[pattern, change] for pattern, change in self.fields()["overrides"].items()]
-        return {"quant_method": NATIVE_METHOD, **around, QUANT_METHOD: self.fields() | {"overrides": overrides}}
+        storage = {} if self.storage == STORAGES[0] else {"storage": self.storage}
+        return {"quant_method": NATIVE_METHOD, **around, QUANT_METHOD: self.fields() | {"overrides": overrides} | storage}
 
     @classmethod
     def from_dict(  # type: ignore[override]
@@ -233,7 +238,17 @@ class BitNetQuantizationConfig(QuantizationConfigMixin):
         pairs = ours.get("overrides")
         if isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
             ours = ours | {"overrides": dict(pairs)}
-        return super().from_dict(ours, return_unused_kwargs, **kwargs)
+        storage = ours.get("storage", STORAGES[0])
+        if storage not in STORAGES or (storage != STORAGES[0] and ours.get("form") != "packed"):
+            raise ValueError(
+                f"the quantization_config of config.json says storage={storage!r}, form={ours.get('form')!r}; legal: "
+                f"{' or '.join(map(repr, STORAGES))}, the latter for form='packed'. Copy the file again, or load it with the "
+                "hf_bitnet release that wrote it"
+            )
+        ours = {name: value for name, value in ours.items() if name != "storage"}
+        made: Any = super().from_dict(ours, return_unused_kwargs, **kwargs)
+        (made[0] if return_unused_kwargs else made).storage = storage
+        return made
 
     def get(self, name: str, default: Any = None) -> Any:
         """A field by its name. transformers asks for `quant_method` this way when it is given `config=model.config`."""

@@ -1,8 +1,7 @@
 """Floor 5: files that other programs read, one file a format."""
 
-from . import dense, gguf, onnx
+from . import dense, gguf, mlx, native, onnx, packed
 from .format import EXPORT_FORMATS, ExportFormat, Progress, Source
-from .native import export_native
 from .report import Check, ExportReport, ParityError, WrittenTensor
 
 __all__ = [
@@ -15,7 +14,9 @@ __all__ = [
     "Source",
     "WrittenTensor",
     "dense",
-    "export_native",
     "gguf",
+    "mlx",
+    "native",
     "onnx",
+    "packed",
 ]

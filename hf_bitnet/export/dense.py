@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from ..modules import BitConv1D, PackedBitLinear, QuantizedEmbedding, QuantizedLayer
 from .format import EXPORT_FORMATS, ExportFormat, Progress, Source, shape_of
-from .names import saved_names
+from .names import origins, saved_names
 from .plain import compare_tensors, plain_logits
 from .report import Check, WrittenTensor
 from .stream import Planned, planned, write_safetensors
@@ -57,14 +57,17 @@ class Dense(ExportFormat):
         biases = {f"{name}.bias": layer.plain_bias for name, layer in source.layers.items()}
         tensors += [_cast(name, bias, dtype) for name, bias in biases.items() if bias is not None]
         tensors += [_cast(name, tensor, dtype) for name, tensor in source.others.items()]
-        write_safetensors(folder, saved_names(source.model, tensors), max_shard_size=self.max_shard_size, progress=progress)
+        saved = saved_names(source.model, tensors)
+        names = origins(tensors, saved)
+        write_safetensors(folder, saved, max_shard_size=self.max_shard_size, progress=progress)
         write_configs(source, folder, None, dtype)
-        return [WrittenTensor(each.name, each.name, self.dtype, each.shape, each.bytes) for each in tensors]
+        return [WrittenTensor(names[each.name], each.name, self.dtype, each.shape, each.bytes) for each in saved]
 
     def compare(self, source: Source, folder: Path, written: list[WrittenTensor], logits: bool) -> list[Check]:
         dtype = _DTYPES[self.dtype]
-        matrices = {**source.layers, **source.tables}
-        expected = {f"{name}.weight": _floats("", layer, dtype).tensor for name, layer in matrices.items()}
+        stored = {each.name: each.stored for each in written}
+        matrices = {stored[f"{name}.weight"]: layer for name, layer in {**source.layers, **source.tables}.items()}
+        expected = {name: _floats("", layer, dtype).tensor for name, layer in matrices.items()}
         checks = [compare_tensors(source, folder, expected, "quantized values")]
         return [*checks, plain_logits(source, folder, dtype)] if logits else checks
 

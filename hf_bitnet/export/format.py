@@ -104,6 +104,24 @@ class Source:
         vocabulary = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         return torch.randint(min(3, vocabulary - 1), vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
 
+    def inputs(self) -> dict[str, Tensor] | None:
+        """What the model's forward is called with to compare logits, always the same; None where that is not known."""
+        config, main = self.model.config, self.model.main_input_name
+        generator = torch.Generator().manual_seed(0)
+        if main == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
+            shape = (1, getattr(config, "num_channels", 3), config.image_size, config.image_size)
+        elif main == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
+            shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
+        elif main == "input_ids":
+            shape = None
+        else:
+            return None
+        inputs = {main: self.probe() if shape is None else torch.randn(shape, generator=generator)}
+        if config.is_encoder_decoder:
+            vocabulary = int(config.get_text_config(decoder=True).vocab_size)
+            inputs["decoder_input_ids"] = torch.randint(min(3, vocabulary - 1), vocabulary, (1, 8), generator=generator)
+        return inputs
+
 
 class ExportFormat:
     """One format. A subclass is a frozen dataclass whose fields are the options that a user may give.

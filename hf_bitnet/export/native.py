@@ -1,181 +1,163 @@
-"""Writes the packed checkpoint of transformers' own method `bitnet`. Own; the format is transformers' integrations/bitnet.py.
+"""Format "bitnet": checkpoints of transformers' own method `bitnet`. Own; the format is transformers' integrations/bitnet.py.
 
-Kind bitlinear: `weight` uint8 (out_features / 4, in_features), the four quarters of the rows in two bits each;
-`weight_scale` (1,) = 1 / scale. transformers, mlx-lm and others load it without us. Trainable checkpoints need no exporter:
-save_pretrained writes them natively wherever transformers can compute the same.
+    kind            weight                                      weight_scale (1,)   bias
+    bitlinear       uint8 (N / 4, K): the rows' four quarters   1 / scale           b
+    autobitlinear   the same, or codes as floats (N, K)         scale               b / scale
+    online          the float weight that is trained            none                b
+
+All kinds may have a norm in front of every layer. transformers, mlx-lm and others load them without this library. The scale is
+cast to the model's dtype when it is loaded. Leaves out: packed embeddings, and scales of channels or groups.
 """
 
 from __future__ import annotations
 
-import copy
-import os
-import shutil
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from huggingface_hub import save_torch_state_dict
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..config import NATIVE_METHOD
-from ..modules import BitConv1D, PackedBitLinear, QuantizedLayer
+from ..modules import NativeBitLinear, NativeOfflineLinear, NativeOnlineLinear, QuantizedLayer
 from ..modules.native import pack_rows
-from ..quantizers import ACTIVATION_SCHEMES
-from ..surgery import kept_for_native, quantized_layers, quantized_tables
+from ..surgery import kept_for_native, native_copy
+from .dense import write_configs
+from .format import EXPORT_FORMATS, ExportFormat, Progress, Source
+from .names import origins, saved_names
+from .native_check import compare_codes, compare_online_codes
+from .native_problems import native_problems, norm_of
+from .plain import as_loaded, compare_tensors, model_logits, plain_logits
+from .report import Check, WrittenTensor
+from .scales import scale_of
+from .stream import Planned, planned, write_safetensors
+
+_KINDS = {"bitlinear": NativeBitLinear, "autobitlinear": NativeOfflineLinear, "online": NativeOnlineLinear}
 
 
-def export_native(
-    model: PreTrainedModel,
-    path: str | os.PathLike[str],
-    *,
-    tokenizer: Any = None,
-    max_shard_size: str | int = "5GB",
-    overwrite: bool = False,
-) -> Path:
-    """Writes a quantized model as a native packed `bitnet` checkpoint. The model is left as it is.
-
-    Everything is written into a temporary folder beside `path`, which takes its name at the end: there is never half a
-    checkpoint under `path`.
-
-    Args:
-        model: in train or packed form; ternary with one scale for a tensor, int8 activations.
-        tokenizer: saved into the same folder.
-        overwrite: replace a folder that is there already.
-
-    Returns the folder.
-
-    Raises:
-        TypeError: not a transformers model.
-        ValueError: what the format cannot hold: another scheme, a Conv1D, a number of output features that 4 does not
-            divide, norms in front of some layers only; weights that are offloaded.
-        FileExistsError: `path` exists and `overwrite` is False.
+@EXPORT_FORMATS.register("bitnet")
+@dataclass(frozen=True)
+class Native(ExportFormat):
+    """Args:
+    kind: "bitlinear", "autobitlinear" or "online" (float weights, for models in train form).
+    packed: False stores codes as floats, which kind "autobitlinear" can; then any number of output features will do.
+    max_shard_size: of one file.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"export_native takes a transformers model, got {type(model).__name__}; pass what from_pretrained returned"
+
+    summary: ClassVar[str] = "ternary weights in transformers' own method bitnet"
+    readers: ClassVar[str] = "transformers, mlx-lm"
+
+    kind: str = "bitlinear"
+    packed: bool = True
+    max_shard_size: str | int = "5GB"
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ValueError(f"format 'bitnet': kind={self.kind!r}; legal: {', '.join(_KINDS)}")
+        if not self.packed and self.kind != "autobitlinear":
+            raise ValueError(
+                f"format 'bitnet': packed=False is for kind='autobitlinear', and kind is {self.kind!r}; leave packed out"
+            )
+
+    @property
+    def online(self) -> bool:
+        return self.kind == "online"
+
+    def refusals(self, source: Source) -> list[str]:
+        return native_problems(source, online=self.online, packed=self.packed)
+
+    def notes(self, source: Source) -> list[str]:
+        dtype = str(source.model.dtype).removeprefix("torch.")
+        notes = [f"transformers quantizes activations in {dtype} and unpacks weights to it: it saves no memory when it runs"]
+        if self.kind != "online" and source.model.dtype != torch.float32:
+            notes.append(f"it rounds the scales to {dtype} when it loads them")
+        return notes
+
+    def write(self, source: Source, folder: Path, progress: Progress) -> list[WrittenTensor]:
+        saved, names = self._saved(source)
+        write_safetensors(folder, saved, max_shard_size=self.max_shard_size, progress=progress)
+        write_configs(source, folder, self._settings(source), source.model.dtype)
+        return [self._written(source, names[each.name], each) for each in saved]
+
+    def _saved(self, source: Source) -> tuple[list[Planned], dict[str, str]]:
+        """Every tensor of the file, and its name there -> its name in the model."""
+        tensors = [each for name, layer in source.layers.items() for each in self._layer(name, layer, source.model.dtype)]
+        tensors += [planned(name, tensor) for name, tensor in source.others.items()]
+        saved = saved_names(source.model, tensors)
+        return saved, origins(tensors, saved)
+
+    def _written(self, source: Source, name: str, each: Planned) -> WrittenTensor:
+        kind, shape = str(each.dtype).removeprefix("torch."), each.shape
+        layer = source.layers.get(name.removesuffix(".weight"))
+        if layer is not None and not self.online:
+            kind = "2-bit" if self.packed else f"ternary as {kind}"
+            shape = (layer.out_features, layer.in_features)
+        return WrittenTensor(name, each.name, kind, shape, each.bytes)
+
+    def _layer(self, name: str, layer: QuantizedLayer, dtype: torch.dtype) -> list[Planned]:
+        rows, columns = layer.out_features, layer.in_features
+        if self.online:
+            weight: Tensor = layer.weight  # type: ignore[assignment]
+            tensors = [planned(f"{name}.weight", weight)]
+        else:
+            dtype, shape = (torch.uint8, (rows // 4, columns)) if self.packed else (dtype, (rows, columns))
+            tensors = [Planned(f"{name}.weight", dtype, shape, lambda: self._codes(layer, dtype), rows * columns)]
+        if not self.online:
+            tensors.append(Planned(f"{name}.weight_scale", torch.float32, (1,), lambda: self._scale(layer), 0))
+        if (bias := layer.plain_bias) is not None:
+            tensors.append(Planned(f"{name}.bias", bias.dtype, (rows,), lambda: self._bias(layer, bias), 0))
+        if (norm := norm_of(layer)) is not None:
+            tensors.append(planned(f"{name}.rms_norm.weight", norm.weight, 0))
+        return tensors
+
+    def _codes(self, layer: QuantizedLayer, dtype: torch.dtype) -> Tensor:
+        quantized = layer.quantized_weight()
+        return pack_rows(quantized.codes) if self.packed else quantized.levels(dtype)
+
+    def _scale(self, layer: QuantizedLayer) -> Tensor:
+        scale = scale_of(layer).detach().float().reshape(1)
+        return scale.reciprocal() if self.kind == "bitlinear" else scale.clone()
+
+    def _bias(self, layer: QuantizedLayer, bias: Tensor) -> Tensor:
+        if self.kind != "autobitlinear":
+            return bias
+        return (bias.detach().float() / self._scale(layer)).to(bias.dtype)  # the product with the scale comes after it
+
+    def _settings(self, source: Source) -> dict[str, Any]:
+        """The `quantization_config` of config.json."""
+        norms = [norm for layer in source.layers.values() if (norm := norm_of(layer)) is not None]
+        return {
+            "quant_method": NATIVE_METHOD,
+            "linear_class": "bitlinear" if self.kind == "bitlinear" else "autobitlinear",
+            "quantization_mode": "online" if self.online else "offline",
+            "modules_to_not_convert": kept_for_native(source.model),
+            "use_rms_norm": bool(norms),
+            "rms_norm_eps": norms[0].eps if norms else 1e-6,
+        }
+
+    def compare(self, source: Source, folder: Path, written: list[WrittenTensor], logits: bool) -> list[Check]:
+        saved, names = self._saved(source)
+        weights = {f"{name}.weight": layer for name, layer in source.layers.items()}
+        layers = {file: weights[name] for file, name in names.items() if name in weights}
+        others = {each.name: each.tensor for each in saved if self.online or each.name not in layers}
+        same = compare_tensors(
+            source, folder, others, "float tensors" if self.online else "scales, biases and what stays float"
         )
-    layers = dict(quantized_layers(model))
-    if not layers:
-        raise ValueError("export_native: the model has no quantized layer; call quantize_model(model, config) first")
-    tables = quantized_tables(model)
-    if tables:
-        raise ValueError(
-            f"export_native: the native 'bitnet' format has no packed embeddings, and {tables[0][0]} is quantized; save with "
-            "save_pretrained, or quantize without `embeddings`"
-        )
-    for name, layer in layers.items():
-        _check(name, layer)
-    target = Path(path)
-    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists already; choose another folder, or export_native(model, path, overwrite=True)")
-    config = copy.deepcopy(model.config)
-    config.quantization_config = _settings(model, layers)
-    config.architectures = [type(model).__name__]
-    config.dtype = model.dtype
-    state = _state(model, layers)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        config.save_pretrained(folder)
-        if model.can_generate() and model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        save_torch_state_dict(state, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
-        _take_place(folder, target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return target
+        codes = compare_online_codes(layers, folder) if self.online else compare_codes(layers, folder)
+        if not logits:
+            return [codes, same]
+        return [codes, same, plain_logits(source, folder, source.model.dtype, lambda: self._expected(source))]
 
-
-def _take_place(folder: Path, target: Path) -> None:
-    folder.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-    if not target.exists():
-        folder.rename(target)
-        return
-    # two renames: at every moment the old or the new folder is complete, under one of the two names
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    target.rename(old / target.name)
-    folder.rename(target)
-    shutil.rmtree(old)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _check(name: str, layer: QuantizedLayer) -> None:
-    quantizer = layer.quantizer
-    what = f"{quantizer.scheme} with one scale a {quantizer.granularity}"
-    problem = None
-    if quantizer.grid.values != [-1.0, 0.0, 1.0] or quantizer.scale_shape(layer.out_features, layer.in_features) != (1, 1):
-        problem = f"it is {what}, the format holds ternary weights with one scale for the tensor"
-    elif layer.activation is not ACTIVATION_SCHEMES.get("int8"):
-        problem = f"its activations are {layer.activation.__name__}, the format means int8 for each token"
-    elif isinstance(layer, BitConv1D) or (isinstance(layer, PackedBitLinear) and layer.was_conv1d):
-        problem = "it is a Conv1D, which transformers leaves alone there"
-    elif layer.out_features % 4:
-        problem = f"its {layer.out_features} output features are not a multiple of 4"
-    elif any(tensor is not None and tensor.is_meta for tensor in (layer.weight, layer.bias)):
-        problem = "its weight is offloaded; load the model without disk offload"
-    if problem is not None:
-        raise ValueError(
-            f"{name} cannot be written in the native 'bitnet' format: {problem}. save_pretrained keeps every scheme; for this "
-            "format quantize with BitNetQuantizationConfig.bitnet_b158() and keep=[...] such layers"
-        )
-
-
-def _settings(model: PreTrainedModel, layers: dict[str, QuantizedLayer]) -> dict[str, Any]:
-    """The `quantization_config` of config.json."""
-    norms = [norm for layer in layers.values() if (norm := layer.sub_norm) is not None and float(norm.blend) != 0.0]
-    if norms and (len(norms) < len(layers) or any(float(norm.blend) != 1.0 or norm.eps != norms[0].eps for norm in norms)):
-        raise ValueError(
-            "the native 'bitnet' format has a norm in front of every quantized layer or of none, at full strength; save with "
-            "save_pretrained instead, or quantize without sub_norm (after training: hf_bitnet.set_norm_blend(model, 1.0))"
-        )
-    kept = kept_for_native(model)
-    clash = [name for name in layers if not should_convert_module(name, [*kept, *(model._keep_in_fp32_modules or ())])]
-    if clash:
-        raise ValueError(
-            f"{clash[0]} cannot be written in the native 'bitnet' format: by its name transformers would take it for one of "
-            f"the layers that are kept ({', '.join(kept[:6])}, ...); keep it too: keep=[r'{clash[0]}']"
-        )
-    return {
-        "quant_method": NATIVE_METHOD,
-        "linear_class": "bitlinear",
-        "quantization_mode": "offline",
-        "modules_to_not_convert": kept,
-        "use_rms_norm": bool(norms),
-        "rms_norm_eps": norms[0].eps if norms else 1e-6,
-    }
-
-
-def _state(model: PreTrainedModel, layers: dict[str, QuantizedLayer]) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint under its name there."""
-    ours = tuple(f"{name}." for name in layers)
-    ignored = set(model._keys_to_ignore_on_save or ())
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith(ours) and k not in ignored}
-    for name, layer in layers.items():
-        state |= {f"{name}.{key}": value for key, value in native_tensors(layer).items()}
-    state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
-    # a part of a larger tensor (one expert of fused ones) would be refused, as it drags the whole with it
-    return {k: v.contiguous() if v.untyped_storage().nbytes() == v.nbytes else v.clone() for k, v in state.items()}
-
-
-def native_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
-    """A layer's tensors in the kind bitlinear: weight, weight_scale, and bias and rms_norm.weight where it has them."""
-    quantized = layer.quantized_weight()
-    tensors = {
-        "weight": pack_rows(quantized.codes),
-        "weight_scale": quantized.scale.detach().float().reshape(1).reciprocal(),
-        "bias": layer.plain_bias,
-        "rms_norm.weight": None if (norm := layer.sub_norm) is None or float(norm.blend) == 0.0 else norm.weight,
-    }
-    return {key: value.detach() for key, value in tensors.items() if value is not None}
+    def _expected(self, source: Source) -> Tensor:
+        """Logits of transformers' own arithmetic, of layers that hold what the file should hold."""
+        dtype = source.model.dtype
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for name, layer in source.layers.items():
+            made = {each.name[len(name) + 1 :]: each.tensor().detach() for each in self._layer(name, layer, dtype)}
+            if not self.online and not self.packed:
+                made["weight"] = pack_rows(made["weight"].to(torch.int8))
+            tensors[name] = made
+        settings = self._settings(source)
+        eps = settings["rms_norm_eps"] if settings["use_rms_norm"] else None
+        twin = native_copy(source.model, _KINDS[self.kind], tensors, dtype, eps)
+        return model_logits(as_loaded(twin), source.inputs() or {})

@@ -11,48 +11,66 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..surgery import dequantize_model, independent_copy
 from .format import Source
 from .report import Check
+from .stored import Stored
 
 # of the root mean square of the expected logits; the reader sums in another order
 FLOAT32_LIMIT = 1e-4
 _PROGRAM = """
-import json, sys
+import json, os, sys
+# what transformers compiles in its bitnet layers is defined by its eager code, and takes a compiler and half a minute
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+job = json.loads(sys.argv[1])
+if job["package"]:
+    sys.path.insert(0, job["package"])
+    import hf_bitnet
 import torch, transformers
 from safetensors.torch import load_file, save_file
-job = json.loads(sys.argv[1])
-assert "hf_bitnet" not in sys.modules
+assert job["package"] or "hf_bitnet" not in sys.modules
+torch.set_num_threads(job["threads"])
 transformers.utils.logging.set_verbosity_error()
 kind = getattr(transformers, job["class"])
 dtype = getattr(torch, job["dtype"])
 model, info = kind.from_pretrained(job["folder"], dtype=dtype, output_loading_info=True, **job["options"])
 lost = sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])})
 assert not lost, f"tensors that do not fit: {lost[:5]}"
+inputs = {name: each.to(model.dtype) if each.is_floating_point() else each for name, each in load_file(job["inputs"]).items()}
 with torch.no_grad():
-    logits = model.eval()(**load_file(job["inputs"])).logits
+    output = model.eval()(**inputs)
+logits = output.logits if "logits" in output else output.last_hidden_state
 save_file({"logits": logits.float().contiguous()}, job["outputs"])
 """
 
 
-def run_plain(folder: Path, kind: str, inputs: Mapping[str, Tensor], dtype: torch.dtype, **options: object) -> Tensor:
+def run_plain(
+    folder: Path,
+    kind: str,
+    inputs: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    with_library: bool = False,
+    **options: object,
+) -> Tensor:
     """Logits float32 of the checkpoint in `folder`, computed by transformers without this library in a process of its own.
 
     Args:
         kind: name of the model's class. inputs: of its forward. dtype: that it is loaded in.
+        with_library: the process imports this library first.
         options: of from_pretrained, as JSON can hold them.
 
     Raises RuntimeError with the end of what the process said, when it fails.
     """
     with tempfile.TemporaryDirectory() as place:
-        save_file(dict(inputs), f"{place}/in.safetensors")
+        save_file({name: each.contiguous() for name, each in inputs.items()}, f"{place}/in.safetensors")
         job: dict[str, object] = {"folder": str(folder), "class": kind, "dtype": str(dtype).removeprefix("torch.")}
         job |= {"options": options}
         job |= {"inputs": f"{place}/in.safetensors", "outputs": f"{place}/out.safetensors"}
+        package = str(Path(__file__).resolve().parents[2]) if with_library else None
+        job |= {"package": package, "threads": torch.get_num_threads()}
         done = subprocess.run([sys.executable, "-c", _PROGRAM, json.dumps(job)], capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr.strip()[-600:])
@@ -61,15 +79,10 @@ def run_plain(folder: Path, kind: str, inputs: Mapping[str, Tensor], dtype: torc
 
 def compare_tensors(source: Source, folder: Path, expected: Mapping[str, Callable[[], Tensor]], what: str) -> Check:
     """Reads tensors by the library safetensors, one at a time, and compares them bit for bit."""
-    names = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            names |= dict.fromkeys(opened.keys(), file)
+    stored = Stored(folder)
     for name, make in expected.items():
-        if name not in names:
+        if (found := stored.get(name)) is None:
             return Check("safetensors", what, False, f"{name} is missing")
-        with safe_open(names[name], "pt") as opened:
-            found = opened.get_tensor(name)
         wanted = make().detach().cpu()
         if found.dtype != wanted.dtype or not torch.equal(found, wanted):
             return Check("safetensors", what, False, f"{name} is another")
@@ -83,6 +96,18 @@ def compare_logits(reader: str, found: Tensor, expected: Tensor, limit: float) -
     return Check(reader, "logits", bool(error <= limit), f"relative error {error:.2g}, limit {limit:g}")
 
 
+def model_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Logits float32 of a model in this process, in eval mode; on the CPU. Of a model without a head: its last hidden state."""
+    was_training = model.training
+    given = {k: (v.to(model.dtype) if v.is_floating_point() else v).to(model.device) for k, v in inputs.items()}
+    try:
+        with torch.no_grad():
+            output = model.eval()(**given)
+    finally:
+        model.train(was_training)
+    return (output.logits if "logits" in output else output.last_hidden_state).float().cpu()
+
+
 def dequantized_logits(source: Source, dtype: torch.dtype) -> Tensor:
     """Logits float32 of the model with plain layers in `dtype`: what a reader that ignores activations has to find."""
     # what stays float is copied, because it is going to be cast
@@ -90,15 +115,42 @@ def dequantized_logits(source: Source, dtype: torch.dtype) -> Tensor:
     model: Any = dequantize_model(independent_copy(source.model, shared), dtype=dtype)
     for parameter in model.parameters():  # not the buffers, which loading does not cast either
         parameter.data = parameter.data.to(dtype)
+    return model_logits(as_loaded(model), source.inputs() or {})
+
+
+def as_loaded(model: Any) -> Any:
+    """The model, after it has computed anew what no checkpoint holds: rotary frequencies and the like.
+
+    A call of `model.bfloat16()` has rounded them; loading makes them in float32.
+    """
     with torch.no_grad():
-        return model.eval()(input_ids=source.probe().to(model.device)).logits.float().cpu()
+        for module in model.modules():
+            named = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+            floats = {name: each.float() for name, each in named.items() if each is not None and each.is_floating_point()}
+            if floats and not module._parameters:
+                module._buffers.update(floats)
+                model._init_weights(module)
+    return model
 
 
-def plain_logits(source: Source, folder: Path, dtype: torch.dtype, expected: Tensor | None = None) -> Check:
-    """Logits of `folder` in plain transformers against `expected` (None: of the dequantized model), both in `dtype`."""
-    reader = "transformers without hf_bitnet"
+def plain_logits(
+    source: Source,
+    folder: Path,
+    dtype: torch.dtype,
+    expected: Callable[[], Tensor] | None = None,
+    with_library: bool = False,
+) -> Check:
+    """Logits of `folder` in transformers, without this library or with it, against `expected()`, both in `dtype`.
+
+    Args:
+        expected: None stands for the logits of the dequantized model.
+    """
+    reader = "transformers with hf_bitnet, in another process" if with_library else "transformers without hf_bitnet"
+    inputs = source.inputs()
+    if inputs is None:
+        return Check(reader, "logits", None, f"nobody knows what to feed a model that reads {source.model.main_input_name}")
     try:
-        found = run_plain(folder, type(source.model).__name__, {"input_ids": source.probe()}, dtype)
+        found = run_plain(folder, type(source.model).__name__, inputs, dtype, with_library)
     except RuntimeError as error:
         return Check(reader, "logits", False, str(error))
-    return compare_logits(reader, found, dequantized_logits(source, dtype) if expected is None else expected, FLOAT32_LIMIT)
+    return compare_logits(reader, found, dequantized_logits(source, dtype) if expected is None else expected(), FLOAT32_LIMIT)

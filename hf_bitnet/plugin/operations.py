@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from .. import surgery
+from .. import kernels, surgery
+from ..kernels.reference import TRITS_PER_BYTE
+from ..modules import QuantizedEmbedding
 from ..modules.native import pack_rows
+from .checks import check_stored_dtype
 
 
 class QuantizeOnLoad(ConversionOps):
@@ -73,6 +76,52 @@ class PackNativeRows(_AsStored):
             self.errors.append(error)
             raise error
         return {full_layer_name: pack_rows(codes)}
+
+
+class UnpackTrits(_AsStored):
+    """A ternary weight of five codes a byte -> the layout of its layer, four a byte; other weights pass."""
+
+    def __init__(self, errors: list[Exception]) -> None:
+        self.errors = errors
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> UnpackTrits:
+        return self  # as PackNativeRows
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], full_layer_name: str, model: nn.Module, **unused: Any
+    ) -> dict[str, Tensor]:
+        """As `_AsStored`; uint8 (N, ceil(K / 5)) -> uint8 (N, ceil(K / 4))."""
+        stored = super().convert(input_dict, full_layer_name)[full_layer_name]
+        layer: Any = model.get_submodule(full_layer_name.rpartition(".")[0])
+        try:
+            check_stored_dtype(full_layer_name, stored.is_floating_point(), expects_packed=True)
+            if layer.quantizer.grid.values != [-1.0, 0.0, 1.0]:
+                return {full_layer_name: stored}
+            codes = _trits(full_layer_name, stored, *_sizes(layer))
+        except ValueError as error:
+            self.errors.append(error)
+            raise
+        grid = layer.quantizer.grid
+        return {full_layer_name: kernels.pack(codes, layer.bits, grid.lowest, grid.step)}
+
+
+def _sizes(layer: Any) -> tuple[int, int]:
+    if isinstance(layer, QuantizedEmbedding):
+        return layer.num_embeddings, layer.embedding_dim
+    return layer.out_features, layer.in_features
+
+
+def _trits(name: str, stored: Tensor, rows: int, columns: int) -> Tensor:
+    expected, problem = (rows, -(-columns // TRITS_PER_BYTE)), None
+    if tuple(stored.shape) != expected:
+        problem = f"has shape {tuple(stored.shape)} in the checkpoint, but {expected} by storage='trits' of its config.json"
+    elif stored.numel() and int(stored.max()) >= 3**TRITS_PER_BYTE:
+        problem = f"holds the byte {int(stored.max())}, and five ternary weights make {3**TRITS_PER_BYTE - 1} at most"
+    if problem is not None:
+        raise ValueError(
+            f"{name} {problem}; config.json and weights are not of the same checkpoint, or one is damaged; copy them again"
+        )
+    return kernels.unpack_trits(stored, columns)
 
 
 def layers_converter(patterns: list[str], base_prefix: str, operation: ConversionOps | None = None) -> WeightConverter:

@@ -19,7 +19,7 @@ from .. import surgery
 from ..config import BitNetQuantizationConfig, NativeBitNetConfig
 from ..modules import PackedBitLinear, PackedEmbedding
 from .checks import before_initialization, check_files, check_loaded, check_stored_dtype
-from .operations import PackNativeRows, QuantizeOnLoad, layers_converter, without_our_converters
+from .operations import PackNativeRows, QuantizeOnLoad, UnpackTrits, layers_converter, without_our_converters
 
 
 class BitNetQuantizer(HfQuantizer):
@@ -33,6 +33,7 @@ class BitNetQuantizer(HfQuantizer):
         self.packed: set[str] = set()
         self.errors: list[Exception] = []
         self.new: set[str] = set()
+        self.in_trits = quantization_config.storage == "trits"
 
     def _process_model_before_weight_loading(  # type: ignore[override]
         self, model: Any, checkpoint_files: list[str] | None = None, **unused: Any
@@ -78,14 +79,17 @@ class BitNetQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         conversions = super().update_weight_conversions(weight_conversions, model)
-        if self.pre_quantized or not self.packed:
+        if not self.packed or (self.pre_quantized and not self.in_trits):
             return conversions
         patterns = self.quantization_config.quantized_modules or []
-        return [*conversions, layers_converter(patterns, model.base_model_prefix)]
+        operation = UnpackTrits(self.errors) if self.in_trits else None
+        return [*conversions, layers_converter(patterns, model.base_model_prefix, operation)]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Only for quantized checkpoints. The dtype of the empty layer is right, float32 scales in a bfloat16 model too."""
         new = super().get_new_dtype(converter, param, dtype)
+        if self.in_trits and dtype == torch.uint8:  # the operation looks at what is stored
+            return None
         layer, _, leaf = converter.target_patterns[0].rpartition(".")
         if leaf == "weight" and layer in self.layers:
             check_stored_dtype(f"{layer}.weight", new is not None, layer in self.packed)

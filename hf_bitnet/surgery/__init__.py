@@ -1,6 +1,7 @@
 """Floor 4: the only code that walks a model."""
 
 from .attached import attach, attach_native, config_of, detach, kept_for_native
+from .copies import empty_packed_copy, native_copy, packed_copy
 from .coverage import Coverage, check_finite, config_place, coverage
 from .full_precision import full_precision_copy, independent_copy, output_head
 from .generation import optimize_for_generation
@@ -31,15 +32,18 @@ __all__ = [
     "dequantize_model",
     "detach",
     "each_batch",
+    "empty_packed_copy",
     "full_precision_copy",
     "harden",
     "independent_copy",
     "kept_codes",
     "kept_for_native",
     "make_spec",
+    "native_copy",
     "optimize_for_generation",
     "output_head",
     "pack_model",
+    "packed_copy",
     "prepare_model",
     "prepare_native",
     "probing",

@@ -1,0 +1,144 @@
+"""Reads an mlx checkpoint: its bytes with numpy, the folder with mlx-lm in a process of its own, where it is installed. Own.
+
+mlx runs on Linux too. The layout "bitnet" has a kernel for Apple GPUs only; elsewhere plain arithmetic stands in for that one
+function, and the rest is mlx-lm's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..surgery import dequantize_model, independent_copy
+from .affine import Affine, Layer, levels
+from .format import Source
+from .packed_check import bit_levels
+from .plain import FLOAT32_LIMIT, as_loaded, compare_logits, model_logits
+from .report import Check
+from .stored import Stored
+
+_PROGRAM = """
+import hashlib, json, sys
+from importlib.metadata import version
+from pathlib import Path
+import numpy as np
+import mlx.core as mx
+from mlx_lm.models.bitlinear_layers import BitLinear
+from mlx_lm.utils import load_model
+
+job = json.loads(sys.argv[1])
+metal = mx.metal.is_available()
+
+def plain(self, x, packed):
+    rows = mx.concatenate([(packed >> (2 * i)) & 3 for i in range(4)]).astype(x.dtype) - 1
+    scale = self.weight_scale.astype(x.dtype)
+    return x @ rows.T * (1 / scale if self.invert_weight_scales else scale)
+
+if not metal:
+    BitLinear.execute_matmul_kernel = plain
+model, _ = load_model(Path(job["folder"]))
+digests, replaced = {}, False
+for name, module in model.named_modules():
+    if isinstance(module, BitLinear):
+        held, replaced = module.weight, not metal
+    elif hasattr(module, "bits"):
+        one = mx.ones(module.scales.shape)
+        sizes = {"group_size": module.group_size, "bits": module.bits}
+        held = mx.dequantize(module.weight, one, mx.zeros(module.scales.shape), **sizes).astype(mx.uint8)
+    else:
+        continue
+    digests[name] = hashlib.sha256(np.array(held).tobytes()).hexdigest()
+if job["ids"]:
+    model.set_dtype(mx.float32)
+    mx.save_safetensors(job["logits"], {"logits": model(mx.array(job["ids"])).astype(mx.float32)})
+reader = "mlx-lm " + version("mlx-lm") + (" on the GPU" if metal else " on the CPU")
+Path(job["found"]).write_text(json.dumps({"digests": digests, "reader": reader, "replaced": replaced}))
+"""
+
+
+def compare_levels(layers: Mapping[str, tuple[Layer, Affine]], folder: Path) -> Check:
+    """Levels in the files against the codes. `layers`: name -> layer and how it is stored."""
+    stored = Stored(folder)
+    for name, (layer, affine) in layers.items():
+        if (found := stored.get(f"{name}.weight")) is None:
+            return Check("numpy", "levels", False, f"{name}.weight is missing")
+        packed = found.view(torch.uint8).numpy()
+        read = packed if affine.bits == 8 else bit_levels(packed, affine.bits)
+        if not np.array_equal(read, levels(layer, affine).numpy()):
+            return Check("numpy", "levels", False, f"{name}.weight has other levels")
+    return Check("numpy", "levels", True, f"{len(layers)} weights, every level")
+
+
+def is_installed() -> bool:
+    """Whether mlx-lm can be run."""
+    return all(importlib.util.find_spec(name) is not None for name in ("mlx", "mlx_lm"))
+
+
+def mlx_checks(
+    source: Source, folder: Path, held: Mapping[str, Callable[[], Tensor]], expected: Callable[[], Tensor] | None
+) -> list[Check]:
+    """What mlx-lm makes of the folder.
+
+    Args:
+        held: name of each quantized layer -> what it has to hold: levels uint8 (N, K), or bytes of the layout "bitnet".
+        expected: logits float32 of the exported values; None compares none.
+    """
+    if not is_installed():
+        return [Check("mlx-lm", "levels and logits", None, "not installed: pip install 'hf_bitnet[mlx]'")]
+    ids = [] if expected is None else source.probe().tolist()
+    with tempfile.TemporaryDirectory() as place:
+        job = {"folder": str(folder), "ids": ids, "logits": f"{place}/logits.safetensors", "found": f"{place}/found.json"}
+        done = subprocess.run([sys.executable, "-c", _PROGRAM, json.dumps(job)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            return [Check("mlx-lm", "loading", False, done.stderr.strip()[-600:])]
+        found = json.loads(Path(job["found"]).read_text())
+        checks = [_compare_digests(found, held)]
+        if expected is not None:
+            reader = found["reader"] + (", plain arithmetic for its GPU kernel" if found["replaced"] else "")
+            logits = load_file(job["logits"])["logits"]
+            checks.append(compare_logits(reader, logits, expected(), FLOAT32_LIMIT))
+    return checks
+
+
+def _compare_digests(found: dict[str, Any], held: Mapping[str, Callable[[], Tensor]]) -> Check:
+    reader, digests = found["reader"], found["digests"]
+    if digests.keys() != held.keys():
+        other = min(digests.keys() ^ held.keys())
+        return Check(reader, "levels", False, f"{other} is {'quantized' if other in digests else 'not quantized'} there")
+    for name, make in held.items():
+        if hashlib.sha256(make().cpu().contiguous().numpy().tobytes()).hexdigest() != digests[name]:
+            return Check(reader, "levels", False, f"{name} holds other levels")
+    return Check(reader, "levels", True, f"{len(held)} weights, every level")
+
+
+def exported_logits(
+    source: Source, values: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype, rounds_embedding: bool
+) -> Tensor:
+    """Logits, computed in float32, of plain layers that hold these values; all other floats are rounded to `dtype`.
+
+    Args:
+        values: name of a layer or table -> float32 (N, K).
+        rounds_embedding: round the factor of the embeddings to bfloat16.
+    """
+    shared = {id(each): each for each in source.model.parameters() if not each.is_floating_point()}
+    model: Any = dequantize_model(independent_copy(source.model, shared), dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    for name, make in values.items():
+        model.get_submodule(name).weight.data = make().to(model.device)
+    table = model.get_input_embeddings()
+    if rounds_embedding and isinstance(getattr(table, "embed_scale", None), Tensor):
+        table.embed_scale = table.embed_scale.bfloat16().float()
+    return model_logits(as_loaded(model), {"input_ids": source.probe()})
