@@ -34,7 +34,7 @@ class _File(ExportFormat):
             raise ValueError(f"format {format!r}: file_name={self.file_name!r}; a name that ends in .gguf, without folders")
 
     def _chooser(self, source: Source) -> planning.Chooser:
-        raise NotImplementedError
+        raise AssertionError("abstract")
 
     def _plan(self, source: Source) -> Plan:
         return planning.plan_of(source, self.program, self._chooser(source), KINDS[_FLOATS[self.other]])
@@ -43,8 +43,13 @@ class _File(ExportFormat):
         found = planning.refusals(source, self.program)
         if found:
             return found
-        entries = self._plan(source).entries
+        plan = self._plan(source)
+        entries = plan.entries
         found = self._unheld(entries)
+        try:
+            tokenizer_notes(source, plan)
+        except ValueError as error:
+            found = [*found, str(error)]
         if self.strict and not found:
             found = [f"{each.name} would be {each.kind.name}: {each.why} (strict=True)" for each in entries if each.why]
         return found
@@ -64,15 +69,13 @@ class _File(ExportFormat):
         return [values, *self._logits(folder / self.file_name, source, plan)]
 
     def _logits(self, path: Path, source: Source, plan: Plan) -> list[Check]:
-        raise NotImplementedError
+        raise AssertionError("abstract")
 
     def notes(self, source: Source) -> list[str]:
         plan = self._plan(source)
         schemes = {layer.activation for layer in source.layers.values()}
-        here = ", ".join(sorted(f"{each.bits} bits" if each.quantizes else "not at all" for each in schemes))
-        target = (
-            f"activations: {self.program} rounds them to 8 bits {self._activation_blocks}, here they are rounded to: {here}"
-        )
+        here = " or ".join(sorted(f"to {each.bits} bits" if each.quantizes else "not at all" for each in schemes))
+        target = f"activations: {self.program} rounds them to 8 bits {self._activation_blocks}, this library {here}"
         return [target, *plan.metadata.notes, *self._kind_notes(plan), *tokenizer_notes(source, plan)]
 
     def use(self, source: Source, folder: Path) -> str:
