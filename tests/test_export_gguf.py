@@ -357,6 +357,6 @@ def test_export_leaves_the_model_alone(tmp_path: Path) -> None:
 
 
 def test_tokenizers_that_llama_cpp_lacks(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="format 'gguf' cannot hold this model: .*tokenizer"):
+    with pytest.raises(ValueError, match=r"format 'gguf' cannot hold this model: .*tokenizer"):
         hb.export_model(made("llama"), tmp_path / "out", format="gguf", tokenizer=corpus.tokenizer())
     assert not any(tmp_path.iterdir())
