@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import hf_bitnet as hb
@@ -38,6 +39,15 @@ def test_dense_export(tmp_path: Path, form: str) -> None:
     assert saved["checks"][1]["reader"] == "transformers without hf_bitnet" and saved["format"] == "dense"
     assert "| safetensors | quantized values | equal |" in ModelCard.load(tmp_path / "out" / "README.md").text
     assert report.kinds() == {"float32": len(report.tensors)} and "float32" in str(report)
+
+
+@pytest.mark.parametrize("family", ["vit", "t5", "mixtral"])
+def test_names_on_disk(tmp_path: Path, family: str) -> None:
+    """Of models whose checkpoints have other names than their modules, or other tensors."""
+    report = hb.export_model(quantized(family), tmp_path / "out", format="dense", progress=False, verify="codes")
+    assert [check.passed for check in report.checks] == [True]
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as opened:
+        assert set(opened.keys()) == {each.stored for each in report.tensors}
 
 
 def test_export_refuses(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from hf_bitnet.export import ExportReport, ParityError, mlx_check
 from hf_bitnet.export import mlx as exporter
 from hf_bitnet.export.stream import Planned, write_safetensors
 from hf_bitnet.surgery import quantized_layers
+from tests.streaming import Watched
 from tests.tiny import tiny
 
 SCHEMES = {"binary": 1, "ternary": 2, "int2": 2, "int2_seq": 2, "int4": 4, "int8": 8}
@@ -132,6 +133,22 @@ def test_packed_and_folders(tmp_path: Path) -> None:
     expected = read(tmp_path / "train")[1]
     assert len(files) > 1 and found.keys() == expected.keys()
     assert all(torch.equal(found[name].view(torch.uint8), expected[name].view(torch.uint8)) for name in found)
+
+
+@pytest.mark.parametrize("family", ["llama", "bitnet"])
+def test_one_tensor_at_a_time(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(family, {})
+    watched = Watched(monkeypatch, exporter, model)
+    export(model, tmp_path / "out", verify=False, dtype="float32")
+    assert len(watched.made) == 14 * (3 if family == "llama" else 2)
+
+
+def test_plain_transformers_stops(tmp_path: Path) -> None:
+    """It must not take mlx's words for floats."""
+    model = made("llama", {})
+    export(model, tmp_path / "out", verify=False)
+    with pytest.raises(ValueError, match="quant_method"):
+        type(model).from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.usefixtures("without_mlx")

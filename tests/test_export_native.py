@@ -19,6 +19,7 @@ from hf_bitnet.modules.native import unpack_rows
 from hf_bitnet.surgery import quantized_layers
 from tests.checkpoints import logits, read_config, run_plain_transformers
 from tests.native import TRAINED, batch_of, close, quantized, write_native
+from tests.streaming import Watched
 from tests.tiny import tiny
 
 
@@ -139,6 +140,22 @@ def test_export_in_plain_transformers(tmp_path: Path) -> None:
     assert report.checks[2].reader == "transformers without hf_bitnet"
     assert "it rounds the scales to bfloat16 when it loads them" in report.notes
     assert report.kinds()["2-bit"] == 14
+
+
+def test_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = quantized("llama")
+    watched = Watched(monkeypatch, exporter, model)
+    export_model(model, tmp_path / "out", format="bitnet", verify=False, progress=False)
+    assert len(watched.made) == 14 * 2
+
+
+def test_inputs_that_nobody_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes are compared all the same."""
+    model, _ = quantized("llama")
+    monkeypatch.setattr(type(model), "main_input_name", "input_values")
+    report = export_model(model, tmp_path / "out", format="bitnet", progress=False)
+    assert [check.passed for check in report.checks] == [True, True, None]
+    assert report.checks[2].detail == "nobody knows what to feed a model that reads input_values"
 
 
 def test_wrong_files_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from hf_bitnet.modules import PackedBitLinear
 from hf_bitnet.surgery import quantized_layers, quantized_tables
 from tests.checkpoints import DISK, assert_same_layers, edit_config, edit_tensors, loaded, logits, read_config, reloaded
 from tests.native import write_native
+from tests.streaming import Watched
 from tests.tiny import tiny
 
 SCHEMES = ("binary", "ternary", "int2", "int4", "int8")
@@ -130,38 +130,19 @@ def test_logits_of_every_variant(name: str, tmp_path: Path) -> None:
 
 
 def test_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tensor that was made lives when the next is made, but for the scales of layers whose weights are still to come."""
+    """And no packed layer is ever made with its bytes."""
     model, _ = tiny("llama", num_hidden_layers=4)
     hb.quantize_model(model, hb.BitNetQuantizationConfig(weight="int4", embeddings="int8"))
-    packed_at_once: list[int] = []
-    alive: list[weakref.ref[Tensor]] = []
-    make_layers = PackedBitLinear.__init__
+    make_layer = PackedBitLinear.__init__
 
-    def counting(self: Any, *args: Any, **kwargs: Any) -> None:
-        packed_at_once.append(1)
+    def empty(self: Any, *args: Any, **kwargs: Any) -> None:
         assert kwargs["device"] == "meta", "a packed layer was made"
-        make_layers(self, *args, **kwargs)
+        make_layer(self, *args, **kwargs)
 
-    def write(folder: Path, tensors: list[Planned], **options: Any) -> Any:
-        existing = {tensor.data_ptr() for tensor in model.state_dict().values()}
-
-        def watched(each: Planned) -> Planned:
-            def make() -> Tensor:
-                living = [found for ref in alive if (found := ref()) is not None]
-                assert not living, f"{[tuple(found.shape) for found in living]} when {each.name} is made"
-                tensor = each.make()
-                if tensor.data_ptr() not in existing and not each.name.endswith("scale"):
-                    alive.append(weakref.ref(tensor))
-                return tensor
-
-            return each._replace(make=make)
-
-        return write_safetensors(folder, [watched(each) for each in tensors], **options)
-
-    monkeypatch.setattr(PackedBitLinear, "__init__", counting)
-    monkeypatch.setattr(exporter, "write_safetensors", write)
+    monkeypatch.setattr(PackedBitLinear, "__init__", empty)
+    watched = Watched(monkeypatch, exporter, model)
     export(model, tmp_path / "out", verify=False)
-    assert len(alive) == 4 * 7 + 2 and packed_at_once
+    assert len(watched.made) == 4 * 7 * 2 + 3
 
 
 def test_loaded_native_models(tmp_path: Path) -> None:

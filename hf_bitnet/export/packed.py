@@ -14,13 +14,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from .. import kernels
 from ..config import STORAGES
 from ..kernels.reference import TRITS_PER_BYTE
 from ..modules import BitEmbedding, NativeLayer, QuantizedEmbedding, QuantizedLayer, TrainedLayer
-from ..surgery import check_calibrated, check_finite, empty_packed_copy, packed_copy
+from ..surgery import check_calibrated, check_finite, config_of, empty_packed_copy, packed_copy
 from .dense import write_configs
 from .format import EXPORT_FORMATS, ExportFormat, Progress, Source
 from .names import origins, saved_names
@@ -68,9 +69,10 @@ class Packed(ExportFormat):
         return self.storage != STORAGES[0]
 
     def write(self, source: Source, folder: Path, progress: Progress) -> list[WrittenTensor]:
-        model, (saved, names) = empty_packed_copy(source.model), self._saved(source)
+        model = empty_packed_copy(source.model)
+        saved, names = self._saved(source, model)
         write_safetensors(folder, saved, max_shard_size=self.max_shard_size, progress=progress)
-        config = model.config.quantization_config
+        config = config_of(model)
         config.storage = self.storage
         write_configs(source, folder, config.to_dict(), model.dtype)
         return [self._written(source, names[each.name], each) for each in saved]
@@ -86,9 +88,8 @@ class Packed(ExportFormat):
         kind = "1.6-bit" if self._in_trits and not why else f"{layer.quantizer.storage_bits}-bit"
         return WrittenTensor(name, each.name, kind, shape_of(layer), each.bytes, why)
 
-    def _saved(self, source: Source) -> tuple[list[Planned], dict[str, str]]:
-        """Every tensor of the file, and its name there -> its name in the model."""
-        model = empty_packed_copy(source.model)
+    def _saved(self, source: Source, model: PreTrainedModel) -> tuple[list[Planned], dict[str, str]]:
+        """Every tensor of the file, and its name there -> its name in the model. `model`: the empty packed one."""
         ignored = set(model._keys_to_ignore_on_save or ())
         empty = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
         layers, state = _quantized(source), source.model.state_dict()
@@ -102,7 +103,7 @@ class Packed(ExportFormat):
         return saved, origins(tensors, saved)
 
     def compare(self, source: Source, folder: Path, written: list[WrittenTensor], logits: bool) -> list[Check]:
-        layers, (saved, names) = _quantized(source), self._saved(source)
+        layers, (saved, names) = _quantized(source), self._saved(source, empty_packed_copy(source.model))
         places = {file: _split(name, layers) for file, name in names.items()}
         weights = {file: layers[owner] for file, (owner, leaf) in places.items() if owner in layers and leaf == _WEIGHT}
         others = {each.name: each.tensor for each in saved if each.name not in weights}

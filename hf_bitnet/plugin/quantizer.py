@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 
 # as a module: transformers may import us in the middle of an import of surgery, which imports transformers
 from .. import surgery
-from ..config import BitNetQuantizationConfig, NativeBitNetConfig
+from ..config import STORAGES, BitNetQuantizationConfig, NativeBitNetConfig
 from ..modules import PackedBitLinear, PackedEmbedding
 from .checks import before_initialization, check_files, check_loaded, check_stored_dtype
 from .operations import PackNativeRows, QuantizeOnLoad, UnpackTrits, layers_converter, without_our_converters
@@ -33,7 +33,7 @@ class BitNetQuantizer(HfQuantizer):
         self.packed: set[str] = set()
         self.errors: list[Exception] = []
         self.new: set[str] = set()
-        self.in_trits = quantization_config.storage == "trits"
+        self.in_trits = self.pre_quantized and quantization_config.storage != STORAGES[0]
 
     def _process_model_before_weight_loading(  # type: ignore[override]
         self, model: Any, checkpoint_files: list[str] | None = None, **unused: Any
@@ -79,7 +79,7 @@ class BitNetQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         conversions = super().update_weight_conversions(weight_conversions, model)
-        if not self.packed or (self.pre_quantized and not self.in_trits):
+        if not self.packed or self.pre_quantized != self.in_trits:
             return conversions
         patterns = self.quantization_config.quantized_modules or []
         operation = UnpackTrits(self.errors) if self.in_trits else None

@@ -42,7 +42,7 @@ def _packed(model: Model) -> Model:
     kinds = [type(layer) for _, layer in quantized_layers(model)]
     if any(issubclass(kind, NativeLayer) for kind in kinds):
         convert_native(model)
-    return pack_model(model) if trained_layers(model) else model
+    return pack_model(model, progress=False) if trained_layers(model) else model
 
 
 def native_copy(
