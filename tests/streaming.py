@@ -35,7 +35,7 @@ class Watched:
     def _make(self, each: Planned) -> Tensor:
         living = [tuple(found.shape) for ref in self._alive if (found := ref()) is not None]
         assert not living, f"{living} when {each.name} is made"
-        tensor = each.make()
+        tensor = each.tensor()
         if tensor.data_ptr() not in self._existing:
             self.made.append(each.name)
             if not each.name.endswith("weight_scale"):  # of layers whose weights are still to be packed
