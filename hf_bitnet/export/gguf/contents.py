@@ -21,7 +21,7 @@ from .kinds import Kind
 # the scale of a normal half-precision number is off by 2^-11 at most
 MOST_ROUNDING = 2.0**-10
 # weights that are encoded at once: what they pass through stays in the cache
-_AT_ONCE = 1 << 20
+_AT_ONCE = 1 << 21
 
 
 class Part(Protocol):
@@ -71,12 +71,12 @@ class Codes:
     steps: Steps
     order: Tensor | None = None
 
-    def parts(self) -> Iterator[CodesPart]:
+    def parts(self, weights: int = _AT_ONCE) -> Iterator[CodesPart]:
         for block in self._blocks():
             rows, columns = block.codes.shape
             levels = self._levels(block)
             scale = self._scale(block, levels).expand(rows, -1)
-            height = max(1, _AT_ONCE // columns)
+            height = max(1, weights // columns)
             for start in range(0, rows, height):
                 part = slice(start, start + height)
                 yield CodesPart(self.kind, self.steps, levels[part], scale[part])
@@ -149,9 +149,9 @@ class Floats:
     offset: float = 0.0
     factor: float = 1.0
 
-    def parts(self) -> Iterator[FloatsPart]:
+    def parts(self, weights: int = _AT_ONCE) -> Iterator[FloatsPart]:
         tensor = self.tensor if self.order is None else self.tensor[self.order.to(self.tensor.device)]
-        rows = max(1, _AT_ONCE // max(1, tensor[:1].numel()))
+        rows = max(1, weights // max(1, tensor[:1].numel()))
         for part in tensor.detach().split(rows):
             part = part.cpu()
             if (self.offset, self.factor) != (0.0, 1.0):

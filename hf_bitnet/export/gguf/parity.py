@@ -28,6 +28,8 @@ from .reading import Stored, decoded_by, read_head, rows_of
 # trained one of 6 by 0.004, positions where no step differs by 1e-6. At worst the two roundings have nothing in common any more
 LIMIT = 0.03
 _OF_ROUNDING = 1.5
+# weights that are decoded at once, to several arrays of floats
+_AT_ONCE = 1 << 17
 # architectures whose files transformers' own reader takes
 _TRANSFORMERS = ("llama", "qwen2")
 
@@ -53,7 +55,7 @@ def compare_values(path: Path, plan: Plan) -> Check:
 
 def _equal(path: Path, entry: Entry, stored: Stored) -> bool:
     rows, start = rows_of(path, stored, entry.kind), 0
-    for part in entry.content.parts():
+    for part in entry.content.parts(_AT_ONCE):
         wanted = part.values()
         found = rows(start, start + len(wanted))
         start += len(wanted)

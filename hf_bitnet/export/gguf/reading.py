@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,12 +54,24 @@ def rows_of(path: Path, stored: Stored, kind: Kind) -> Callable[[int, int], Tens
     """Reads rows start .. end of a tensor: (start, end) -> float32 (end - start, columns). A vector has one column."""
     columns = stored.shape[-1] if len(stored.shape) > 1 else 1
     width = columns // kind.block * kind.bytes
-    data = np.memmap(path, np.uint8, "r", stored.start, (math.prod(stored.shape) // columns, width))
     decoder = _decoder(kind)
+    scale = _scale(path, stored, kind)
+
+    def read(start: int, end: int) -> Tensor:
+        # not mapped: the pages of the whole file would count as the process's memory
+        data = np.fromfile(path, np.uint8, (end - start) * width, offset=stored.start + start * width)
+        values = decoder(data.reshape(end - start, width))
+        return values if scale is None else values * scale
+
+    return read
+
+
+def _scale(path: Path, stored: Stored, kind: Kind) -> Tensor | None:
+    """float32 (1,) of a kind that has one for the tensor, behind its last row."""
     if not kind.tail:
-        return lambda start, end: decoder(np.array(data[start:end]))
-    scale = torch.from_numpy(np.array(np.memmap(path, np.float32, "r", stored.start + data.size, (1,))))
-    return lambda start, end: decoder(np.array(data[start:end])) * scale
+        return None
+    end = stored.start + kind.size(stored.shape) - kind.tail
+    return torch.from_numpy(np.fromfile(path, np.float32, 1, offset=end))
 
 
 def _decoder(kind: Kind) -> Callable[[Any], Tensor]:
