@@ -137,15 +137,15 @@ class ExportFormat:
 
     def refusals(self, source: Source) -> list[str]:
         """Why the format cannot hold this model, each with the way out; empty where it can. Looks at no weight's value."""
-        raise NotImplementedError
+        raise AssertionError("abstract")
 
     def write(self, source: Source, folder: Path, progress: Progress) -> list[WrittenTensor]:
         """Writes everything but the card into `folder`, and says what. Memory: of about one tensor."""
-        raise NotImplementedError
+        raise AssertionError("abstract")
 
     def compare(self, source: Source, folder: Path, written: list[WrittenTensor], logits: bool) -> list[Check]:
         """Reads `folder` back with programs of others. `logits`: also run the model."""
-        raise NotImplementedError
+        raise AssertionError("abstract")
 
     def notes(self, source: Source) -> list[str]:
         """What the target computes differently from this library."""

@@ -120,7 +120,7 @@ def floats(file: GGUFFile, tensor: Stored) -> Tensor:
         rows = (*tensor.shape[:-1], tensor.shape[-1] // weights * size)
         raw = _raw(file, tensor, torch.Size(rows).numel())
         return torch.from_numpy(gguf.dequantize(raw.numpy().reshape(rows), kind).copy())
-    except (ValueError, NotImplementedError, KeyError) as error:
+    except (ValueError, RuntimeError, KeyError) as error:  # kinds that the package does not decode raise a RuntimeError
         raise ValueError(f"{file.path}: {tensor.name} of {kind_name(tensor.kind)} cannot be read ({error})") from error
 
 
