@@ -130,6 +130,8 @@ def levels(*numbers: int, rows: int = 2, columns: int = 32) -> Tensor:
         ((-1, 1), 2, "binary"),
         ((-1, 0), 2, "ternary"),
         ((-2, 1), 2, "int2"),
+        ((-3, -1, 1, 3), 4, "int2_seq"),  # -1.5 to 1.5 at twice the scale
+        ((-2, -3, 1, 3), 4, "int4"),
         ((-4, 3), 3, "int4"),
         ((-8, 0, 8, 8), 4, "ternary"),  # a factor that all share goes into the scale
         ((-127, 127), 8, "binary"),
@@ -150,6 +152,8 @@ def test_fits_the_narrowest(numbers: tuple[int, ...], bits: int, scheme: str) ->
         ([[0.5, 0.5], [0.5, 0.5]], (1, 1)),
         ([[0.5, 0.5], [0.25, 0.25]], (2, 1)),
         ([[0.5, 0.25], [0.5, 0.25]], (2, 2)),
+        ([[0.5, 0.5, 0.25, 0.25], [2.0, 2.0, 1.0, 1.0]], (2, 2)),
+        ([[0.5, 0.5, 0.25, 0.25], [2.0, 2.0, 1.0, 0.5]], (2, 4)),
         ([[-0.5, 0.5], [0.5, -0.5]], (1, 1)),  # a negative scale turns its levels round
     ],
 )
@@ -158,7 +162,7 @@ def test_fewest_scales(scale: list[list[float]], shape: tuple[int, int]) -> None
     found = fit(Levels(levels(-1, 0, 1, 1), given, 2))
     assert isinstance(found, Found)
     assert found.quantized.scale.shape == shape
-    assert same(found, levels(-1, 0, 1, 1) * given.repeat_interleave(16, dim=1))
+    assert same(found, levels(-1, 0, 1, 1) * given.repeat_interleave(32 // given.shape[1], dim=1))
 
 
 def test_scale_of_zeros_is_any() -> None:

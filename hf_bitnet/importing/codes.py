@@ -84,10 +84,13 @@ def fit(foreign: Levels, outside: str = "refuse") -> Found | Misfit:
     levels, scale = _reduced(levels, scale)
     present = _present(levels)
     width = max(foreign.bits, 1)
-    fitting = [name for name in schemes() if set(present) <= set(WEIGHT_SCHEMES.get(name).grid.values)]
+    fitting = [name for name in schemes() if _holds(name, present) or _holds(name, present, halved=True)]
     narrow = [name for name in fitting if WEIGHT_SCHEMES.get(name).storage_bits <= _stored(width)]
     if narrow or (fitting and outside == "wider"):
-        return found(levels, scale, (narrow or fitting)[0], learned=foreign.learned)
+        name = (narrow or fitting)[0]
+        if not _holds(name, present):  # odd levels are half ones at twice the scale
+            levels, scale = levels / 2, scale * 2
+        return found(levels, scale, name, learned=foreign.learned)
     if outside == "clip":
         name = _clipping(width)
         grid = WEIGHT_SCHEMES.get(name).grid
@@ -114,6 +117,12 @@ def found(levels: Tensor, scale: Tensor, scheme: str, *, learned: bool = False) 
 def same_value(one: Quantized, other: Tensor) -> bool:
     """Whether the codes stand for exactly these values, rounded to their dtype."""
     return torch.equal(one.dequantize(other.dtype), other)
+
+
+def _holds(scheme: str, present: list[int], *, halved: bool = False) -> bool:
+    """Whether all levels, or their halves, are on the scheme's grid."""
+    values = WEIGHT_SCHEMES.get(scheme).grid.values
+    return all((level / 2 if halved else level) in values for level in present)
 
 
 def _stored(bits: int) -> int:
@@ -170,7 +179,7 @@ def _reduced(levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fewest(levels: Tensor, scale: Tensor) -> Tensor:
-    """The same scales with fewer of them: one for the tensor, one a row, or as many as come.
+    """The same scales with fewer of them: one for the tensor, one a row, or groups joined in pairs as often as it goes.
 
     A scale whose levels are all 0 may be any, so it takes the mean of the others.
     """
@@ -181,6 +190,9 @@ def _fewest(levels: Tensor, scale: Tensor) -> Tensor:
     if bool(lowest.amin() == highest.amax()):
         return lowest.amin().reshape(1, 1)
     typical = scale[used].mean()
-    if bool((lowest.amin(dim=1) >= highest.amax(dim=1)).all()):
-        return torch.where(used.any(dim=1), lowest.amin(dim=1), typical).unsqueeze(1)
+    groups = scale.shape[1]
+    for count in (1, *(groups >> shift for shift in range(groups.bit_length() - 1, 0, -1) if groups % (1 << shift) == 0)):
+        low, high = lowest.unflatten(1, (count, -1)).amin(dim=-1), highest.unflatten(1, (count, -1)).amax(dim=-1)
+        if bool((low >= high).all()):
+            return torch.where(low.isfinite(), low, typical)
     return torch.where(used, scale, typical)
