@@ -132,6 +132,10 @@ def _unknown_model(folder: Path) -> None:
     (folder / "evil.py").write_text(f"open({str(folder / 'run')!r}, 'w')")
 
 
+def _no_model(folder: Path) -> None:
+    edit_config(folder, lambda config: config.update(model_type="vit", architectures=["Trainer"]))
+
+
 def _missing(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.pop("model.norm.weight"))
 

@@ -89,8 +89,10 @@ def test_mixed_layers_round_trip(tmp_path: Path) -> None:
 def test_forms(form: str, tmp_path: Path) -> None:
     model, batch = tiny("llama")
     onto_grid(model, [-7, -2, 0, 1, 7])
+    model.generation_config.eos_token_id = [2, 5]
     model.save_pretrained(tmp_path)
     imported = import_model(tmp_path, form=form)
+    assert imported.generation_config.eos_token_id == [2, 5]
     layers = dict(quantized_layers(imported))
     assert all(isinstance(layer, PackedBitLinear if form == "packed" else BitLinear) for layer in layers.values())
     assert imported.config.quantization_config.form == form and not imported.training

@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 _CONFIG, _ONE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
@@ -149,7 +149,7 @@ def model_class(config: PreTrainedConfig) -> Any:
     """The class that a config names, or else the one that predicts next tokens. Raises ValueError where there is none."""
     name = (getattr(config, "architectures", None) or [""])[0]
     kind = getattr(transformers, str(name), None)
-    if kind is None:
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         mapping = transformers.AutoModelForCausalLM._model_mapping
         if type(config) not in mapping.keys():  # noqa: SIM118 - a lazy mapping
             raise ValueError(f"transformers has no class {name!r}, and none that predicts tokens for {type(config).__name__}")

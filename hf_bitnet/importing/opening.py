@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from .assembly import Contents, assemble
 from .codes import OUTSIDE
@@ -41,7 +43,10 @@ def import_checkpoint(
     if outside not in OUTSIDE:
         raise ValueError(f"outside={outside!r}; legal: {', '.join(map(repr, OUTSIDE))}")
     contents = GGUFModel(gguf, outside, base) if gguf is not None else _opened(Folder(path, base), activation, outside, w_bits)
-    return assemble(contents, activation=activation, dtype=dtype, **options)
+    model = assemble(contents, activation=activation, dtype=dtype, **options)
+    if gguf is None and model.can_generate() and (path / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
 
 
 def _opened(folder: Folder, activation: str | None, outside: str, w_bits: float | None) -> Contents:
