@@ -59,7 +59,7 @@ def slip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(EXPORT_FORMATS._members, "slip", Slip)
 
 
-def logits_here(folder: Path, kind: str, inputs: Any, dtype: torch.dtype) -> Tensor:
+def logits_here(folder: Path, kind: str, inputs: Any, dtype: torch.dtype, with_library: bool = False) -> Tensor:
     """In place of another process."""
     with torch.no_grad():
         return hb.open_model(folder, dtype=dtype)(**inputs).logits.float()
