@@ -113,11 +113,11 @@ def read_tokenizer(tokenizer: Any, config: PreTrainedConfig) -> TokenizerMetadat
     return kind(spec, vocabulary_of(tokenizer, spec, config), special)
 
 
-def refused(what: str, instead: str = "tokenizer=None writes a file without a tokenizer") -> ValueError:
+def refused(what: str, known: str = "") -> ValueError:
     """The error for what llama.cpp's tokenizers cannot do."""
     return ValueError(
         f"GGUF: the tokenizer has {what}, for which llama.cpp has nothing equal; it has BPE over bytes, BPE with byte fallback "
-        f"and unigram models; {instead}"
+        f"and unigram models{known}. tokenizer=None writes a file without a tokenizer"
     )
 
 
@@ -126,12 +126,12 @@ def _bytes(spec: Mapping[str, Any], vocabulary: Vocabulary, special: SpecialToke
     known = PRE_TOKENIZERS.get(steps)
     if known is None:
         names = ", ".join(name for pre in PRE_TOKENIZERS.values() for name in (pre.merging, pre.whole) if name)
-        raise refused(f"the pre-tokenizer {list(steps)}", f"known are those of {names}")
+        raise refused(f"the pre-tokenizer {list(steps)}", f"; known pre-tokenizers are those of {names}")
     ranks = ranks_of(model["merges"])
     pre, other = (known.whole, known.merging) if model["ignore_merges"] else (known.merging, known.whole)
-    if pre is None and unmerged(model["vocab"], ranks):
+    if pre is None and unmerged(model["vocab"], ranks, vocabulary.apart):
         raise refused(f"ignore_merges={model['ignore_merges']} together with the pre-tokenizer of {other}")
-    notes = [f"llama.cpp's pre-tokenizer {pre or other} splits differently: {known.differs}"] if known.differs else []
+    notes = known.note(pre or other or "", model["vocab"])
     for step in parts_of(spec["normalizer"]):
         note = unicode_note(step)
         if note is None:
@@ -163,7 +163,7 @@ def _sentencepiece(spec: Mapping[str, Any], vocabulary: Vocabulary, special: Spe
     _check_split(spaces.split, vocab)
     ranks = ranks_of(model["merges"])
     scores, problem = scores_of(vocab, ranks, vocabulary.apart)
-    if problem is None and model["ignore_merges"] and NEVER in scores.values():
+    if model["ignore_merges"] and unmerged(vocab, ranks, {*vocabulary.apart, *byte_tokens()}):
         problem = "it has ignore_merges=True and tokens that no merge makes"
     if problem is not None:
         raise refused(f"merges that llama.cpp's scores cannot stand for: {problem}")
@@ -194,7 +194,7 @@ def _unigram(spec: Mapping[str, Any], vocabulary: Vocabulary, special: SpecialTo
         notes = [note for note in notes if note != MORE]
         notes += [] if spaces.charsmap else ["the tokenizer takes tabs and line breaks for spaces, llama.cpp as characters"]
     scores = {number: score for number, (_, score) in enumerate(model["vocab"])}
-    if any(score != _float32(score) for score in scores.values()):
+    if any(abs(score - _float32(score)) > 1e-12 * abs(score) for score in scores.values()):  # JSON costs a last digit
         notes.append("scores are rounded to float32: where two ways to cut a word are that near, llama.cpp may take the other")
     return TokenizerMetadata(
         model="t5",

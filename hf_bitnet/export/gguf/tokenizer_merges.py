@@ -61,9 +61,9 @@ def _best_first(text: str, cost: Callable[[str, str], float | None]) -> list[str
     return parts
 
 
-def unmerged(vocabulary: Iterable[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
-    """Tokens of several characters that the merges do not make of their own text."""
-    return [token for token in vocabulary if len(merged(token, ranks)) > 1]
+def unmerged(vocabulary: Iterable[str], ranks: Mapping[tuple[str, str], int], apart: Collection[str]) -> list[str]:
+    """Tokens of several characters, those of `apart` left out, that the merges do not make of their own text."""
+    return [token for token in vocabulary if token not in apart and len(merged(token, ranks)) > 1]
 
 
 def scores_of(

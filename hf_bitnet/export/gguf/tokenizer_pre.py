@@ -5,12 +5,15 @@ name by a hash of one encoded text; here the steps of the pre-tokenizer are comp
 tokenizer that was trained anew finds its name too. A name stands for more than the regex: whether a word that is in the
 vocabulary as a whole is taken without merging (`ignore_merges`).
 
+The regexes of both sides were compared on every character. They differ for characters that entered Unicode with version 16 or
+later, as the two have tables of different versions, and for ſ after an apostrophe, which is an s to `(?i:'s)`.
+
 Leaves out pre-tokenizers whose regex in llama.cpp is known not to be that of the tokenizer (bloom, viking, kimi-k2, afmoe).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 BYTES = "bytes"  # stands for the step that writes bytes as characters; later steps see those characters
@@ -45,14 +48,23 @@ class Pre(NamedTuple):
     Attributes:
         merging: the name under which words are always merged. whole: under which a word of the vocabulary is taken as it is.
         differs: for which texts llama.cpp's regex splits otherwise; empty where none is known.
+        beside: characters of the vocabulary that matter for it; with none of them inside a token of several, it does not.
     """
 
     merging: str | None
     whole: str | None
     differs: str = ""
+    beside: str = ""
+
+    def note(self, name: str, vocabulary: Iterable[str]) -> list[str]:
+        """What to say of the difference, for this vocabulary."""
+        within = (len(token) > 1 and not set(self.beside).isdisjoint(token) for token in vocabulary)
+        if not self.differs or (self.beside and not any(within)):
+            return []
+        return [f"llama.cpp's pre-tokenizer {name!r} cuts {self.differs} at other places than the tokenizer"]
 
 
-_CASE = "words with capital letters other than A to Z after a small letter, and with combining marks"
+_CASE = "words with capital letters other than A to Z after the first, and with combining marks,"
 PRE_TOKENIZERS: Mapping[tuple[str, ...], Pre] = {
     (_GPT2, BYTES): Pre("gpt-2", None),
     (r"\p{N}", _GPT2, BYTES): Pre("smollm", None),
@@ -65,7 +77,7 @@ PRE_TOKENIZERS: Mapping[tuple[str, ...], Pre] = {
     (r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _DEEPSEEK3, BYTES): Pre("deepseek-v3", None),
     (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}", BYTES): Pre("deepseek-coder", None),
     (_PUNCTUATION, _GPT2, BYTES, r"\p{N}+", "[0-9][0-9][0-9]"): Pre(
-        "falcon", None, "characters one of whose bytes is written as a digit such as ², as in many Chinese ones"
+        "falcon", None, "characters that have a byte which is written as one of ²³¹¼½¾", "²³¹¼½¾"
     ),
 }
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SPACE = "▁"
-MORE = "a text that begins with a space gets one more from llama.cpp, which the tokenizer does not put there"
-_INSIDE = "after a special token inside a text llama.cpp puts a space, the tokenizer does not"
+MORE = "a text, or what follows a special token, that begins with a space gets one more from llama.cpp, not from the tokenizer"
+_INSIDE = "what follows a special token inside a text gets a space from llama.cpp, not from the tokenizer"
+_GRAPHEMES = "the tokenizer replaces a character together with its combining marks and joiners, llama.cpp by itself"
 _UNICODE = "the tokenizer brings texts to the Unicode form {}, llama.cpp does not; other forms of a character give other tokens"
 
 
@@ -76,6 +77,7 @@ def _take(step: Mapping[str, Any], found: Spaces) -> bool:
             return found.collapse or found.charsmap is not None
         case {"type": "Precompiled", "precompiled_charsmap": str(charsmap)}:
             found.charsmap = base64.b64decode(charsmap)
+            found.notes.append(_GRAPHEMES)
         case {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": bool(split)}:
             found.escaped, found.split, found.prefix = True, split, scheme != "never"
             found.notes += [MORE] if found.prefix else []

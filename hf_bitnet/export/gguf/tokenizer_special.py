@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 
 _END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|end_of_text|>", "<|endoftext|>")
 _END_OF_MESSAGE = "<|eom_id|>"
+# texts that llama.cpp takes for special tokens whatever their type in the file; most of them end a text
+_NAMES = """
+<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT>
+_<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[
+<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|>
+<|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|>
+<|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|>
+<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>
+"""
+TAKEN_BY_NAME = frozenset(_NAMES.split())
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ def special_tokens(tokenizer: Any, config: PreTrainedConfig, unknown: int | None
     }
     ids["bos"] = settings.bos_token_id if ids["bos"] is None else ids["bos"]
     ids["eos"] = stops[0] if ids["eos"] is None and stops else ids["eos"]
-    before, after = _around(tokenizer.backend_tokenizer)
+    before, after = _around(tokenizer)
     if before:
         ids["bos"] = before[0]
     if after and ids["eos"] is None:
@@ -81,9 +91,9 @@ def _as_list(ids: int | Sequence[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def _around(backend: Any) -> tuple[list[int], list[int]]:
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The tokens that are put before and after a text."""
-    plain, full = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    plain, full = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
     start = next(at for at in range(len(full) + 1) if full[at : at + len(plain)] == plain)
     return full[:start], full[start + len(plain) :]
 

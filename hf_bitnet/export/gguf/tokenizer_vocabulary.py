@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedConfig
 
 from .tokenizer_spaces import SPACE, parts_of, unicode_note
+from .tokenizer_special import TAKEN_BY_NAME
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _NOT_IN_UTF8 = frozenset(map(chr, (0xC0, 0xC1, *range(0xF5, 0x100))))  # these bytes stand for themselves there
@@ -66,13 +67,19 @@ def vocabulary_of(tokenizer: Any, spec: Mapping[str, Any], config: PreTrainedCon
             f"GGUF: token {last} ({texts[last]!r}) has no row in the embedding, which has {rows}; call "
             "model.resize_token_embeddings(len(tokenizer)) before quantizing, or pass the model's own tokenizer"
         )
-    taken = set(texts.values())
-    tokens = [texts[row] if row in texts else _free(f"[PAD{row}]", taken) for row in range(rows)]
+    names = set(texts.values())
+    tokens = [texts[row] if row in texts else _free(f"[PAD{row}]", names) for row in range(rows)]
     if len(set(tokens)) < rows:
         twice = next(text for text in tokens if tokens.count(text) > 1)
         raise ValueError(f"GGUF: two tokens have the text {twice!r}; llama.cpp tells tokens by their texts: rename one of them")
     apart = frozenset(texts[number] for number, kind in types.items() if kind in (UNKNOWN, CONTROL, USER_DEFINED))
-    return Vocabulary(tokens, [types.get(row, UNUSED) for row in range(rows)], apart, _notes(added, spec["normalizer"]))
+    taken = [
+        texts[number] for number, kind in types.items() if kind in (NORMAL, USER_DEFINED) and texts[number] in TAKEN_BY_NAME
+    ]
+    notes = _notes(added, spec["normalizer"])
+    if taken:
+        notes.append(f"llama.cpp takes {_few(taken)} for special by name: they may end a text, and are not printed in it")
+    return Vocabulary(tokens, [types.get(row, UNUSED) for row in range(rows)], apart, notes)
 
 
 def _texts_and_types(model: Mapping[str, Any], added: Sequence[Mapping[str, Any]]) -> tuple[dict[int, str], dict[int, int]]:
@@ -108,12 +115,12 @@ def _notes(added: Sequence[Mapping[str, Any]], normalizer: Mapping[str, Any] | N
         "looks for {} after its normalizer, llama.cpp before": [t for t in added if t["normalized"] and changed],
         "takes the leftmost of {}, which overlap, llama.cpp the longest": _overlapping(added),
     }
-    return [f"the tokenizer {what.format(_few(tokens))}" for what, tokens in named.items() if tokens]
+    texts = {what: [token["content"] for token in tokens] for what, tokens in named.items() if tokens}
+    return [f"the tokenizer {what.format(_few(found))}" for what, found in texts.items()]
 
 
-def _few(tokens: Sequence[Mapping[str, Any]]) -> str:
-    texts = [repr(token["content"]) for token in tokens]
-    return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
+def _few(texts: Sequence[str]) -> str:
+    return ", ".join(map(repr, texts[:4])) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
 
 
 def _overlapping(added: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
