@@ -53,7 +53,7 @@ def pre_tokenizer_of(steps: tuple[str, ...]) -> Any:
 
 def test_over_bytes(tmp_path: Path) -> None:
     """What the file holds of BPE over bytes."""
-    from tests.llama_cpp_vocabulary import stored, write_vocabulary
+    from tests.gguf_vocabulary import stored, write_vocabulary
 
     tokenizer = over_bytes()
     count = len(tokenizer)
@@ -259,7 +259,7 @@ def test_ends_of_a_text() -> None:
 
 
 def test_chat_templates(tmp_path: Path) -> None:
-    from tests.llama_cpp_vocabulary import stored, write_vocabulary
+    from tests.gguf_vocabulary import stored, write_vocabulary
 
     tokenizer = over_bytes()
     tokenizer.chat_template = "{{ messages }}"

@@ -22,7 +22,8 @@ from tests.test_export_gguf_tokenizer import _GEMMA, _LLAMA2, pre_tokenizer_of  
 def opened(tokenizer: Any, folder: Path) -> tuple[Any, list[str]]:
     """The tokenizer in llama.cpp, and the notes."""
     pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install llama-cpp-python")
-    from tests.llama_cpp_vocabulary import LlamaVocabulary, write_vocabulary
+    from tests.gguf_vocabulary import write_vocabulary
+    from tests.llama_cpp_vocabulary import LlamaVocabulary
 
     notes = write_vocabulary(tokenizer, folder / "v.gguf", len(tokenizer) + 5)
     return LlamaVocabulary(folder / "v.gguf"), notes
@@ -102,7 +103,8 @@ def test_classes_of_transformers(tmp_path: Path, kind: Any) -> None:
 
 def test_no_tokenizer(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install llama-cpp-python")
-    from tests.llama_cpp_vocabulary import LlamaVocabulary, stored, write_vocabulary
+    from tests.gguf_vocabulary import stored, write_vocabulary
+    from tests.llama_cpp_vocabulary import LlamaVocabulary
 
     notes = write_vocabulary(None, tmp_path / "v.gguf", 77)
     assert notes == ["there is no tokenizer in the file: the model takes and gives token ids"]
