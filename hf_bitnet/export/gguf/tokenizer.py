@@ -105,15 +105,15 @@ def read_tokenizer(tokenizer: Any, config: PreTrainedConfig) -> TokenizerMetadat
     model = spec["model"]
     kind = {"BPE": _sentencepiece if model.get("byte_fallback") else _bytes, "Unigram": _unigram}.get(model["type"])
     if kind is None:
-        raise refused(f"a {model['type']} model")
+        raise _refused(f"a {model['type']} model")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise refused(f"a model with {key}={model[key]!r}")
+            raise _refused(f"a model with {key}={model[key]!r}")
     special = special_tokens(tokenizer, config, unknown_token(tokenizer, model))
     return kind(spec, vocabulary_of(tokenizer, spec, config), special)
 
 
-def refused(what: str, known: str = "") -> ValueError:
+def _refused(what: str, known: str = "") -> ValueError:
     """The error for what llama.cpp's tokenizers cannot do."""
     return ValueError(
         f"GGUF: the tokenizer has {what}, for which llama.cpp has nothing equal; it has BPE over bytes, BPE with byte fallback "
@@ -126,16 +126,16 @@ def _bytes(spec: Mapping[str, Any], vocabulary: Vocabulary, special: SpecialToke
     known = PRE_TOKENIZERS.get(steps)
     if known is None:
         names = ", ".join(name for pre in PRE_TOKENIZERS.values() for name in (pre.merging, pre.whole) if name)
-        raise refused(f"the pre-tokenizer {list(steps)}", f"; known pre-tokenizers are those of {names}")
+        raise _refused(f"the pre-tokenizer {list(steps)}", f"; known pre-tokenizers are those of {names}")
     ranks = ranks_of(model["merges"])
     pre, other = (known.whole, known.merging) if model["ignore_merges"] else (known.merging, known.whole)
     if pre is None and unmerged(model["vocab"], ranks, vocabulary.apart):
-        raise refused(f"ignore_merges={model['ignore_merges']} together with the pre-tokenizer of {other}")
+        raise _refused(f"ignore_merges={model['ignore_merges']} together with the pre-tokenizer of {other}")
     notes = known.note(pre or other or "", model["vocab"])
     for step in parts_of(spec["normalizer"]):
         note = unicode_note(step)
         if note is None:
-            raise refused(f"the normalizer {step['type']} in front of a BPE model over bytes")
+            raise _refused(f"the normalizer {step['type']} in front of a BPE model over bytes")
         notes.append(note)
     missing = missing_bytes(model["vocab"])
     if missing:
@@ -156,17 +156,17 @@ def _sentencepiece(spec: Mapping[str, Any], vocabulary: Vocabulary, special: Spe
     if spaces.problem is None and (spaces.collapse or spaces.charsmap is not None):
         spaces.problem = "a replacement of characters or of runs of spaces in front of a BPE model"
     if spaces.problem is not None:
-        raise refused(spaces.problem)
+        raise _refused(spaces.problem)
     vocab = model["vocab"]
     if any(byte not in vocab for byte in byte_tokens()):
-        raise refused("byte fallback without a token for every byte (<0x00> to <0xFF>)")
+        raise _refused("byte fallback without a token for every byte (<0x00> to <0xFF>)")
     _check_split(spaces.split, vocab)
     ranks = ranks_of(model["merges"])
     scores, problem = scores_of(vocab, ranks, vocabulary.apart)
     if model["ignore_merges"] and unmerged(vocab, ranks, {*vocabulary.apart, *byte_tokens()}):
         problem = "it has ignore_merges=True and tokens that no merge makes"
     if problem is not None:
-        raise refused(f"merges that llama.cpp's scores cannot stand for: {problem}")
+        raise _refused(f"merges that llama.cpp's scores cannot stand for: {problem}")
     known = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
     return TokenizerMetadata(
         model="llama",
@@ -185,9 +185,9 @@ def _unigram(spec: Mapping[str, Any], vocabulary: Vocabulary, special: SpecialTo
     if spaces.problem is None and spaces.collapse and not spaces.prefix:
         spaces.problem = "words without a space in front of them, where runs of spaces count as one"
     if spaces.problem is not None:
-        raise refused(spaces.problem)
+        raise _refused(spaces.problem)
     if model["unk_id"] is None or model["byte_fallback"]:
-        raise refused(f"a unigram model with unk_id={model['unk_id']} and byte_fallback={model['byte_fallback']}")
+        raise _refused(f"a unigram model with unk_id={model['unk_id']} and byte_fallback={model['byte_fallback']}")
     _check_split(spaces.split, [text for text, _ in model["vocab"]])
     if spaces.collapse:
         # there is no first space that could be one too many, but line breaks count as spaces in the tokenizer
@@ -212,7 +212,7 @@ def _check_split(split: bool, vocabulary: Iterable[str]) -> None:
     """Where words are cut at spaces first, llama.cpp, which does not cut, finds the same if no token goes over a space."""
     over = next((token for token in vocabulary if SPACE in token[1:]), None) if split else None
     if over is not None:
-        raise refused(f"Metaspace(split=True) and tokens with a space inside, such as {over!r}")
+        raise _refused(f"Metaspace(split=True) and tokens with a space inside, such as {over!r}")
 
 
 def _decoder_note(spec: Mapping[str, Any], known: Container[str]) -> list[str]:

@@ -5,8 +5,9 @@ name by a hash of one encoded text; here the steps of the pre-tokenizer are comp
 tokenizer that was trained anew finds its name too. A name stands for more than the regex: whether a word that is in the
 vocabulary as a whole is taken without merging (`ignore_merges`).
 
-The regexes of both sides were compared on every character. They differ for characters that entered Unicode with version 16 or
-later, as the two have tables of different versions, and for ſ after an apostrophe, which is an s to `(?i:'s)`.
+The regexes of both sides were compared on every character, with a vocabulary that holds every pair of bytes. Where no
+difference is named, they differ only for characters that entered Unicode after version 14, as the two have tables of different
+versions, and for ſ after an apostrophe, which is an s to `(?i:'s)`.
 
 Leaves out pre-tokenizers whose regex in llama.cpp is known not to be that of the tokenizer (bloom, viking, kimi-k2, afmoe).
 """
@@ -48,18 +49,18 @@ class Pre(NamedTuple):
     Attributes:
         merging: the name under which words are always merged. whole: under which a word of the vocabulary is taken as it is.
         differs: for which texts llama.cpp's regex splits otherwise; empty where none is known.
-        beside: characters of the vocabulary that matter for it; with none of them inside a token of several, it does not.
+        digits: the difference lies beside digits: without a token of digits and other characters there is none.
     """
 
     merging: str | None
     whole: str | None
     differs: str = ""
-    beside: str = ""
+    digits: bool = False
 
     def note(self, name: str, vocabulary: Iterable[str]) -> list[str]:
         """What to say of the difference, for this vocabulary."""
-        within = (len(token) > 1 and not set(self.beside).isdisjoint(token) for token in vocabulary)
-        if not self.differs or (self.beside and not any(within)):
+        mixed = (any(map(str.isnumeric, token)) and not token.isnumeric() for token in vocabulary)
+        if not self.differs or (self.digits and not any(mixed)):
             return []
         return [f"llama.cpp's pre-tokenizer {name!r} cuts {self.differs} at other places than the tokenizer"]
 
@@ -75,9 +76,11 @@ PRE_TOKENIZERS: Mapping[tuple[str, ...], Pre] = {
     (_TEKKEN, BYTES): Pre(None, "tekken", _CASE),
     (_GPT4O, BYTES): Pre("gpt-4o", None, _CASE),
     (r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _DEEPSEEK3, BYTES): Pre("deepseek-v3", None),
-    (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}", BYTES): Pre("deepseek-coder", None),
+    (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}", BYTES): Pre(
+        "deepseek-coder", None, "spaces beyond ASCII"
+    ),
     (_PUNCTUATION, _GPT2, BYTES, r"\p{N}+", "[0-9][0-9][0-9]"): Pre(
-        "falcon", None, "characters that have a byte which is written as one of ²³¹¼½¾", "²³¹¼½¾"
+        "falcon", None, "digits, and characters that have a byte which is written as one of ²³¹¼½¾,", digits=True
     ),
 }
 

@@ -63,11 +63,11 @@ def special_tokens(tokenizer: Any, config: PreTrainedConfig, unknown: int | None
         ValueError: the post-processor puts more around a text than one token before and the end-of-text token after it.
     """
     settings, notes = config.get_text_config(), []
-    stops = _as_list(settings.eos_token_id)
+    stops = _as_list(getattr(settings, "eos_token_id", None))
     ids = {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "sep", "pad", "mask")} | {
         "unk": unknown
     }
-    ids["bos"] = settings.bos_token_id if ids["bos"] is None else ids["bos"]
+    ids["bos"] = getattr(settings, "bos_token_id", None) if ids["bos"] is None else ids["bos"]
     ids["eos"] = stops[0] if ids["eos"] is None and stops else ids["eos"]
     before, after = _around(tokenizer)
     if before:
@@ -83,7 +83,7 @@ def special_tokens(tokenizer: Any, config: PreTrainedConfig, unknown: int | None
     if ids["eos"] is None:
         notes.append("neither tokenizer nor config names an end-of-text token, and llama.cpp takes one by its number")
     ids |= _ends(tokenizer, [stop for stop in stops if stop != ids["eos"]], notes)
-    found = {name: number for name, number in ids.items() if number is not None and number < settings.vocab_size}
+    found = {name: number for name, number in ids.items() if number is not None and 0 <= number < settings.vocab_size}
     return SpecialTokens(found, bool(before), bool(after), getattr(tokenizer, "chat_template", None), notes)
 
 
