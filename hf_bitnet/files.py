@@ -77,6 +77,17 @@ def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> Path:
     return write_text(Path(path), json.dumps(values, indent=1) + "\n")
 
 
+def read_object(path: Path, advice: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError that ends in `advice` when it is damaged, or holds something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error}); {advice}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object but {type(values).__name__}; {advice}")
+    return values
+
+
 def refuse_existing(folder: str | os.PathLike[str], *, overwrite: bool, advice: str = "overwrite=True") -> None:
     """Raises ValueError when a folder holds something, and may not be or should not be replaced.
 

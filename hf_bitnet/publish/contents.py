@@ -7,7 +7,6 @@ training run, no pickle, nothing hidden, nothing half written, no link to elsewh
 from __future__ import annotations
 
 import fnmatch
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..config import NATIVE_METHOD, QUANT_METHOD
 from ..export import ExportReport
+from ..files import read_object
 from ..hub import CARD
 
 CONFIG, REPORT, INDEX, WEIGHTS = "config.json", "export.json", "model.safetensors.index.json", "model.safetensors"
@@ -60,15 +60,7 @@ def form_of(folder: Path) -> str | None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); write the folder again before it is pushed") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object; write the folder again before it is pushed")
-    return values
+    return read_object(path, "write the folder again before it is pushed") if path.is_file() else {}
 
 
 def report_of(folder: Path) -> ExportReport | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,10 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from ..config import FOREIGN_LINEAR_CLASS, NATIVE_METHOD
+from ..files import read_object
 from ..plugin import load_native
+
+_ADVICE = "copy or download it again"
 
 
 def open_model(path: str | os.PathLike[str], **options: Any) -> Any:
@@ -58,7 +60,7 @@ def _check_config(folder: Path) -> None:
     path = folder / "config.json"
     if not path.is_file():
         return  # transformers says that it is missing
-    values = _object(path)
+    values = read_object(path, _ADVICE)
     names = values.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(each, str) for each in names)):
         raise ValueError(f"{path}: architectures={names!r}; it is a list of class names, for example ['LlamaForCausalLM']")
@@ -72,22 +74,12 @@ def _check_index(folder: Path) -> None:
     path = folder / "model.safetensors.index.json"
     if not path.is_file() or (folder / "model.safetensors").exists():
         return
-    files = _object(path).get("weight_map")
+    files = read_object(path, _ADVICE).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{path} has no weight_map from names of tensors to files; copy or download it again")
     outside = next((file for file in files.values() if not file or Path(file).name != file), None)
     if outside is not None:
         raise ValueError(f"{path} names {outside!r}, which is not in its folder; copy or download the checkpoint again")
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged or incomplete ({error}); copy or download it again") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object but {type(values).__name__}; copy or download it again")
-    return values
 
 
 @contextmanager
