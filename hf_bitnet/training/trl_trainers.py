@@ -53,6 +53,13 @@ class TRLMixin(QATMixin):
         assert isinstance(self.model, nn.Module)
         refuse_quantized_head(self.model)
 
+    # TRL's trainers take other arguments, in another order, than the Trainer that they extend
+    def create_model_card(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes README.md and the training curve into the output folder: arguments as of TRL's trainers."""
+        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+
 
 def refuse_quantized_head(model: nn.Module) -> None:
     """TRL multiplies by `lm_head.weight` itself, so it would train a quantized head as if it were a float one."""
