@@ -120,7 +120,7 @@ def test_sft_streams_completions_and_resumes_exactly(tmp_path: Path) -> None:
     assert str(tmp_path) not in str(card) and "| save_strategy |" not in card.text
     whole.create_model_card("stories-ternary", "someone/stories", ["mine"])  # in TRL's order, not in Trainer's
     written = ModelCard.load(tmp_path / "README.md")
-    assert "# stories-ternary" in written.text and "mine" in written.data.tags and "someone/stories" in str(written)
+    assert "# stories-ternary" in written.text and "mine" in written.data.tags
     again = sft(tmp_path, quantized(seed=3), stream(), **saved)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same(weights(whole.model), weights(again.model))
