@@ -4,9 +4,11 @@
     python -m benchmarks.export_llama_cpp out/packed --kind Q2_0 --windows 8
 
 Texts: windows of ../shared/data/novels/valid.txt. Greedy text: 64 tokens after the first 32 of other windows. llama.cpp gets
-prompt and our text at once; where its likeliest next token is ours at every place, it would have written the same. At the
-first place where it is not, "gap" is how much less likely than its own it thinks our token, and "ours" the same of us, both
-in standard deviations of the logits: near 0, the models agree and a rounding decides. Needs gguf and llama-cpp-python.
+prompt and our text token by token; where its likeliest next token is ours at every place, it would have written the same.
+At the first place where it is not, "gap" is how much less likely than its own it thinks our token, and "ours" the same of
+us, both in standard deviations of the logits: near 0, the models agree and a rounding decides. "same by itself" says how
+often rounding decides in llama.cpp alone: in how many texts it chooses the same tokens whether it reads them one by one or
+all at once, which changes nothing but the order of float32 sums. Needs gguf and llama-cpp-python.
 """
 
 from __future__ import annotations
@@ -36,31 +38,31 @@ def measure(model: Any, file: Path, windows: Tensor, prompts: Tensor, new: int =
     agreement = float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
     options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     texts = model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), **options)
-    found = [
-        _first_difference(model, text, theirs, prompts.shape[1])
-        for text, theirs in zip(texts, llama_cpp.logits(file, texts), strict=True)
-    ]
+    written, read = (llama_cpp.logits(file, texts, at_once=count)[:, prompts.shape[1] - 1 : -1] for count in (1, None))
+    found = [_first_difference(model, text, each, prompts.shape[1]) for text, each in zip(texts, written, strict=True)]
     return {
         "perplexity": float(torch.tensor(losses[0]).exp()),
         "ratio": float(torch.tensor(losses[1] - losses[0]).exp()),
         "top-1 agreement": agreement,
         "same text": sum(each is None for each in found),
+        "same by itself": int((written.argmax(-1) == read.argmax(-1)).all(-1).sum()),
+        "error by itself": float((written - read).pow(2).mean().sqrt() / read.std()),
         "prompts": len(found),
         "differences": [each for each in found if each is not None],
     }
 
 
 def _first_difference(model: Any, text: Tensor, theirs: Tensor, prompt: int) -> dict[str, float] | None:
-    places = torch.arange(prompt - 1, len(text) - 1)
-    other = (theirs[places].argmax(-1) != text[prompt:]).nonzero()
+    """Of the logits `theirs` (new tokens, vocabulary) from a text of ours (prompt and new tokens)."""
+    other = (theirs.argmax(-1) != text[prompt:]).nonzero()
     if not len(other):
         return None
-    place = int(places[int(other[0])])
-    mine, chosen = int(text[place + 1]), int(theirs[place].argmax())
-    ours = model(input_ids=text[None]).logits[0, place].float()
+    token = int(other[0])
+    mine, chosen = int(text[prompt + token]), int(theirs[token].argmax())
+    ours = model(input_ids=text[None]).logits[0, prompt + token - 1].float()
     gaps = {"ours": float((ours[mine] - ours[chosen]) / ours.std())}
-    gaps["gap"] = float((theirs[place, chosen] - theirs[place, mine]) / theirs[place].std())
-    return {"token": place + 1 - prompt, **gaps}
+    gaps["gap"] = float((theirs[token, chosen] - theirs[token, mine]) / theirs[token].std())
+    return {"token": token, **gaps}
 
 
 def main(argv: list[str] | None = None) -> None:

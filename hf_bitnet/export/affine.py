@@ -66,8 +66,7 @@ def words(layer: Layer, affine: Affine) -> Tensor:
 
 def levels(layer: Layer, affine: Affine) -> Tensor:
     """The same, unpacked: uint8 (N, K)."""
-    codes = layer.quantized_weight().codes.cpu().to(torch.int16)
-    return torch.div(codes - affine.lowest, layer.quantizer.grid.step, rounding_mode="floor").to(torch.uint8)
+    return kernels.pack(layer.quantized_weight().codes.cpu(), 8, affine.lowest, layer.quantizer.grid.step)
 
 
 def scales(layer: Layer, affine: Affine, dtype: torch.dtype) -> Tensor:

@@ -113,7 +113,7 @@ class MLX(ExportFormat):
     def compare(self, source: Source, folder: Path, written: list[WrittenTensor], logits: bool) -> list[Check]:
         architecture, layers = _architecture(source), _quantized(source)
         layout = self._layout(architecture)
-        held = {name: lambda layer=layer: layout.bytes_in_mlx(layer) for name, layer in layers.items()}
+        held = {name: lambda layer=layer: layout.held_by_mlx(layer) for name, layer in layers.items()}
         held = {name: make for name, make in held.items() if layout.holds(layers[name])}
         floats = {each.name: each.tensor for each in self._tensors(source) if each.dtype.is_floating_point}
         checks = [layout.check(layers, folder), compare_tensors(source, folder, floats, "scales, biases and what stays float")]

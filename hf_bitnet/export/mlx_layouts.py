@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .. import kernels
 from ..config import NATIVE_METHOD
 from ..modules import QuantizedLayer
 from ..modules.native import pack_rows
 from ..surgery import kept_for_native
-from .affine import GROUP_SIZES, Affine, Layer, affine_of, biases, levels, scales, shape_of, values, words
+from .affine import GROUP_SIZES, Affine, Layer, affine_of, biases, scales, shape_of, values, words
 from .format import Source
-from .mlx_check import compare_levels
+from .mlx_check import UNPACKED_ROWS, compare_levels
 from .native_check import compare_codes
 from .native_problems import native_problems
 from .report import Check
@@ -56,8 +57,8 @@ class Layout:
         """Whether the layer is quantized in mlx; else it is stored as floats."""
         return True
 
-    def bytes_in_mlx(self, layer: Layer) -> Tensor:
-        """What mlx-lm's layer holds, uint8; see `mlx_check.mlx_checks`."""
+    def held_by_mlx(self, layer: Layer) -> list[Tensor]:
+        """What mlx-lm's layer holds; see `mlx_check.mlx_checks`."""
         raise AssertionError("abstract")
 
     def values(self, layer: Layer) -> Tensor:
@@ -126,10 +127,11 @@ class AffineLayout(Layout):
     def holds(self, layer: Layer) -> bool:
         return self._affine(layer) is not None
 
-    def bytes_in_mlx(self, layer: Layer) -> Tensor:
+    def held_by_mlx(self, layer: Layer) -> list[Tensor]:
         affine = self._affine(layer)
         assert affine is not None
-        return levels(layer, affine)
+        first = next(Source.blocks(layer)).codes[:UNPACKED_ROWS].cpu()
+        return [words(layer, affine), kernels.pack(first, 8, affine.lowest, layer.quantizer.grid.step)]
 
     def values(self, layer: Layer) -> Tensor:
         affine = self._affine(layer)
@@ -164,7 +166,7 @@ class RowLayout(Layout):
     def tensors(self, name: str, layer: Layer) -> list[Planned]:
         rows, columns = shape_of(layer)
         return [
-            Planned(f"{name}.weight", torch.uint8, (rows // 4, columns), lambda: self.bytes_in_mlx(layer), rows * columns),
+            Planned(f"{name}.weight", torch.uint8, (rows // 4, columns), lambda: self.held_by_mlx(layer)[0], rows * columns),
             Planned(f"{name}.weight_scale", self.dtype, (1,), lambda: self._scale(layer), 0),
         ]
 
@@ -191,8 +193,8 @@ class RowLayout(Layout):
         named = {f"{name}.weight": layer for name, layer in layers.items() if isinstance(layer, QuantizedLayer)}
         return compare_codes(named, folder)
 
-    def bytes_in_mlx(self, layer: Layer) -> Tensor:
-        return pack_rows(layer.quantized_weight().codes)
+    def held_by_mlx(self, layer: Layer) -> list[Tensor]:
+        return [pack_rows(layer.quantized_weight().codes)]
 
     def values(self, layer: Layer) -> Tensor:
         scale = self._scale(layer).float()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..modules import QuantizedEmbedding, QuantizedLayer
-from ..quantizers import Grid
+from .format import Source
 from .report import Check
 from .stored import Stored
+
+_TRITS = 5  # of a byte
 
 
 def compare_codes(layers: Mapping[str, QuantizedLayer | QuantizedEmbedding], folder: Path, in_trits: bool) -> Check:
@@ -20,29 +23,45 @@ def compare_codes(layers: Mapping[str, QuantizedLayer | QuantizedEmbedding], fol
     for name, layer in layers.items():
         if (found := stored.get(name)) is None:
             return Check(reader, "codes", False, f"{name} is missing")
-        codes = layer.quantized_weight().codes.cpu().numpy()
-        bits = layer.quantizer.storage_bits
-        levels = (
-            trit_levels(found.numpy()) if in_trits and layer.quantizer.grid.levels == 3 else bit_levels(found.numpy(), bits)
-        )
-        if not np.array_equal(_codes(levels, layer.quantizer.grid)[:, : codes.shape[1]], codes):
+        grid = layer.quantizer.grid
+        trits = in_trits and grid.levels == 3
+        table = trits_of_bytes() if trits else codes_of_bytes(layer.quantizer.storage_bits, grid.lowest, grid.step)
+        if not holds_codes(found.numpy(), table, layer):
             return Check(reader, "codes", False, f"{name} has other codes")
     return Check(reader, "codes", True, f"{len(layers)} weights, every code")
 
 
-def bit_levels(packed: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
-    """uint8 (N, B) -> uint8 (N, 8 B / bits), the first in the lowest bits."""
-    if bits == 1:
-        return np.unpackbits(packed, axis=1, bitorder="little")
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return ((packed[:, :, None] >> shifts) & (2**bits - 1)).reshape(len(packed), -1)
+def holds_codes(packed: NDArray[np.uint8], table: NDArray[np.int8], layer: QuantizedLayer | QuantizedEmbedding) -> bool:
+    """Whether rows of bytes (N, B) are the layer's codes. `table`: of `codes_of_bytes`."""
+    start = 0
+    for block in Source.blocks(layer):
+        codes = block.codes.cpu().numpy()
+        found = packed[start : start + len(codes)]
+        start += len(codes)
+        if found.shape[1] * table.shape[1] < codes.shape[1] or len(found) != len(codes):
+            return False
+        if not np.array_equal(_looked_up(found, table)[:, : codes.shape[1]], codes):
+            return False
+    return start == len(packed)
 
 
-def trit_levels(packed: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """uint8 (N, B) -> uint8 (N, 5 B): digits to the base of three, the lowest first."""
-    powers = np.array([1, 3, 9, 27, 81], dtype=np.uint8)
-    return (packed[:, :, None] // powers % 3).reshape(len(packed), -1)
+def _looked_up(packed: NDArray[np.uint8], table: NDArray[np.int8]) -> NDArray[np.int8]:
+    """(N, B), (256, n) -> (N, B n)."""
+    count = table.shape[1]
+    if count == _TRITS:
+        return table[packed].reshape(len(packed), -1)
+    # the codes of a byte are one number of 1 to 8 bytes, and taken as that
+    return np.take(table.view(f"u{count}")[:, 0], packed).view(np.int8)
 
 
-def _codes(levels: np.ndarray[Any, Any], grid: Grid) -> np.ndarray[Any, Any]:
-    return (levels.astype(np.int16) * grid.step + grid.lowest).astype(np.int8)
+@functools.cache
+def codes_of_bytes(bits: int, lowest: int, step: int) -> NDArray[np.int8]:
+    """int8 (256, 8 / bits): the codes in each byte, those of the lowest bits first."""
+    levels = np.arange(256)[:, None] >> np.arange(0, 8, bits) & 2**bits - 1
+    return np.ascontiguousarray((levels * step + lowest).astype(np.int8))
+
+
+@functools.cache
+def trits_of_bytes() -> NDArray[np.int8]:
+    """int8 (256, 5): the codes -1, 0 and 1 in each byte, digits to the base of three, the lowest first."""
+    return (np.arange(256)[:, None] // 3 ** np.arange(_TRITS) % 3 - 1).astype(np.int8)

@@ -34,7 +34,8 @@ if hasattr(model_params, "use_extra_bufts"):
 model = ll.llama_model_load_from_file(job["file"].encode(), model_params)
 assert model, "llama.cpp did not load the file"
 params = ll.llama_context_default_params()
-params.n_ctx = params.n_batch = params.n_ubatch = length
+params.n_ctx = params.n_batch = length
+params.n_ubatch = job["at_once"] or length
 params.n_threads = params.n_threads_batch = job["threads"]
 params.type_k = params.type_v = 0
 if hasattr(params, "flash_attn_type"):
@@ -65,15 +66,18 @@ def is_installed() -> bool:
     return importlib.util.find_spec("llama_cpp") is not None
 
 
-def logits(file: Path, ids: Tensor) -> Tensor:
+def logits(file: Path, ids: Tensor, *, at_once: int | None = None) -> Tensor:
     """Logits float32 (B, L, vocabulary) of token ids int64 (B, L), each row by itself.
+
+    Args:
+        at_once: tokens that go through the layers together, 1 as when text is written; None for all of a row.
 
     Raises TooOldError, or RuntimeError with the end of what the process said, when it fails.
     """
     with tempfile.TemporaryDirectory() as place:
         save_file({"ids": ids.contiguous()}, f"{place}/in.safetensors")
         job = {"file": str(file), "inputs": f"{place}/in.safetensors", "outputs": f"{place}/out.safetensors"}
-        command = [sys.executable, "-c", _PROGRAM, json.dumps(job | {"threads": torch.get_num_threads()})]
+        command = [sys.executable, "-c", _PROGRAM, json.dumps(job | {"threads": torch.get_num_threads(), "at_once": at_once})]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
             said = done.stderr.strip()[-600:] or "it said nothing"
