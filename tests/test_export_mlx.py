@@ -248,8 +248,8 @@ def test_wrong_files_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
         def write(folder: Path, tensors: list[Planned], leaf: str = leaf, **options: Any) -> Any:
             index = next(i for i, each in enumerate(tensors) if each.name.endswith(leaf))
-            make = tensors[index].make
-            tensors[index] = tensors[index]._replace(make=lambda: make().flip(0))
+            plan = tensors[index]
+            tensors[index] = tensors[index]._replace(make=lambda: plan.tensor().flip(0))
             return write_safetensors(folder, tensors, **options)
 
         monkeypatch.setattr(exporter, "write_safetensors", write)

@@ -8,6 +8,7 @@ power of two times the scale wherever the bits allow it: then it is rounded with
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from .. import kernels
 from ..modules import QuantizedEmbedding, QuantizedLayer
 from ..quantizers import Grid
+from .format import Source, shape_of
 from .scales import scale_of
 
 GROUP_SIZES = (128, 64, 32)
@@ -58,14 +60,15 @@ def _lowest(grid: Grid, bits: int) -> int:
     return grid.lowest
 
 
-def words(layer: Layer, affine: Affine) -> Tensor:
-    """Levels of a layer: uint32 (N, K * bits / 32)."""
-    codes = layer.quantized_weight().codes.cpu()
-    return kernels.pack(codes, affine.bits, affine.lowest, layer.quantizer.grid.step).contiguous().view(torch.uint32)
+def words(layer: Layer, affine: Affine) -> Iterator[Tensor]:
+    """Levels of a layer, some rows at a time: uint32 (n, K * bits / 32)."""
+    step = layer.quantizer.grid.step
+    for block in Source.blocks(layer):
+        yield kernels.pack(block.codes.cpu(), affine.bits, affine.lowest, step).view(torch.uint32)
 
 
 def levels(layer: Layer, affine: Affine) -> Tensor:
-    """The same, unpacked: uint8 (N, K)."""
+    """All of them, unpacked: uint8 (N, K)."""
     return kernels.pack(layer.quantized_weight().codes.cpu(), 8, affine.lowest, layer.quantizer.grid.step)
 
 
@@ -91,10 +94,3 @@ def _scale(layer: Layer, affine: Affine, dtype: torch.dtype) -> Tensor:
     (rows, columns), scale = shape_of(layer), scale_of(layer).detach().cpu().to(dtype)
     groups = columns // affine.group_size
     return scale.repeat_interleave(groups // scale.shape[1], dim=1).expand(rows, groups).contiguous()
-
-
-def shape_of(layer: Layer) -> tuple[int, int]:
-    """(out_features, in_features), of a table (num_embeddings, embedding_dim)."""
-    if isinstance(layer, QuantizedEmbedding):
-        return layer.num_embeddings, layer.embedding_dim
-    return layer.out_features, layer.in_features

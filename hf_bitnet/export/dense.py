@@ -67,8 +67,8 @@ class Dense(ExportFormat):
         dtype = _DTYPES[self.dtype]
         stored = {each.name: each.stored for each in written}
         matrices = {stored[f"{name}.weight"]: layer for name, layer in {**source.layers, **source.tables}.items()}
-        expected = {name: _floats("", layer, dtype).tensor for name, layer in matrices.items()}
-        checks = [compare_tensors(source, folder, expected, "quantized values")]
+        expected = {name: _floats("", layer, dtype) for name, layer in matrices.items()}
+        checks = [compare_tensors(folder, expected, "quantized values")]
         return [*checks, plain_logits(source, folder, dtype)] if logits else checks
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..files import write_json
-from .affine import BITS, GROUP_SIZES, Layer, shape_of
+from .affine import BITS, GROUP_SIZES, Layer
 from .dense import write_configs
-from .format import EXPORT_FORMATS, ExportFormat, Progress, Source
+from .format import EXPORT_FORMATS, ExportFormat, Progress, Source, shape_of
 from .mlx_check import exported_logits, mlx_checks
 from .mlx_config import Architecture, architecture_of, model_problems, reader_settings, window_note
 from .mlx_layouts import AffineLayout, Layout, RowLayout
@@ -115,8 +115,8 @@ class MLX(ExportFormat):
         layout = self._layout(architecture)
         held = {name: lambda layer=layer: layout.held_by_mlx(layer) for name, layer in layers.items()}
         held = {name: make for name, make in held.items() if layout.holds(layers[name])}
-        floats = {each.name: each.tensor for each in self._tensors(source) if each.dtype.is_floating_point}
-        checks = [layout.check(layers, folder), compare_tensors(source, folder, floats, "scales, biases and what stays float")]
+        floats = {each.name: each for each in self._tensors(source) if each.dtype.is_floating_point}
+        checks = [layout.check(layers, folder), compare_tensors(folder, floats, "scales, biases and what stays float")]
 
         def expected() -> Tensor:
             values = {name: lambda layer=layers[name]: layout.values(layer) for name in held}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from ..config import NATIVE_METHOD
 from ..modules import QuantizedLayer
 from ..modules.native import pack_rows
 from ..surgery import kept_for_native
-from .affine import GROUP_SIZES, Affine, Layer, affine_of, biases, scales, shape_of, values, words
-from .format import Source
+from .affine import GROUP_SIZES, Affine, Layer, affine_of, biases, scales, values, words
+from .format import Source, shape_of
 from .mlx_check import UNPACKED_ROWS, compare_levels
 from .native_check import compare_codes
 from .native_problems import native_problems
@@ -57,7 +57,7 @@ class Layout:
         """Whether the layer is quantized in mlx; else it is stored as floats."""
         return True
 
-    def held_by_mlx(self, layer: Layer) -> list[Tensor]:
+    def held_by_mlx(self, layer: Layer) -> Iterator[Tensor]:
         """What mlx-lm's layer holds; see `mlx_check.mlx_checks`."""
         raise AssertionError("abstract")
 
@@ -127,11 +127,12 @@ class AffineLayout(Layout):
     def holds(self, layer: Layer) -> bool:
         return self._affine(layer) is not None
 
-    def held_by_mlx(self, layer: Layer) -> list[Tensor]:
+    def held_by_mlx(self, layer: Layer) -> Iterator[Tensor]:
         affine = self._affine(layer)
         assert affine is not None
         first = next(Source.blocks(layer)).codes[:UNPACKED_ROWS].cpu()
-        return [words(layer, affine), kernels.pack(first, 8, affine.lowest, layer.quantizer.grid.step)]
+        yield from words(layer, affine)
+        yield kernels.pack(first, 8, affine.lowest, layer.quantizer.grid.step)
 
     def values(self, layer: Layer) -> Tensor:
         affine = self._affine(layer)
@@ -166,7 +167,7 @@ class RowLayout(Layout):
     def tensors(self, name: str, layer: Layer) -> list[Planned]:
         rows, columns = shape_of(layer)
         return [
-            Planned(f"{name}.weight", torch.uint8, (rows // 4, columns), lambda: self.held_by_mlx(layer)[0], rows * columns),
+            Planned(f"{name}.weight", torch.uint8, (rows // 4, columns), lambda: self._bytes(layer), rows * columns),
             Planned(f"{name}.weight_scale", self.dtype, (1,), lambda: self._scale(layer), 0),
         ]
 
@@ -193,8 +194,11 @@ class RowLayout(Layout):
         named = {f"{name}.weight": layer for name, layer in layers.items() if isinstance(layer, QuantizedLayer)}
         return compare_codes(named, folder)
 
-    def held_by_mlx(self, layer: Layer) -> list[Tensor]:
-        return [pack_rows(layer.quantized_weight().codes)]
+    def held_by_mlx(self, layer: Layer) -> Iterator[Tensor]:
+        yield self._bytes(layer)
+
+    def _bytes(self, layer: Layer) -> Tensor:
+        return pack_rows(layer.quantized_weight().codes)
 
     def values(self, layer: Layer) -> Tensor:
         scale = self._scale(layer).float()

@@ -139,10 +139,8 @@ class Native(ExportFormat):
         saved, names = self._saved(source)
         weights = {f"{name}.weight": layer for name, layer in source.layers.items()}
         layers = {file: weights[name] for file, name in names.items() if name in weights}
-        others = {each.name: each.tensor for each in saved if self.online or each.name not in layers}
-        same = compare_tensors(
-            source, folder, others, "float tensors" if self.online else "scales, biases and what stays float"
-        )
+        others = {each.name: each for each in saved if self.online or each.name not in layers}
+        same = compare_tensors(folder, others, "float tensors" if self.online else "scales, biases and what stays float")
         codes = compare_online_codes(layers, folder) if self.online else compare_codes(layers, folder)
         if not logits:
             return [codes, same]

@@ -23,7 +23,7 @@ from ..kernels.reference import TRITS_PER_BYTE
 from ..modules import BitEmbedding, NativeLayer, QuantizedEmbedding, QuantizedLayer, TrainedLayer
 from ..surgery import check_calibrated, check_finite, config_of, empty_packed_copy, packed_copy
 from .dense import write_configs
-from .format import EXPORT_FORMATS, ExportFormat, Progress, Source
+from .format import EXPORT_FORMATS, ExportFormat, Progress, Source, shape_of
 from .names import origins, saved_names
 from .packed_check import compare_codes
 from .plain import as_loaded, compare_tensors, model_logits, plain_logits
@@ -106,10 +106,10 @@ class Packed(ExportFormat):
         layers, (saved, names) = _quantized(source), self._saved(source, empty_packed_copy(source.model))
         places = {file: _split(name, layers) for file, name in names.items()}
         weights = {file: layers[owner] for file, (owner, leaf) in places.items() if owner in layers and leaf == _WEIGHT}
-        others = {each.name: each.tensor for each in saved if each.name not in weights}
+        others = {each.name: each for each in saved if each.name not in weights}
         checks = [
             compare_codes(weights, folder, self._in_trits),
-            compare_tensors(source, folder, others, "scales, biases and what stays float"),
+            compare_tensors(folder, others, "scales, biases and what stays float"),
         ]
         if not logits:
             return checks
@@ -174,13 +174,6 @@ def _split(name: str, layers: Mapping[str, object]) -> tuple[str, str]:
 def is_ternary(layer: Layer) -> bool:
     """Whether its codes are -1, 0 and 1."""
     return layer.quantizer.grid.values == [-1.0, 0.0, 1.0]
-
-
-def shape_of(layer: Layer) -> tuple[int, int]:
-    """(out_features, in_features), of a table (num_embeddings, embedding_dim)."""
-    if isinstance(layer, QuantizedEmbedding):
-        return layer.num_embeddings, layer.embedding_dim
-    return layer.out_features, layer.in_features
 
 
 def _packed_logits(source: Source, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..modules import QuantizedEmbedding, QuantizedLayer
@@ -21,28 +22,26 @@ def compare_codes(layers: Mapping[str, QuantizedLayer | QuantizedEmbedding], fol
     """Codes in the file against the layers'. `layers`: name of the weight in the file -> layer."""
     reader, stored = "numpy", Stored(folder)
     for name, layer in layers.items():
-        if (found := stored.get(name)) is None:
+        if stored.shape(name) is None:
             return Check(reader, "codes", False, f"{name} is missing")
         grid = layer.quantizer.grid
         trits = in_trits and grid.levels == 3
         table = trits_of_bytes() if trits else codes_of_bytes(layer.quantizer.storage_bits, grid.lowest, grid.step)
-        if not holds_codes(found.numpy(), table, layer):
+        if not holds_codes(stored, name, table, layer):
             return Check(reader, "codes", False, f"{name} has other codes")
     return Check(reader, "codes", True, f"{len(layers)} weights, every code")
 
 
-def holds_codes(packed: NDArray[np.uint8], table: NDArray[np.int8], layer: QuantizedLayer | QuantizedEmbedding) -> bool:
-    """Whether rows of bytes (N, B) are the layer's codes. `table`: of `codes_of_bytes`."""
+def holds_codes(stored: Stored, name: str, table: NDArray[np.int8], layer: QuantizedLayer | QuantizedEmbedding) -> bool:
+    """Whether the bytes of a stored tensor (N, B) are the layer's codes. `table`: of `codes_of_bytes`."""
     start = 0
     for block in Source.blocks(layer):
         codes = block.codes.cpu().numpy()
-        found = packed[start : start + len(codes)]
+        found = stored.rows(name, start, start + len(codes)).view(torch.uint8).numpy()
         start += len(codes)
-        if found.shape[1] * table.shape[1] < codes.shape[1] or len(found) != len(codes):
+        if len(found) != len(codes) or not np.array_equal(_looked_up(found, table)[:, : codes.shape[1]], codes):
             return False
-        if not np.array_equal(_looked_up(found, table)[:, : codes.shape[1]], codes):
-            return False
-    return start == len(packed)
+    return (start,) == (stored.shape(name) or ())[:1]
 
 
 def _looked_up(packed: NDArray[np.uint8], table: NDArray[np.int8]) -> NDArray[np.int8]:

@@ -30,5 +30,17 @@ class Stored:
         with safe_open(self._files[name], "pt") as opened:
             return opened.get_tensor(name)
 
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of a tensor, or None where the folder has none of that name."""
+        if name not in self._files:
+            return None
+        with safe_open(self._files[name], "pt") as opened:
+            return tuple(opened.get_slice(name).get_shape())
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """A part of a tensor along its first dimension. Each time anew: what is read of a mapped file counts as memory."""
+        with safe_open(self._files[name], "pt") as opened:
+            return opened.get_slice(name)[start:end]
+
     def names(self) -> set[str]:
         return set(self._files)

@@ -28,6 +28,8 @@ _NAMES = {
     torch.uint32: "U32",
 }
 _METADATA = {"format": "pt"}
+# elements that are written or compared at once
+_PART = 1 << 21
 
 
 class Planned(NamedTuple):
@@ -48,6 +50,14 @@ class Planned(NamedTuple):
         """Made whole."""
         made = self.make()
         return made if isinstance(made, Tensor) else torch.cat(list(made))
+
+    def parts(self) -> Iterator[Tensor]:
+        """Its parts along dimension 0, on the CPU, a few MB each where it is not made whole; a scalar is one."""
+        made = self.make()
+        for part in [made] if isinstance(made, Tensor) else made:
+            part = part.detach()
+            rows = max(1, _PART * len(part) // max(1, part.numel())) if part.dim() else 1
+            yield from (each.cpu() for each in (part.split(rows) if part.dim() else [part]))
 
     @property
     def bytes(self) -> int:
@@ -99,9 +109,9 @@ def _write_file(path: Path, tensors: list[Planned], progress: Callable[[int], ob
 
 def append(file: BinaryIO, each: Planned) -> None:
     """Makes a tensor and writes its bytes at the end of an open file, part by part."""
-    made, before = each.make(), file.tell()
-    for part in [made] if isinstance(made, Tensor) else made:
+    before = file.tell()
+    for part in each.parts():
         assert part.dtype == each.dtype and tuple(part.shape[1:]) == each.shape[1:], f"{each.name}: not as planned"
         # not tofile: it would write past what the file object holds back
-        file.write(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        file.write(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     assert file.tell() - before == each.bytes, f"{each.name}: not as planned"

@@ -52,8 +52,8 @@ class CodesPart:
         return self.kind.encode(self.levels, self.d.repeat_interleave(blocks // self.d.shape[1], dim=1), self.steps)
 
     def values(self) -> Tensor:
-        # int8 times float32 is float32 at once
-        return (self.levels.unflatten(1, (self.d.shape[1], -1)) * self.d.float().unsqueeze(2)).flatten(1)
+        groups = self.levels.float().unflatten(1, (self.d.shape[1], -1))
+        return groups.mul_(self.d.float().unsqueeze(2)).flatten(1)
 
 
 @dataclass(frozen=True)
