@@ -21,6 +21,7 @@ TOP_FLOOR = 7
 FLOORS = {
     "registry": 0,
     "files": 0,
+    "pages": 0,
     "kernels": 1,
     "quantizers": 2,
     "ste": 2,

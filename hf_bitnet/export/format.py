@@ -21,6 +21,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..config import BitNetQuantizationConfig
 from ..modules import NativeLayer, PackedBitLinear, PackedEmbedding, QuantizedEmbedding, QuantizedLayer
+from ..pages import release_mapped
 from ..quantizers import Quantized
 from ..registry import Registry
 from ..surgery import config_of, quantized_layers, quantized_tables
@@ -98,6 +99,7 @@ class Source:
         for start in range(0, len(packed), rows):
             part = slice(start, start + rows)
             yield layer.source.codes(packed[part], scale if len(scale) == 1 else scale[part])
+            release_mapped(packed[part])
 
     def probe(self, length: int = 24) -> Tensor:
         """Token ids int64 (1, length) that the model and its readers are compared on; the same each time."""

@@ -14,6 +14,8 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
+from ..pages import release_mapped
+
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -57,7 +59,9 @@ class Planned(NamedTuple):
         for part in [made] if isinstance(made, Tensor) else made:
             part = part.detach()
             rows = max(1, _PART * len(part) // max(1, part.numel())) if part.dim() else 1
-            yield from (each.cpu() for each in (part.split(rows) if part.dim() else [part]))
+            for each in part.split(rows) if part.dim() else [part]:
+                yield each.cpu()
+                release_mapped(each)
 
     @property
     def bytes(self) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..modules import NativeLayer, PackedBitLinear, PackedEmbedding
+from ..pages import release_mapped
 from ..quantizers import WeightQuantizer
 
 _ADVICE = "the checkpoint is damaged; copy or download it again"
@@ -33,7 +34,9 @@ def check_codes(model: nn.Module) -> None:
             continue
         # the native layout has two bits a code too; which row they belong to does not matter here
         legal = _legal_bytes(module.quantizer, 2 if isinstance(module, NativeLayer) else module.bits)
+        # counting touches every page of a mapped file, and the layer may not be used for long
         present = torch.bincount(module.weight.detach().flatten(), minlength=256).cpu() > 0
+        release_mapped(module.weight.detach())
         if bool((present & ~legal).any()):
             raise ValueError(f"{name}.weight holds a code that {module.quantizer.scheme} weights do not have; {_ADVICE}")
 

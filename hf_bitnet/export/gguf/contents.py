@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...modules import QuantizedEmbedding, QuantizedLayer
+from ...pages import release_mapped
 from ...quantizers import Quantized
 from ..format import Source, shape_of
 from .blocks import Steps
@@ -153,10 +154,11 @@ class Floats:
         tensor = self.tensor if self.order is None else self.tensor[self.order.to(self.tensor.device)]
         rows = max(1, weights // max(1, tensor[:1].numel()))
         for part in tensor.detach().split(rows):
-            part = part.cpu()
+            values = part.cpu()
             if (self.offset, self.factor) != (0.0, 1.0):
-                part = (part.float() + self.offset) * self.factor
-            yield FloatsPart(part.to(self.kind.dtype))
+                values = (values.float() + self.offset) * self.factor
+            yield FloatsPart(values.to(self.kind.dtype))
+            release_mapped(part)
 
     def tail(self) -> Tensor:
         return torch.zeros(0, dtype=torch.uint8)

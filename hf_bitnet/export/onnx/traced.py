@@ -6,7 +6,7 @@ is traced names its initializers as the view its parameters, and they are made w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...modules import QuantizedEmbedding, QuantizedLayer
+from ...pages import release_mapped
 from ...surgery import detach, independent_copy, quantized_layers, quantized_tables
 from ...surgery.places import Places
 from ..format import Source, shape_of
@@ -83,6 +84,12 @@ def traced_view(source: Source, wanted: Wanted) -> tuple[Any, dict[str, Planned]
     return model.cpu().eval(), {name: stand_ins.planned[id(each)] for name, each in named}
 
 
+def _cast(parts: Iterable[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+    for part in parts:
+        yield part.to(dtype)
+        release_mapped(part)
+
+
 class _StandIns:
     """Makes parameters without memory, and remembers what each stands for.
 
@@ -110,7 +117,7 @@ class _StandIns:
             if tensor.dim() == 0:
                 return tensor.to(dtype)
             rows = max(1, _AT_ONCE * len(tensor) // max(1, tensor.numel()))
-            return (part.to(dtype) for part in tensor.split(rows))
+            return _cast(tensor.detach().split(rows), dtype)
 
         return self.add(Planned(name, dtype, tuple(tensor.shape), parts, tensor.numel()))
 
