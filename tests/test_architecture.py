@@ -22,6 +22,7 @@ FLOORS = {
     "registry": 0,
     "files": 0,
     "pages": 0,
+    "gguf_file": 0,
     "kernels": 1,
     "quantizers": 2,
     "ste": 2,

@@ -185,7 +185,7 @@ def test_wrong_command_line_is_exit_2(
         (["eval", "{base}", "--text", "{base}/valid.txt", "--length", "300"], "LlamaForCausalLM has positions for 64"),
         (["eval", "{base}", "--tasks", "a", "--task-folder", "nosuch"], "there is no folder 'nosuch' with tasks"),
         (["info", "nosuch/model"], "nosuch/model"),
-        (["info", "{base}/valid.txt"], "valid.txt' is no GGUF file"),
+        (["info", "{base}/valid.txt"], "valid.txt is no GGUF file"),
         (["export", "./nosuch", "o", "--format", "dense"], "there is no folder './nosuch'"),
         (["export", "{base}", "o", "--format", "dense"], "is not quantized; quantize it first: "),
         (["export", "{base}", "{base}/inside", "--format", "dense"], "overlap; choose another folder"),

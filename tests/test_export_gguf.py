@@ -110,9 +110,9 @@ def test_kinds_newer_than_the_package(tmp_path: Path) -> None:
 
 
 def _heads(path: Path, own: bool) -> dict[str, Any]:
-    from hf_bitnet.export.gguf import reading
+    from hf_bitnet.gguf_file import GGUFFile
 
-    return reading._own_head(path) if own else read_head(path)[0]
+    return GGUFFile(path).tensors if own else read_head(path)[0]
 
 
 def test_kept_layers_and_dtypes(tmp_path: Path) -> None:

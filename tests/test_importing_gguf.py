@@ -13,8 +13,8 @@ import torch
 import transformers as tf
 
 from hf_bitnet import coverage, import_model
+from hf_bitnet.gguf_file import GGUFFile
 from hf_bitnet.importing.codes import Found, Levels, fit
-from hf_bitnet.importing.gguf_file import GGUFFile
 from hf_bitnet.importing.gguf_types import layer_weight
 from hf_bitnet.surgery import quantized_layers
 from tests import foreign

@@ -13,7 +13,7 @@ from .. import BitNetQuantizationConfig, coverage, kernels, open_model
 from ..export import Check, ExportReport, WrittenTensor
 from ..hub import library_versions
 from .common import quietly, say, summary
-from .gguf_header import read_gguf_header
+from .gguf_shown import read_gguf_header
 
 _REPORT = "export.json"
 

@@ -20,11 +20,11 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from ..gguf_file import GGUFFile, Stored, type_name
 from .assembly import Wanted
 from .codes import Found, Levels, Misfit, fit
 from .folder import model_class, model_config
-from .gguf_file import GGUFFile, Stored
-from .gguf_types import floats, is_float, kind_name, layer_weight
+from .gguf_types import floats, is_float, layer_weight
 from .recognition import recognise
 
 # of the rotary embedding, not of the model: they are in its config
@@ -97,7 +97,7 @@ class GGUFModel:
             yield ours, self._layer(stored) if ours.removesuffix(".weight") in wanted.places else self._other(stored)
 
     def advice(self) -> str:
-        kinds = sorted({kind_name(tensor.kind) for tensor in self.file.tensors.values() if len(tensor.shape) == 2})
+        kinds = sorted({type_name(tensor.kind) for tensor in self.file.tensors.values() if len(tensor.shape) == 2})
         return f"its matrices are of {', '.join(kinds)}; load it with transformers' from_pretrained(folder, gguf_file=...)"
 
     def _layer(self, stored: Stored) -> Tensor | Found | Misfit:

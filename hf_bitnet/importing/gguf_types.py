@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..gguf_file import F32, GGUFFile, Stored, type_name
 from .codes import Levels, Misfit
-from .gguf_file import F32, GGUFFile, Stored
 
 _F16, _BF16, _I2_S = 1, 30, 36
 _FLOATS = {F32: torch.float32, _F16: torch.float16, _BF16: torch.bfloat16}
@@ -65,15 +65,6 @@ _TYPES = {
 LEGAL = (*(each.name for each in _TYPES.values()), "I2_S", *_BY_VALUE.values(), "F32", "F16", "BF16")
 
 
-def kind_name(kind: int) -> str:
-    """The name of a type; "type 99" for one that nobody knows."""
-    import gguf  # pyright: ignore[reportMissingImports]
-
-    names = {_I2_S: "I2_S", **{number: each.name for number, each in _TYPES.items()}}
-    known = {int(each): each.name for each in gguf.GGMLQuantizationType}
-    return names.get(kind) or known.get(kind) or f"type {kind}"
-
-
 def is_float(tensor: Stored) -> bool:
     return tensor.kind in _FLOATS
 
@@ -92,7 +83,7 @@ def layer_weight(file: GGUFFile, tensor: Stored) -> Levels | Tensor | Misfit:
     if tensor.kind in _FLOATS or tensor.kind in _BY_VALUE:
         return floats(file, tensor)
     return Misfit(
-        f"it is stored as {kind_name(tensor.kind)}, whose values lie on no grid of a scheme here; legal: {', '.join(LEGAL)}. "
+        f"it is stored as {type_name(tensor.kind)}, whose values lie on no grid of a scheme here; legal: {', '.join(LEGAL)}. "
         "Convert the float checkpoint itself: from_pretrained(path, quantization_config=...)"
     )
 
@@ -121,7 +112,7 @@ def floats(file: GGUFFile, tensor: Stored) -> Tensor:
         raw = _raw(file, tensor, torch.Size(rows).numel())
         return torch.from_numpy(gguf.dequantize(raw.numpy().reshape(rows), kind).copy())
     except (ValueError, RuntimeError, KeyError) as error:  # kinds that the package does not decode raise a RuntimeError
-        raise ValueError(f"{file.path}: {tensor.name} of {kind_name(tensor.kind)} cannot be read ({error})") from error
+        raise ValueError(f"{file.path}: {tensor.name} of {type_name(tensor.kind)} cannot be read ({error})") from error
 
 
 def _raw(file: GGUFFile, tensor: Stored, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A GGUF file: its metadata and where its tensors are. Own; the format is docs/gguf.md of ggml, versions 2 and 3.
+"""Floor 0: a GGUF file, its metadata and where its tensors are. Own; the format is docs/gguf.md of ggml, versions 2 and 3.
 
 A reader of its own, because others stop at ids of tensor types that they do not know. Nothing in the file is believed: every
 count and length is compared with the bytes that are left before anything of that size is made.
@@ -26,6 +26,24 @@ _LEAST_PAIR, _LEAST_TENSOR = 13, 24
 _LARGEST = 2**48
 
 
+# also those of newer releases than the package gguf's, and of bitnet.cpp
+_TYPE_NAMES = {
+    **{0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K"},
+    **{12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S"},
+    **{20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"},
+    **{29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 36: "I2_S", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0", 42: "Q2_0"},
+}
+
+
+def type_name(kind: int) -> str:
+    """What ggml calls a type of tensors; "type 99" for one that nobody knows."""
+    return _TYPE_NAMES.get(kind, f"type {kind}")
+
+
+class Length(int):
+    """Of a list that is not kept: one of texts, or a long one of numbers."""
+
+
 class Stored(NamedTuple):
     """name: in the file. shape: rows first. kind: id of its type. start: of its bytes in the file."""
 
@@ -39,7 +57,8 @@ class GGUFFile:
     """An open file, mapped.
 
     Attributes:
-        metadata: key -> number, text, list of up to some thousand numbers, or the length of a longer array.
+        metadata: key -> number, text, list of up to some thousand numbers, or the Length of another list.
+        version: of the format.
         tensors: name -> where it is.
         pairs: the bytes of all metadata as they are in the file.
 
@@ -61,10 +80,10 @@ class GGUFFile:
 
     def _read(self) -> None:
         cursor = _Cursor(self.data, len(MAGIC))
-        version = cursor.number("I")
-        if version not in VERSIONS:
-            hint = "; it was written for machines of the other byte order" if version & 0xFFFF == 0 else ""
-            raise ValueError(f"{self.path} is of GGUF version {version}; legal: {', '.join(map(str, VERSIONS))}{hint}")
+        self.version: int = cursor.number("I")
+        if self.version not in VERSIONS:
+            hint = "; it was written for machines of the other byte order" if self.version & 0xFFFF == 0 else ""
+            raise ValueError(f"{self.path} is of GGUF version {self.version}; legal: {', '.join(map(str, VERSIONS))}{hint}")
         tensors, pairs = cursor.number("Q"), cursor.number("Q")
         cursor.expect(pairs * _LEAST_PAIR + tensors * _LEAST_TENSOR, f"{pairs} keys and {tensors} tensors")
         start = cursor.place
@@ -163,7 +182,7 @@ class _Cursor:
                 length = self.number("Q")
                 self.expect(length, f"a text of {length} bytes")
                 self.place += length
-            return count
+            return Length(count)
         if kind not in _NUMBERS:
             raise _Damaged(f"at byte {self.place} is a list of the type {kind}, which no list has")
         code = _NUMBERS[kind]
@@ -171,7 +190,7 @@ class _Cursor:
         self.expect(size, f"{count} numbers")
         if count > _LONGEST_ARRAY:
             self.place += size
-            return count
+            return Length(count)
         values = list(struct.unpack_from(f"<{count}{code}", self.data, self.place))
         self.place += size
         return values
