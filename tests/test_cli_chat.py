@@ -165,6 +165,32 @@ def test_conversation_by_the_template(templated: Path, capsys: Captured, monkeyp
     assert code == 2 and "--system needs a chat template, and --raw leaves it out" in err
 
 
+def lengths(capsys: Captured, monkeypatch: pytest.MonkeyPatch, path: Path, questions: str) -> tuple[str, list[int]]:
+    """What is printed, and how many tokens each answer read."""
+    stdin(monkeypatch, questions)
+    code, printed, err = run(capsys, "chat", path, "--max-new-tokens", 4)
+    assert code == 0
+    return printed, [int(line.split("reading ")[1].rstrip("]")) for line in err.splitlines() if "reading" in line]
+
+
+def test_only_what_is_new_is_read(templated: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = "a b c\nd e\nf\n/reset\na b c\n"
+    printed, read = lengths(capsys, monkeypatch, templated, questions)
+    monkeypatch.setattr(chat._Known, "start_of", lambda known, ids: (0, None))
+    whole, everything = lengths(capsys, monkeypatch, templated, questions)
+    assert printed == whole and everything[0] == everything[3] < everything[1] < everything[2]
+    assert read[0] == everything[0] and read[1] < everything[1] and read[2] < everything[2]
+    assert read[3] == 1  # of a text that is known only the last token is read again
+
+
+def test_layers_that_forget_read_everything(tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("mistral", vocab_size=len(chats.WORDS), sliding_window=4)[0]
+    model.save_pretrained(tmp_path)
+    chats.tokenizer().save_pretrained(tmp_path)
+    _, (first, second) = lengths(capsys, monkeypatch, tmp_path, "a b c\nd e\n")
+    assert second > first
+
+
 def test_long_conversations_forget_their_beginning(templated: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     stdin(monkeypatch, "a b c\n" * 5)
     code, printed, err = run(capsys, "chat", templated, "--max-new-tokens", 20)

@@ -1,7 +1,7 @@
 """`hf-bitnet chat`: a causal language model that answers, or continues, token by token.
 
-Ctrl-C ends the answer, a second one what is being computed. Leaves out: keys and values kept from one answer to the next;
-each answer reads the whole conversation again.
+Ctrl-C ends the answer, a second one what is being computed. Keys and values stay from one answer to the next, so that only what
+is new is read; not those of layers that forget (sliding windows, states), which cannot go back to where the two texts part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from torch import Tensor
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
 
 from .common import device_of, dtype_of, quietly, tokenizer_of
 from .generation import Printer, open_causal, positions_of
@@ -69,10 +71,14 @@ def _settings(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> dict
 
 @dataclass(frozen=True)
 class _Answer:
-    """Text, its tokens and times in seconds; `stopped` is "end", "length" or "interrupted"."""
+    """Text, its tokens and times in seconds; `stopped` is "end", "length" or "interrupted".
+
+    prompt_tokens: of the whole conversation. read_tokens: those of them that were not known from the answer before.
+    """
 
     text: str
     prompt_tokens: int
+    read_tokens: int
     tokens: int
     first_token_seconds: float
     tokens_per_second: float
@@ -86,13 +92,16 @@ class _Answer:
         how = {"end": "", "length": ", cut at the limit", "interrupted": ", interrupted"}[self.stopped]
         return (
             f"[{self.tokens} tokens{how}; {self.tokens_per_second:.1f} tokens/s, the first after "
-            f"{self.first_token_seconds:.2f} s of reading {self.prompt_tokens}]"
+            f"{self.first_token_seconds:.2f} s of reading {self.read_tokens}]"
         )
 
 
 @dataclass
 class _Talk:
-    """A model and what was said so far. `templated`: by the chat template; else each text is continued by itself."""
+    """A model and what was said so far.
+
+    templated: by the chat template; else each text is continued by itself. known: of what was read and written last.
+    """
 
     model: Any
     tokenizer: Any
@@ -100,6 +109,7 @@ class _Talk:
     settings: dict[str, Any]
     system: str | None
     messages: list[dict[str, str]] = field(default_factory=list)
+    known: _Known = field(default_factory=lambda: _Known())
 
     def answer(self, text: str, out: Any) -> _Answer:
         """Streams to `out`. Raises ValueError when the text does not fit the model's positions, or its template."""
@@ -108,12 +118,16 @@ class _Talk:
             inputs, room = self._inputs(text)
             printer, stop = Printer(self.tokenizer, out), _Stop()
             settings = {**self.settings, "max_new_tokens": room}
+            before, cache = self.known.start_of(inputs["input_ids"][0])
+            settings |= {"streamer": printer, "stopping_criteria": StoppingCriteriaList([stop])}
+            settings |= {} if cache is None else {"past_key_values": cache}  # not every model has such a thing
             with _interrupting(stop):
-                self.model.generate(**inputs, **settings, streamer=printer, stopping_criteria=StoppingCriteriaList([stop]))
+                output = self.model.generate(**inputs, **settings, return_dict_in_generate=True)
+            self.known.keep(output)
         except BaseException:
             self.messages.pop()
             raise
-        answer = self._measured(printer, stop, int(inputs["input_ids"].shape[1]), room)
+        answer = self._measured(printer, stop, int(inputs["input_ids"].shape[1]), before, room)
         self.messages.append({"role": "assistant", "content": answer.text})
         return answer
 
@@ -148,14 +162,41 @@ class _Talk:
             raise ValueError("the prompt has no token; give some text")
         return {name: value.to(self.model.device) for name, value in inputs.items() if name != "token_type_ids"}
 
-    def _measured(self, printer: Printer, stop: _Stop, prompt_tokens: int, room: int) -> _Answer:
+    def _measured(self, printer: Printer, stop: _Stop, prompt_tokens: int, before: int, room: int) -> _Answer:
         ended = self.settings.get("eos_token_id", self.model.generation_config.eos_token_id)
         ends = ended if isinstance(ended, list) else [ended]
         over = bool(printer.ids) and printer.ids[-1] in ends
         clock = printer.clock
         stopped = "end" if over else "interrupted" if stop.asked else "length"
         text = self.tokenizer.decode(printer.ids, skip_special_tokens=True)
-        return _Answer(text, prompt_tokens, clock.tokens, round(clock.first, 4), round(clock.rate, 3), stopped)
+        return _Answer(
+            text, prompt_tokens, prompt_tokens - before, clock.tokens, round(clock.first, 4), round(clock.rate, 3), stopped
+        )
+
+
+class _Known:
+    """Keys and values of a text, for the next one that begins like it."""
+
+    def __init__(self) -> None:
+        self._ids: list[int] = []
+        self._cache: DynamicCache | None = None
+
+    def start_of(self, ids: Tensor) -> tuple[int, DynamicCache | None]:
+        """Of token ids (length,): how many of the first are known, never all, and what is known of them. Forgets the rest."""
+        cache, self._cache = self._cache, None  # what is interrupted on the way is not kept
+        pairs = zip(self._ids, ids.tolist()[:-1], strict=False)
+        count = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self._ids), len(ids) - 1))
+        if cache is None or not count:
+            return 0, None
+        cache.crop(count - len(self._ids))
+        return count, cache
+
+    def keep(self, output: Any) -> None:
+        """What `generate` returned."""
+        cache = getattr(output, "past_key_values", None)
+        if type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers):
+            self._cache = cache
+            self._ids = output.sequences[0, : int(cache.get_seq_length())].tolist()  # the last one was written, not read
 
 
 class _Stop(StoppingCriteria):
