@@ -7,9 +7,11 @@ which machine writes there, so that what a killed one left behind is removed by 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import glob
+import hashlib
 import json
 import os
 import platform
@@ -21,9 +23,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_CONFIG = "config.json"
+_CONFIG, _REPORT = "config.json", "export.json"
 # what says that a folder was written by this library, or holds a model
-_MARKS = (_CONFIG, "export.json")
+_MARKS = (_CONFIG, _REPORT)
+# what huggingface_hub leaves beside what it downloads; and what Trainer needs to go on
+_CACHES = (".cache",)
+_OF_TRAINING = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "trainer_state.json")
 
 
 def beside(path: Path) -> Path:
@@ -31,8 +36,13 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{_machine()}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
 
 
+@functools.cache
 def _machine() -> str:
-    return re.sub(r"[^A-Za-z0-9-]", "-", platform.node()) or "localhost"
+    """Of the running system and of the container: only there a process number means one process."""
+    known = [platform.node()]
+    with contextlib.suppress(OSError):  # not on Linux
+        known += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:12]
 
 
 def remove_leftovers(path: Path) -> None:
@@ -92,7 +102,8 @@ def refuse_existing(folder: str | os.PathLike[str], *, overwrite: bool, advice: 
     """Raises ValueError when a folder holds something, and may not be or should not be replaced.
 
     Args:
-        overwrite: allows to replace a folder that holds a model (a config.json or export.json).
+        overwrite: allows to replace a folder that holds a model (a config.json or export.json), and nothing that is no part
+            of one: no other folders (.git, runs), no state of a training run.
         advice: how the caller's user allows it.
     """
     path = Path(folder)
@@ -104,13 +115,29 @@ def refuse_existing(folder: str | os.PathLike[str], *, overwrite: bool, advice: 
         raise ValueError(f"the folder {str(folder)!r} is not empty; choose another one, or replace it: {advice}")
     if not any((path / mark).is_file() for mark in _MARKS):
         raise ValueError(f"the folder {str(folder)!r} holds no model (no {_CONFIG}), so it is not replaced; choose another one")
+    if (strange := _no_part_of_a_model(path)) is not None:
+        raise ValueError(
+            f"the folder {str(folder)!r} holds {strange!r} beside a model, so it is not replaced; move that, or choose another"
+        )
+
+
+def _no_part_of_a_model(folder: Path) -> str | None:
+    """The name of something in a folder with a model that would be lost with it."""
+    written: set[str] = set()
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+        written = {Path(name).parts[0] for name in json.loads((folder / _REPORT).read_text(encoding="utf-8")).get("files", ())}
+    for entry in sorted(folder.iterdir()):
+        folders = entry.is_dir() and entry.name not in _CACHES
+        if entry.name not in written and (folders or entry.name in _OF_TRAINING):
+            return entry.name
+    return None
 
 
 @contextmanager
 def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False, advice: str = "overwrite=True") -> Iterator[Path]:
     """Yields an empty folder that becomes `folder` at the end, and disappears after an error.
 
-    Raises ValueError at once as `refuse_existing` does.
+    Raises ValueError as `refuse_existing` does, at once and again at the end: others may write there meanwhile.
     """
     refuse_existing(folder, overwrite=overwrite, advice=advice)
     path = Path(os.path.realpath(folder))  # of a link, what it leads to is replaced
@@ -120,18 +147,23 @@ def new_folder(folder: str | os.PathLike[str], *, overwrite: bool = False, advic
     temporary.mkdir()
     try:
         yield temporary
-        put_in_place(temporary, path)
+        refuse_existing(path, overwrite=overwrite, advice=advice)
+        put_in_place(temporary, path, overwrite=overwrite)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def put_in_place(temporary: Path, path: Path) -> None:
+def put_in_place(temporary: Path, path: Path, *, overwrite: bool = True) -> None:
     """Renames a complete folder to `path`; what was there is removed when the new one is in its place.
+
+    Without `overwrite` only an empty folder is, else OSError is raised.
 
     On Linux the two are exchanged in one step: whenever the process is killed, the old or the new folder is at `path`.
     Elsewhere there are two renames, and between them the old folder is beside it.
     """
-    if not path.exists():
+    if not overwrite or not path.exists():
+        if os.name == "nt" and path.is_dir():
+            path.rmdir()  # elsewhere a rename replaces an empty folder, and fails where it is not empty
         os.replace(temporary, path)
         return
     if _exchange(temporary, path):

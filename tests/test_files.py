@@ -59,6 +59,47 @@ def test_new_folder_replaces_a_model_only_when_allowed(tmp_path: Path) -> None:
         refuse_existing(out / "new", overwrite=True)
 
 
+def test_what_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for overwrite, words in ((False, "is not empty; choose another one"), (True, "holds no model")):
+        with pytest.raises(ValueError, match=words), new_folder(out, overwrite=overwrite):
+            out.mkdir(exist_ok=True)
+            (out / "precious.txt").write_text("x")
+        assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious.txt"]
+    (tmp_path / "new").mkdir()
+    with pytest.raises(OSError, match="not empty"):  # even between the last look and the renaming
+        put_in_place(tmp_path / "new", out, overwrite=False)
+    assert (out / "precious.txt").exists()
+
+
+def test_only_a_model_is_replaced(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {})
+    for name, made in ((".git", "folder"), ("checkpoint-500", "folder"), ("optimizer.pt", "file")):
+        (tmp_path / name).mkdir() if made == "folder" else (tmp_path / name).write_text("")
+        with pytest.raises(ValueError, match=f"holds '{name}' beside a model, so it is not replaced; move that"):
+            refuse_existing(tmp_path, overwrite=True)
+        (tmp_path / name).rmdir() if made == "folder" else (tmp_path / name).unlink()
+    for name in (".cache", "pictures"):  # of huggingface_hub, and of an export
+        (tmp_path / name).mkdir()
+    write_json(tmp_path / "export.json", {"files": {"pictures/curve.svg": 1}})
+    refuse_existing(tmp_path, overwrite=True)
+    (tmp_path / "export.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds 'pictures' beside a model"):
+        refuse_existing(tmp_path, overwrite=True)
+
+
+def test_a_process_of_another_container_counts_as_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "readlink", lambda path: "pid:[1]")
+        files._machine.cache_clear()
+        elsewhere = beside(tmp_path / "out").with_name(beside(tmp_path / "out").name.replace(f".{os.getpid()}.", ".999999."))
+    files._machine.cache_clear()
+    elsewhere.mkdir()
+    with new_folder(tmp_path / "out"):
+        pass
+    assert elsewhere.is_dir()
+
+
 def test_what_was_there_comes_back_when_renaming_fails(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("")
