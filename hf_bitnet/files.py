@@ -107,6 +107,10 @@ def refuse_existing(folder: str | os.PathLike[str], *, overwrite: bool, advice: 
         advice: how the caller's user allows it.
     """
     path = Path(folder)
+    if not os.fspath(folder) or path.resolve() == Path.cwd():
+        raise ValueError(
+            f"{os.fspath(folder)!r} is the folder that this process is in, which is not replaced; name another"
+        )
     if path.exists() and not path.is_dir():
         raise ValueError(f"{str(folder)!r} is a file; give a folder")
     if not path.is_dir() or not any(path.iterdir()):

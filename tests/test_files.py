@@ -72,6 +72,14 @@ def test_what_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     assert (out / "precious.txt").exists()
 
 
+def test_the_present_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("", ".", str(tmp_path)):
+        with pytest.raises(ValueError, match="the folder that this process is in, which is not replaced; name another"):
+            refuse_existing(name, overwrite=True)
+    refuse_existing("out", overwrite=False)
+
+
 def test_only_a_model_is_replaced(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {})
     for name, made in ((".git", "folder"), ("checkpoint-500", "folder"), ("optimizer.pt", "file")):
