@@ -108,9 +108,7 @@ def refuse_existing(folder: str | os.PathLike[str], *, overwrite: bool, advice: 
     """
     path = Path(folder)
     if not os.fspath(folder) or path.resolve() == Path.cwd():
-        raise ValueError(
-            f"{os.fspath(folder)!r} is the folder that this process is in, which is not replaced; name another"
-        )
+        raise ValueError(f"{os.fspath(folder)!r} is the folder that this process is in, which is not replaced; name another")
     if path.exists() and not path.is_dir():
         raise ValueError(f"{str(folder)!r} is a file; give a folder")
     if not path.is_dir() or not any(path.iterdir()):
@@ -135,6 +133,15 @@ def _no_part_of_a_model(folder: Path) -> str | None:
         if entry.name not in written and (folders or entry.name in _OF_TRAINING):
             return entry.name
     return None
+
+
+def refuse_overlap(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Raises ValueError when the folder to write and the folder that is read (or a name on the Hub) lie in one another."""
+    if not os.path.isdir(source):
+        return
+    one, other = Path(source).resolve(), Path(target).resolve()
+    if one == other or one in other.parents or other in one.parents:
+        raise ValueError(f"{os.fspath(target)!r} and the checkpoint {os.fspath(source)!r} overlap; choose another folder")
 
 
 @contextmanager

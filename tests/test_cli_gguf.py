@@ -94,6 +94,12 @@ def test_folders(tmp_path: Path, capsys: Captured) -> None:
     assert "a.gguf" in run(capsys, "info", folder)[1]
 
 
+def test_keys_do_not_reach_the_terminal_as_they_are(tmp_path: Path, capsys: Captured) -> None:
+    key = text("gen\x1b[31m") + struct.pack("<I", 8) + text("\x1b[32m")
+    code, printed, _ = run(capsys, "info", gguf_file(tmp_path / "a.gguf", [NAME, key], []))
+    assert code == 0 and "'gen\\x1b[31m' = '\\x1b[32m'" in printed and "\x1b" not in printed
+
+
 @pytest.mark.parametrize(
     ("pairs", "tensors", "message"),
     [

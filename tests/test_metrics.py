@@ -153,3 +153,21 @@ def test_what_they_say_about_themselves() -> None:
     for metric in (Perplexity(), AccuracyRetention(), QuantizationError()):
         assert "Returns:" in metric.inputs_description and metric.description
     assert [each.name for each in (Perplexity(), AccuracyRetention())] == ["perplexity", "accuracy_retention"]
+
+
+def test_labels_are_compared_as_they_are() -> None:
+    def found(predictions: Any, references: Any) -> dict[str, float] | None:
+        given = {"predictions": predictions, "references": references, "reference_predictions": references}
+        return AccuracyRetention().compute(**given)
+
+    for predictions, references, accuracy in (
+        (["01"], ["1"], 0.0),
+        (["1", "a"], ["1", "b"], 0.5),
+        (torch.tensor([1, 0]), np.array([1, 1]), 0.5),
+        ([True, False], [1, 1], 0.5),
+    ):
+        result = found(predictions, references)
+        assert result is not None and result["accuracy"] == accuracy
+    for predictions, references in (([0.9], [0]), (["0"], [0]), ([None], [0])):
+        with pytest.raises(ValueError, match="labels are all int or all str"):
+            found(predictions, references)

@@ -84,6 +84,8 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     text = " ".join(str(error).split())
+    if type(error).__module__.split(".")[0] in ("httpx", "httpx2"):  # of huggingface_hub, by its release
+        return f"the Hub cannot be reached ({text or type(error).__name__}); check the network, a proxy or HF_ENDPOINT"
     # errors made for users explain themselves; of others the kind is half of the message
     known = type(error) in (ValueError, TypeError, RuntimeError, UsageError, Failed) or isinstance(error, OSError)
     known = known or (isinstance(error, ImportError) and "pip install" in text)

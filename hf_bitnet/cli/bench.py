@@ -86,6 +86,8 @@ def _timed(arguments: argparse.Namespace, model: Any) -> Clock:
         max_new_tokens=count,
         min_new_tokens=count,
         do_sample=False,
+        num_beams=1,  # whatever the model's own settings say
+        num_return_sequences=1,
         pad_token_id=0,
         streamer=clock,
     )

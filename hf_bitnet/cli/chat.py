@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _settings(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
     """Of `generate`; what was not asked for stays as the model's generation config says."""
-    settings: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens}
+    # beams cannot be streamed
+    settings: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "num_beams": 1, "num_return_sequences": 1}
     if arguments.temperature is not None and arguments.temperature <= 0:
         settings["do_sample"] = False
     elif arguments.temperature is not None or arguments.top_p is not None:
@@ -113,6 +114,8 @@ class _Talk:
 
     def answer(self, text: str, out: Any) -> _Answer:
         """Streams to `out`. Raises ValueError when the text does not fit the model's positions, or its template."""
+        if not self.templated:
+            self.messages.clear()
         self.messages.append({"role": "user", "content": text})
         try:
             inputs, room = self._inputs(text)
@@ -137,7 +140,8 @@ class _Talk:
         while True:
             inputs = self._encoded(text)
             tokens = inputs["input_ids"].shape[1]
-            if most is None or tokens + wanted <= most or len(self.messages) < 3:
+            # an answer may be shorter than what is wanted at most: half of the positions are room enough
+            if most is None or tokens + min(wanted, most // 2) <= most or len(self.messages) < 3:
                 break
             del self.messages[:2]
             print("[the conversation is too long; its oldest question is forgotten]", file=sys.stderr)

@@ -88,15 +88,21 @@ def dtype_of(name: str) -> Any:
 def device_of(name: str | None) -> torch.device:
     """The device that was named, or the GPU where there is one."""
     try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise UsageError(f"--device {name} is no device; for example cpu, cuda or cuda:1") from None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        said = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"--device {name} cannot be used here ({said}); for example cpu, cuda or cuda:1") from None
+    return device
 
 
 def tokenizer_of(path: str) -> Any:
-    """The tokenizer beside a model. Raises OSError with the model's name."""
+    """The tokenizer beside a model; its code is never run. Raises OSError with the model's name."""
     with naming(path):
-        return transformers.AutoTokenizer.from_pretrained(path)
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def texts(names: list[str]) -> list[Path]:

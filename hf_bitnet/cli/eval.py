@@ -26,11 +26,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     harness = None if arguments.tasks is None else Harness(arguments.tasks, arguments.task_folder)
     tokenizer = tokenizer_of(arguments.model)
     windows = _windows(arguments, tokenizer)
+    other = None
+    if arguments.against is not None:  # before anything is measured
+        other = open_tokenizer(arguments.against)
+        _check_same_tokens(arguments, windows, other)
     result, high = _measured(arguments, arguments.model, tokenizer, windows, harness)
     reference = None
     if arguments.against is not None:
-        other = open_tokenizer(arguments.against)
-        _check_same_tokens(arguments, windows, other)
         reference, _ = _measured(arguments, arguments.against, other or tokenizer, windows, harness)
         result["against"] = reference
     _compare(arguments, result, reference, high)

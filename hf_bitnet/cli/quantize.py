@@ -13,13 +13,15 @@ import transformers
 
 from .. import BitNetQuantizationConfig, coverage, fit_weights, open_model, pack_model, quantize_model, text_windows
 from ..calibration import METHODS, FitReport
-from ..files import new_folder, refuse_existing
+from ..files import new_folder, refuse_existing, refuse_overlap
 from ..hub import library_versions, model_card, write_card
 from ..publish.opening import model_class
-from .common import config_from, dtype_of, quietly, say, summary, texts
+from .common import config_from, dtype_of, quietly, say, summary, texts, tokenizer_of
 from .options import UsageError
 
 _FIT_LENGTH, _FIT_BATCH = 256, 8
+# left open, transformers would ask on the terminal whether to run a checkpoint's code, and take piped text for the answer
+_HUB: dict[str, Any] = {"trust_remote_code": False}
 
 
 @quietly
@@ -34,6 +36,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.out is None:
         raise UsageError("where to? Give a folder: hf-bitnet quantize MODEL OUT (or --dry-run)")
     refuse_existing(arguments.out, overwrite=arguments.force, advice="--force")
+    refuse_overlap(arguments.model, arguments.out)
     kind, _ = model_class(arguments.model)
     start = time.perf_counter()
     model, report = _quantized(arguments, kind, config)
@@ -63,16 +66,16 @@ def _quantized(arguments: argparse.Namespace, kind: Any, config: BitNetQuantizat
     if arguments.fit is None:
         if arguments.fit_file is not None:
             raise UsageError("--fit-file without --fit; add --fit gptq")
-        return kind.from_pretrained(arguments.model, dtype=dtype, quantization_config=config), None
+        return kind.from_pretrained(arguments.model, dtype=dtype, quantization_config=config, **_HUB), None
     METHODS.get(arguments.fit)  # a misspelt one is told before anything is read
     if arguments.fit != "least_squares" and arguments.fit_file is None:
         raise UsageError(f"--fit {arguments.fit} needs text: --fit-file train.txt (or --fit least_squares, which does without)")
-    stored = kind.from_pretrained(arguments.model, dtype=dtype, device_map="meta").dtype
+    stored = kind.from_pretrained(arguments.model, dtype=dtype, device_map="meta", **_HUB).dtype
     # float32, so that the weights behind the codes are exact; what stays float goes back to its dtype in the end
-    model = kind.from_pretrained(arguments.model, dtype=torch.float32)
+    model = kind.from_pretrained(arguments.model, dtype=torch.float32, **_HUB)
     batches = None
     if arguments.fit_file is not None:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
+        tokenizer = tokenizer_of(arguments.model)
         files = texts(arguments.fit_file)
         length = min(_FIT_LENGTH, getattr(model.config, "max_position_embeddings", None) or _FIT_LENGTH)
         windows = text_windows(tokenizer, files, length, max_windows=arguments.fit_windows)
@@ -87,6 +90,6 @@ def _quantized(arguments: argparse.Namespace, kind: Any, config: BitNetQuantizat
 def _copy_processor(arguments: argparse.Namespace, folder: Path) -> None:
     try:
         # finds the tokenizer, image processor or feature extractor, too
-        transformers.AutoProcessor.from_pretrained(arguments.model).save_pretrained(folder)
+        transformers.AutoProcessor.from_pretrained(arguments.model, **_HUB).save_pretrained(folder)
     except Exception:
         print("note: no tokenizer or processor found beside the model; none is saved", file=sys.stderr)

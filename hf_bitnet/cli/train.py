@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments, tokenizer, arguments.validation_file, arguments.validation_split, arguments.max_validation_windows
     )
     kind, _ = model_class(arguments.model)
-    model = kind.from_pretrained(arguments.model, dtype=torch.float32)
+    model = kind.from_pretrained(arguments.model, dtype=torch.float32, trust_remote_code=False)
     out = sys.stderr if arguments.json else sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # Trainer's log lines
         results = convert(
@@ -84,6 +84,8 @@ def _training(arguments: argparse.Namespace) -> QATArguments:
         name, found, value = setting.partition("=")
         if not found:
             raise UsageError(f"--set {setting}: write NAME=VALUE, for example --set warmup_steps=0.1")
+        if name.strip() in ("output_dir", "resume_from_checkpoint"):
+            raise UsageError(f"--set {setting}: {name.strip()} has a place of its own on this command line; see --help")
         if name.strip() not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""

@@ -40,9 +40,25 @@ class AccuracyRetention(OfflineMetric):
             description=_DESCRIPTION,
             citation="",
             inputs_description=_INPUTS,
-            # whole numbers first: everything else would be taken as text
             features=[Features({name: Value(kind) for name in names}) for kind in ("int64", "string")],
         )
+
+    # by the values: the features convert what they get, and would make one label of "01", "1" and 1.5
+    def _infer_feature_from_batch(self, batch: dict[str, Any]) -> Any:
+        super()._infer_feature_from_batch(batch)  # refuses empty columns
+        return self._features_of([label for column in batch.values() for label in _labels(column)])
+
+    def _infer_feature_from_example(self, example: dict[str, Any]) -> Any:
+        return self._features_of([label for value in example.values() for label in _labels([value])])
+
+    def _features_of(self, labels: list[Any]) -> Features:
+        numbers, words = self.info.features  # type: ignore[misc]
+        if all(isinstance(label, str) for label in labels):
+            return words
+        if all(isinstance(label, int) for label in labels):
+            return numbers
+        kinds = ", ".join(sorted({type(label).__name__ for label in labels}))
+        raise ValueError(f"AccuracyRetention: labels are all int or all str, these are {kinds}; of logits give argmax(-1)")
 
     def _compute(  # type: ignore[override]
         self, *, predictions: list[Any], references: list[Any], reference_predictions: list[Any]
@@ -56,6 +72,12 @@ class AccuracyRetention(OfflineMetric):
             "retention": found / before if before else math.nan,
             "agreement": _equal(predictions, reference_predictions) / number,
         }
+
+
+def _labels(column: Any) -> list[Any]:
+    """Python's own numbers and texts, of a list, an array or a tensor."""
+    listed = column.tolist() if hasattr(column, "tolist") else list(column)
+    return [label.item() if hasattr(label, "item") else label for label in listed]
 
 
 def _equal(these: list[Any], those: list[Any]) -> int:

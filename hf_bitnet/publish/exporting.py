@@ -14,13 +14,12 @@ from transformers import PreTrainedModel
 
 from ..config import NATIVE_METHOD, QUANT_METHOD, BitNetQuantizationConfig
 from ..export import EXPORT_FORMATS, Check, ExportFormat, ExportReport, ParityError, Source
-from ..files import new_folder, refuse_existing, write_json
+from ..files import new_folder, refuse_existing, refuse_overlap, write_json
 from ..hub import card_data, library_versions, model_card, without_bars, write_card
 from ..surgery import check_codes, check_scales, config_place
 from .opening import model_class, open_model, open_tokenizer
 
 REPORT = "export.json"
-_VERIFY = (True, "codes", False)
 
 
 def export_model(
@@ -61,11 +60,12 @@ def export_model(
         ParityError: what was read back is another model.
     """
     kind = EXPORT_FORMATS.get(format)
-    if verify not in _VERIFY:
+    if not any(verify is each for each in (True, False)) and verify != "codes":  # 1 == True
         raise ValueError(f"verify={verify!r}; legal: True (codes and logits), 'codes', False")
     chosen = _with_options(kind, format, options)
     refuse_existing(out, overwrite=overwrite)
-    _refuse_itself(model, out)
+    if isinstance(model, str | os.PathLike):
+        refuse_overlap(model, out)
     target = Path(os.path.abspath(out))
     known = card_data(model) if isinstance(model, str | os.PathLike) else None
     source = _source(model, tokenizer, name or target.name)
@@ -140,15 +140,6 @@ def _source(model: Any, tokenizer: Any, name: str) -> Source:
     check_scales(model)
     check_codes(model)
     return Source(model, tokenizer, name)
-
-
-def _refuse_itself(model: Any, out: str | os.PathLike[str]) -> None:
-    if isinstance(model, str | os.PathLike) and os.path.isdir(model):
-        checkpoint, target = Path(model).resolve(), Path(out).resolve()
-        if target == checkpoint or target in checkpoint.parents or checkpoint in target.parents:
-            raise ValueError(
-                f"the export {os.fspath(out)!r} and the checkpoint {os.fspath(model)!r} overlap; choose another folder"
-            )
 
 
 def _refuse_foreign(path: str | os.PathLike[str]) -> None:

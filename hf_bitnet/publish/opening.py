@@ -88,7 +88,8 @@ def naming(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"cannot load {path!r}: {error}") from error
+        missing = "" if os.path.exists(path) else "there is no such folder here, and of the Hub: "
+        raise OSError(f"cannot load {path!r}: {missing}{error}") from error
     except StrictDataclassError as error:  # a field of config.json has another type than the model's config
         raise ValueError(f"the config.json of {path!r} is not one of a model: {error}") from error
 

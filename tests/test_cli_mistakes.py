@@ -1,0 +1,131 @@
+"""What looks like a small mistake on the command line, and costs a model, an hour, or more."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import hf_bitnet as hb
+from tests.command_line import Captured, run, save_base, save_quantized
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_quantized(tmp_path_factory.mktemp("packed"))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("chat", "{evil}", "--raw"),
+        ("info", "{evil}"),
+        ("quantize", "{evil}", "{out}"),
+        ("eval", "{evil}", "--text", "{text}"),
+        ("export", "{evil}", "{out}", "--format", "dense"),
+        ("train", "{evil}", "{out}", "--train-file", "{text}", "--validation-file", "{text}"),
+    ],
+)
+def test_piped_text_is_no_consent_to_run_code(
+    words: tuple[str, ...], tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evil, ran = tmp_path / "evil", tmp_path / "ran"
+    evil.mkdir()
+    code = f"open({str(ran)!r}, 'w').close()\nfrom transformers import PreTrainedConfig\n"
+    (evil / "evil.py").write_text(code + "class C(PreTrainedConfig):\n    model_type = 'evil'\n")
+    maps = {"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.C"}}
+    (evil / "config.json").write_text(json.dumps({"model_type": "evil", **maps}))
+    (evil / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.C", None]}}))
+    (tmp_path / "text.txt").write_text("some words " * 50)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\nyes\n" * 8))
+    given = {"evil": evil, "out": tmp_path / "out", "text": tmp_path / "text.txt"}
+    code, _, err = run(capsys, *(word.format(**given) for word in words))
+    assert code == 1 and err and not ran.exists()
+
+
+def test_a_model_is_not_quantized_onto_itself(base: Path, tmp_path: Path, capsys: Captured) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(base / name, model)
+    before = contents(model)
+    for out in (model, model / "packed", tmp_path):
+        code, _, err = run(capsys, "quantize", model, out, "--force")
+        assert code == 1 and ("overlap; choose another folder" in err or "so it is not replaced" in err)
+    assert contents(model) == before and not (model / "packed").exists()
+
+
+def test_other_tokens_are_noticed_before_anything_is_measured(base: Path, tmp_path: Path, capsys: Captured) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    first, last = list(words)[5], list(words)[-1]
+    words[first], words[last] = words[last], words[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    code, printed, err = run(capsys, "eval", base, "--text", base / "valid.txt", "--length", 16, "--against", other)
+    assert (code, printed) == (1, "") and "has another tokenizer than" in err
+
+
+def test_beams_of_the_settings_are_left_out(packed: Path, tmp_path: Path, capsys: Captured) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(packed, model)
+    (model / "generation_config.json").write_text(json.dumps({"num_beams": 2, "num_return_sequences": 2}))
+    assert run(capsys, "chat", model, "--prompt", "ba", "--max-new-tokens", 3)[0] == 0
+    assert run(capsys, "bench", model, "--prompt-tokens", 4, "--new-tokens", 3, "--repeats", 1)[0] == 0
+
+
+def test_texts_without_a_template_are_no_conversation(packed: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("ba\n" * 4))
+    code, _, err = run(capsys, "chat", packed, "--max-new-tokens", 60)
+    assert code == 0 and "forgotten" not in err
+
+
+def test_fields_with_an_option_of_their_own_are_not_set_twice(base: Path, tmp_path: Path, capsys: Captured) -> None:
+    text = base / "valid.txt"
+    files = ("--train-file", text, "--validation-file", text)
+    for name in ("output_dir", "resume_from_checkpoint"):
+        code, _, err = run(capsys, "train", base, tmp_path / "out", *files, "--set", f"{name}=7")
+        assert code == 2 and f"{name} has a place of its own on this command line" in err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_device_that_is_not_there(packed: Path, capsys: Captured) -> None:
+    code, _, err = run(capsys, "bench", packed, "--device", "cuda:77")
+    assert code == 2 and "--device cuda:77 cannot be used here" in err and "for example cpu" in err
+
+
+def test_verify_is_what_it_says(packed: Path, tmp_path: Path) -> None:
+    for verify in (1, 0, "logits", None):
+        with pytest.raises(ValueError, match="legal: True"):
+            hb.export_model(packed, tmp_path / "out", format="dense", verify=verify)  # type: ignore[arg-type]
+
+
+def test_a_folder_that_is_not_there_and_a_hub_that_cannot_be_reached(
+    packed: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run(capsys, "eval", "not-there", "--text", packed)
+    assert code == 1 and "cannot load 'not-there': there is no such folder here, and of the Hub: " in err
+
+    # huggingface_hub lets the errors of its client through, whose name depends on its release
+    unreachable = type("ConnectError", (Exception,), {"__module__": "httpx2"})("[Errno -2] Name or service not known")
+
+    def push(*_: object, **__: object) -> None:
+        raise unreachable
+
+    monkeypatch.setattr("hf_bitnet.cli.push.push_to_hub", push)
+    code, _, err = run(capsys, "push", packed, "me/model")
+    assert code == 1 and "the Hub cannot be reached ([Errno -2] Name or service not known); check the network" in err
