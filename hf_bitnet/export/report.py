@@ -110,7 +110,12 @@ class ExportReport:
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} x {kind}" for kind, count in self.kinds().items())
         lines = [f"{self.format}: {self.path}, {self.bytes / 1e6:.2f} MB in {self.seconds:.1f} s", f"tensors: {kinds}"]
-        lines += [f"fallback: {each.stored} as {each.kind}: {each.why}" for each in self.fallbacks]
+        alike: dict[tuple[str, str], list[str]] = {}
+        for each in self.fallbacks:
+            alike.setdefault((each.kind, each.why), []).append(each.stored)
+        for (kind, why), names in alike.items():
+            which = names[0] if len(names) == 1 else f"{len(names)} tensors ({names[0]}, ...)"
+            lines.append(f"fallback: {which} as {kind}: {why}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, *(f"parity: {check}" for check in self.checks)])
 

@@ -119,6 +119,8 @@ class MeasuredRun:
 
     def measure(self, step: str, model: PreTrainedModel, windows: Tensor) -> None:
         """Perplexity under the mixed precision of the run, each process on its share of the windows (count, length)."""
+        if self.args.disable_tqdm:  # there is no bar to look at
+            self.say(f"measuring ({step.replace('_', ' ')}): {len(windows)} windows of {windows.shape[1]} tokens")
         with self.timed("evaluate"):
             # all processes run as many forwards, which models that are shared out between them need
             rank, world = self.args.process_index, self.args.world_size
