@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import hf_bitnet as hb
-from hf_bitnet.export import ParityError, Source, plain
+from hf_bitnet.export import ExportReport, ParityError, Source, WrittenTensor, plain
 from hf_bitnet.export.stream import planned, write_safetensors
 from tests.tiny import tiny
 
@@ -122,3 +122,13 @@ def test_blocks_of_rows(fields: dict[str, Any]) -> None:
         assert torch.equal(torch.cat([part.codes for part in parts]), whole.codes)
         values = torch.cat([part.dequantize() for part in parts])
         assert torch.equal(values, whole.dequantize())
+
+
+def test_fallbacks_of_one_reason_are_one_line() -> None:
+    def written(name: str, kind: str, why: str = "") -> WrittenTensor:
+        return WrittenTensor(name, name, kind, (2, 192), 24, why)
+
+    tensors = [written("a", "Q2_0", "too narrow"), written("b", "Q2_0", "too narrow"), written("c", "Q8_0", "no grid")]
+    report = ExportReport("gguf", "out", {}, [*tensors, written("d", "TQ2_0")], [], [], {}, 0.1, {})
+    lines = [line for line in str(report).splitlines() if line.startswith("fallback")]
+    assert lines == ["fallback: 2 tensors (a, ...) as Q2_0: too narrow", "fallback: c as Q8_0: no grid"]
