@@ -10,7 +10,7 @@ architectures, which transformers does not read, are here: rotation in halves, s
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,9 @@ from ..gguf_file import GGUFFile, Stored, type_name
 from .assembly import Wanted
 from .codes import Found, Levels, Misfit, fit
 from .folder import model_class, model_config
+from .gguf_positions import ROTARY, said, set_positions
 from .gguf_types import floats, is_float, layer_weight
 from .recognition import recognise
-
-# of the rotary embedding, not of the model: they are in its config
-_ROTARY = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-# Llama 3.1 and 3.2, beside the factor itself
-_LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ class GGUFModel:
     def tensors(self, wanted: Wanted) -> Iterator[tuple[str, Tensor | Found | Misfit]]:
         names = self._names(wanted)
         for name, stored in self.file.tensors.items():
-            if name in _ROTARY or _scaled(name) in self.file.tensors:
+            if name in ROTARY or _scaled(name) in self.file.tensors:
                 continue
             ours = names.get(name)
             if ours is None:
@@ -152,19 +148,14 @@ class GGUFModel:
         return names
 
     def _config(self) -> PreTrainedConfig:
-        layers = self._said("block_count")
+        layers = said(self.file, "block_count")
         if not isinstance(layers, int) or not 1 <= layers <= len(self.file.tensors):
             raise ValueError(f"{self.source} says that it has {layers} layers, in {len(self.file.tensors)} tensors")
         config = self._bitnet_config() if self.architecture.activation else self._read_by_transformers()
-        head_size = self._said("attention.key_length")
+        head_size = said(self.file, "attention.key_length")
         if head_size is not None and hasattr(config, "head_dim"):
             config.head_dim = head_size  # transformers reads it for some architectures only
-        rotary = [name for name in _ROTARY if name in self.file.tensors]
-        if rotary and not (rotary == [_ROTARY[0]] and self._scale_rotation(config)):
-            raise ValueError(
-                f"{self.source} holds {rotary[0]}, a change of its rotary embedding that its metadata does not describe; give "
-                "the config of the original: import_model(..., base=<folder or Hub name>)"
-            )
+        set_positions(self.file, config)
         return config
 
     def _read_by_transformers(self) -> PreTrainedConfig:
@@ -177,15 +168,14 @@ class GGUFModel:
     def _bitnet_config(self) -> PreTrainedConfig:
         metadata = self.file.metadata
         fields: dict[str, Any] = {
-            "vocab_size": self._said("vocab_size") or metadata.get("tokenizer.ggml.tokens"),
-            "hidden_size": self._said("embedding_length"),
-            "intermediate_size": self._said("feed_forward_length"),
-            "num_hidden_layers": self._said("block_count"),
-            "num_attention_heads": self._said("attention.head_count"),
-            "num_key_value_heads": self._said("attention.head_count_kv"),
-            "max_position_embeddings": self._said("context_length"),
-            "rms_norm_eps": self._said("attention.layer_norm_rms_epsilon"),
-            "rope_parameters": {"rope_type": "default", "rope_theta": self._said("rope.freq_base") or 10000.0},
+            "vocab_size": said(self.file, "vocab_size") or metadata.get("tokenizer.ggml.tokens"),
+            "hidden_size": said(self.file, "embedding_length"),
+            "intermediate_size": said(self.file, "feed_forward_length"),
+            "num_hidden_layers": said(self.file, "block_count"),
+            "num_attention_heads": said(self.file, "attention.head_count"),
+            "num_key_value_heads": said(self.file, "attention.head_count_kv"),
+            "max_position_embeddings": said(self.file, "context_length"),
+            "rms_norm_eps": said(self.file, "attention.layer_norm_rms_epsilon"),
             "hidden_act": self.architecture.activation,
             "tie_word_embeddings": "output.weight" not in self.file.tensors,
             **{f"{token}_token_id": metadata.get(f"tokenizer.ggml.{token}_token_id") for token in ("bos", "eos")},
@@ -194,26 +184,6 @@ class GGUFModel:
             return transformers.BitNetConfig(**fields)
         except Exception as error:  # transformers' own checks raise a class of their own
             raise ValueError(f"{self.source}: its metadata does not describe a BitNet model ({error})") from error
-
-    def _said(self, key: str) -> Any:
-        return self.file.metadata.get(f"{self.file.architecture}.{key}")
-
-    def _scale_rotation(self, config: PreTrainedConfig) -> bool:
-        """Writes what divides the frequencies into the config, where it is nothing or what Llama 3 does; else False."""
-        divided_by = floats(self.file, self.file.tensors[_ROTARY[0]]).float().flatten()
-        if bool((divided_by == 1).all()):
-            return True
-        plain = dict(getattr(config, "rope_parameters", None) or {})
-        theta, size = plain.get("rope_theta"), 2 * divided_by.numel()
-        if theta is None:
-            return False
-        config.rope_parameters = {**plain, **_LLAMA3, "factor": float(divided_by.amax())}
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-        compute: Callable[..., Any] = ROPE_INIT_FUNCTIONS[_LLAMA3["rope_type"]]
-        frequencies = 1.0 / theta ** (torch.arange(0, size, 2).float() / size)
-        found = compute(config, torch.device("cpu"))[0]
-        return found.shape == frequencies.shape and torch.allclose(found, frequencies / divided_by, rtol=1e-4)
 
 
 def require_gguf() -> None:
