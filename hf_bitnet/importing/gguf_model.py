@@ -24,6 +24,7 @@ from ..gguf_file import GGUFFile, Stored, type_name
 from .assembly import Wanted
 from .codes import Found, Levels, Misfit, fit
 from .folder import model_class, model_config
+from .gguf_gemma import set_attention, set_scale
 from .gguf_positions import ROTARY, said, set_positions
 from .gguf_types import floats, is_float, layer_weight
 from .recognition import recognise
@@ -77,6 +78,7 @@ class GGUFModel:
             raise ValueError(f"{path} is one of {parts} parts; join them first: llama-gguf-split --merge <first part> <file>")
         self.architecture = _ARCHITECTURES[name]
         self.config = model_config(base) if base is not None else self._config()
+        set_scale(self.file, self.config)
 
     def tensors(self, wanted: Wanted) -> Iterator[tuple[str, Tensor | Found | Misfit]]:
         names = self._names(wanted)
@@ -155,6 +157,7 @@ class GGUFModel:
         head_size = said(self.file, "attention.key_length")
         if head_size is not None and hasattr(config, "head_dim"):
             config.head_dim = head_size  # transformers reads it for some architectures only
+        set_attention(self.file, config)
         set_positions(self.file, config)
         return config
 
