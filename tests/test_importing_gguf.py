@@ -4,6 +4,7 @@ of the same file, and ggml's own decoders; damaged files are refused."""
 from __future__ import annotations
 
 import ctypes
+import math
 from pathlib import Path
 from typing import Any
 
@@ -193,18 +194,46 @@ def test_forms_and_options(form: str, tmp_path: Path) -> None:
     assert import_model(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_scale_beside_a_layer(tmp_path: Path) -> None:
+def beside(name: str, architecture: str, *values: float) -> dict[str, foreign.Stored]:
+    """A further scale of a parameter, in a tensor by itself."""
+    stored = foreign.gguf_name(f"{name}.weight", architecture).removesuffix("weight") + "scale"
+    return {stored: ((len(values),), F32, np.float32(values).tobytes())}
+
+
+@pytest.mark.parametrize("kind", [TQ2_0, I2_S, F16, F32])
+def test_scale_beside_a_layer(kind: int, tmp_path: Path) -> None:
     """llama.cpp's own converter of BitNet keeps the scale in a tensor by itself."""
     model, _ = wide("bitnet", hidden_act="silu", tie_word_embeddings=True)
     onto_grid(model, TERNARY, scale=1.0)
-    beside = {
-        foreign.gguf_name(f"{name}.weight", "bitnet").removesuffix("weight") + "scale": ((1,), F32, np.float32(0.3).tobytes())
-        for name in projections(model)
-    }
-    imported = import_model(model_to_gguf(tmp_path / "model.gguf", model, "bitnet", TQ2_0, changes=beside))
+    changes = {key: each for name in projections(model) for key, each in beside(name, "bitnet", 0.3).items()}
+    imported = import_model(model_to_gguf(tmp_path / "model.gguf", model, "bitnet", kind, changes=changes))
     assert imported.config.hidden_act == "silu"
     for name, value in values_of(imported).items():
         assert torch.equal(value, projections(model)[name].weight * torch.tensor(0.3))
+
+
+def test_scale_beside_floats(tmp_path: Path) -> None:
+    """Of the output head, and of a layer that lies on no grid."""
+    model, _ = wide("llama", num_hidden_layers=1)
+    onto_grid(model, TERNARY)
+    kept = "model.layers.0.mlp.up_proj"
+    model.get_submodule(kept).weight.data.normal_()
+    up = {"blk.0.ffn_up.weight": ((512, 256), F32, foreign.encoded(model.get_submodule(kept).weight, F32))}
+    changes = {**beside("lm_head", "llama", 0.3), **beside(kept, "llama", 0.7), **up}
+    imported = import_model(model_to_gguf(tmp_path / "model.gguf", model, "llama", TQ2_0, changes=changes))
+    assert torch.equal(imported.lm_head.weight, model.lm_head.weight * torch.tensor(0.3))
+    assert torch.equal(imported.get_submodule(kept).weight, model.get_submodule(kept).weight * torch.tensor(0.7))
+
+
+@pytest.mark.parametrize("values", [(0.3, 0.3), (math.nan,), (math.inf,), (0.0,), (-1.0,)])
+@pytest.mark.parametrize("kind", [TQ2_0, F32])
+def test_scales_beside_that_are_none(kind: int, values: tuple[float, ...], tmp_path: Path) -> None:
+    model, _ = wide("llama", num_hidden_layers=1)
+    onto_grid(model, TERNARY)
+    changes = beside("model.layers.0.mlp.up_proj", "llama", *values)
+    path = model_to_gguf(tmp_path / "model.gguf", model, "llama", kind, changes=changes)
+    with pytest.raises(ValueError, match=r"blk.0.ffn_up.scale has (shape|the value) .*; legal is one number above 0"):
+        import_model(path)
 
 
 def test_llama3_rotation(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ architectures, which transformers does not read, are here: rotation in halves, s
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,30 +100,42 @@ class GGUFModel:
         return f"its matrices are of {', '.join(kinds)}; load it with transformers' from_pretrained(folder, gguf_file=...)"
 
     def _layer(self, stored: Stored) -> Tensor | Found | Misfit:
-        weight = layer_weight(self.file, stored)
+        weight, factor = layer_weight(self.file, stored), self._further_scale(stored)
         if isinstance(weight, Misfit):
             return weight
         order = self._row_order(stored)
         if isinstance(weight, Tensor):
             weight = weight if order is None else weight[order]
             got = recognise(weight)
-            # a layer of floats may be one that was never quantized
-            return weight if isinstance(got, Misfit) and is_float(stored) else got
-        scale = weight.scale * self._further_scale(stored)
+            if isinstance(got, Misfit):  # a layer of floats may be one that was never quantized
+                return _times(weight, factor) if is_float(stored) else got
+            scale = got.quantized.scale * factor
+            if not bool(torch.isfinite(scale).all()):
+                return Misfit(f"its scale times {_scale_of(stored)} is infinite")
+            return got._replace(quantized=got.quantized._replace(scale=scale))
+        scale = weight.scale * factor
         levels = weight.levels if order is None else weight.levels[order]
         scale = scale if order is None or scale.shape[0] == 1 else scale[order]
         return fit(Levels(levels, scale, weight.bits), self.outside)
 
     def _other(self, stored: Stored) -> Tensor:
-        tensor, order = floats(self.file, stored), self._row_order(stored)
+        tensor, order = _times(floats(self.file, stored), self._further_scale(stored)), self._row_order(stored)
         if self.architecture.norm_offset and stored.name.endswith("norm.weight"):
             tensor = tensor.float() - self.architecture.norm_offset
         return tensor if order is None else tensor[order]
 
-    def _further_scale(self, stored: Stored) -> Tensor:
-        """`<layer>.scale`, with which llama.cpp multiplies what comes out of a layer of the architecture bitnet."""
-        found = self.file.tensors.get(stored.name.removesuffix(".weight") + ".scale")
-        return torch.ones(1, 1) if found is None else floats(self.file, found).float().reshape(1, 1)
+    def _further_scale(self, stored: Stored) -> float:
+        """`<layer>.scale`, with which llama.cpp multiplies what comes out of a layer; 1 where there is none."""
+        found = self.file.tensors.get(_scale_of(stored)) if stored.name.endswith(".weight") else None
+        if found is None:
+            return 1.0
+        factor = float(floats(self.file, found)) if math.prod(found.shape) == 1 else None
+        if factor is None or not 0 < factor < math.inf:
+            got = f"shape {found.shape}" if factor is None else f"the value {factor}"
+            raise ValueError(
+                f"{self.source}: {found.name} has {got}; legal is one number above 0. Copy or download the file again"
+            )
+        return factor
 
     def _row_order(self, stored: Stored) -> Tensor | None:
         """Which row of the file is which row of the model, for queries and keys of permuted architectures."""
@@ -195,6 +208,15 @@ def require_gguf() -> None:
         import gguf  # noqa: F401 # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError("reading a GGUF file needs the package gguf: pip install 'hf_bitnet[gguf]'") from None
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    """In float32, unless there is nothing to multiply with."""
+    return tensor if factor == 1.0 else tensor.float() * factor
+
+
+def _scale_of(stored: Stored) -> str:
+    return stored.name.removesuffix("weight") + "scale"
 
 
 def _scaled(name: str) -> str | None:
