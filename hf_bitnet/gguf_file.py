@@ -17,7 +17,8 @@ VERSIONS = (2, 3)
 F32 = 0
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "?", 10: "Q", 11: "q", 12: "d"}
-_ALIGNMENT = 32
+# files are padded to it, so a large one is written by nobody and makes a copy without weights huge
+_ALIGNMENT, _LARGEST_ALIGNMENT = 32, 2**16
 _MOST_DIMENSIONS = 4
 # arrays longer than this (vocabularies) are passed over; only their length is kept
 _LONGEST_ARRAY = 4096
@@ -100,6 +101,8 @@ class GGUFFile:
         alignment = self.metadata.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise _Damaged(f"general.alignment is {alignment!r}, which is no power of two")
+        if alignment > _LARGEST_ALIGNMENT:
+            raise _Damaged(f"general.alignment is {alignment}, legal is up to {_LARGEST_ALIGNMENT}")
         base = -(-end // alignment) * alignment
         self.tensors: dict[str, Stored] = {}
         for each in described:

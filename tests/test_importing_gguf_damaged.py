@@ -189,10 +189,14 @@ def tensor_info(name: bytes = b"token_embd.weight", dims: tuple[int, ...] = (4,)
         (head(1, 1, ARCHITECTURE + tensor_info(dims=(0, 4)) + bytes(100)), r"has shape \(4, 0\)"),
         (head(0, 1, text(b"general.alignment") + struct.pack("<II", 4, 24) + bytes(100)), "alignment is 24, which is no power"),
         (head(0, 1, text(b"general.alignment") + struct.pack("<II", 4, 0) + bytes(100)), "alignment is 0"),
+        (
+            head(0, 1, text(b"general.alignment") + struct.pack("<II", 4, 2**31) + bytes(100)),
+            "is 2147483648, legal is up to 65",
+        ),
         (head(0, 0, bytes(64), version=1), "is of GGUF version 1; legal: 2, 3"),
         (head(0, 0, bytes(64), version=3 << 24), "machines of the other byte order"),
     ],
-    ids=range(18),
+    ids=range(19),
 )
 def test_headers(data: bytes, words: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.gguf"
