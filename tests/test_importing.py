@@ -174,6 +174,12 @@ def test_scale_of_zeros_is_any() -> None:
     assert isinstance(found, Found) and found.quantized.scale.tolist() == [[0.5], [0.375], [0.25]]
 
 
+def test_levels_far_apart() -> None:
+    """Further than int16 counts."""
+    misfit = fit(Levels(torch.tensor([[-20000, 20000, 1, 0]], dtype=torch.int16), torch.ones(1, 1), 8))
+    assert isinstance(misfit, Misfit) and "8-bit levels go from -20000 to 20000" in misfit.reason
+
+
 @pytest.mark.parametrize(("numbers", "bits"), [((-8, 7), 4), ((-1, 2), 2), ((-128, 5), 8), ((-255, 255, 1), 8)])
 def test_levels_outside(numbers: tuple[int, ...], bits: int) -> None:
     foreign = Levels(levels(*numbers, columns=len(numbers) * 8), torch.ones(1, 1), bits)

@@ -162,7 +162,8 @@ def _present(levels: Tensor) -> list[int]:
     lowest, highest = (int(each) for each in torch.aminmax(levels))
     counts = torch.zeros(highest - lowest + 1, dtype=torch.int64)
     for rows in levels.split(max(1, _COUNTED_AT_ONCE // levels.shape[1])):
-        counts += torch.bincount((rows - lowest).flatten(), minlength=counts.numel())
+        # int16 does not hold the distance of all int16 levels
+        counts += torch.bincount((rows.to(torch.int32) - lowest).flatten(), minlength=counts.numel())
     return [lowest + index for index in torch.nonzero(counts)[:, 0].tolist()]
 
 

@@ -81,6 +81,9 @@ class TorchAO:
         if zero is not None and bool(zero.any()):
             if not torch.equal(zero, zero.round()) or zero.numel() != scale.numel():
                 return Misfit("its zero points are not whole numbers, one beside each scale")
+            lowest, highest = (float(each) for each in torch.aminmax(zero))
+            if lowest < -128 or highest > 127:
+                return Misfit(f"its zero points go from {lowest:g} to {highest:g}; legal are those of int8, -128 to 127")
             wide = zero.reshape(scale.shape).to(torch.int16).repeat_interleave(columns // scale.shape[1], dim=1)
             levels = levels - wide
         return fit(Levels(levels, scale.float(), _bits(about)), self.outside)
