@@ -260,3 +260,14 @@ def test_learned_scales_refused(tmp_path: Path) -> None:
     edit_tensors(tmp_path, lambda tensors: tensors.update({scale: torch.ones(3, 1)}))
     with pytest.raises(ValueError, match=r"scales of shape \(3, 1\)"):
         import_model(tmp_path, w_bits=2)
+
+
+@pytest.mark.parametrize("inner", [48, 80])
+def test_learned_scales_of_transposed_weights_are_refused(inner: int, tmp_path: Path) -> None:
+    """A square weight (in_features, out_features) looks like one that is not."""
+    model, _ = tiny("gpt2", n_inner=inner, n_layer=1)
+    model.save_pretrained(tmp_path)
+    scales = torch.rand(inner, 1) + 0.1
+    edit_tensors(tmp_path, lambda tensors: tensors.update({"transformer.h.0.mlp.c_proj.weight_clip_val": scales}))
+    with pytest.raises(ValueError, match=r"mlp.c_proj.weight: it is stored \(in_features, out_features\), so that"):
+        import_model(tmp_path, w_bits=4)

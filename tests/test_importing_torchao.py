@@ -206,3 +206,17 @@ def test_what_torchao_itself_saves(kind: str, shard: str, tmp_path: Path) -> Non
     difference = (logits(imported, batch) - logits(theirs, batch)).std() / logits(theirs, batch).std()
     # their scale of inputs is another by 0.4 %, so every rounding may differ
     assert difference < (0.1 if kind.startswith("7") else 0.05 if "dynamic" in kind else 1e-5)
+
+
+def test_torchao_transposed_weights_are_refused(tmp_path: Path) -> None:
+    """A square weight (in_features, out_features) looks like one that is not."""
+    model, layer = tiny("gpt2", n_layer=1)[0], "transformer.h.0.attn.c_proj"
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    parts = symmetric(tensors.pop(f"{layer}.weight"), 127)
+    notes = {f"{layer}.weight": json.dumps(INT8 | {"_tensor_data_names": list(parts)}), "tensor_names": json.dumps([layer])}
+    tensors |= {f"{layer}._weight_{part}": value for part, value in parts.items()}
+    save_file(tensors, tmp_path / "model.safetensors", notes)
+    edit_config(tmp_path, lambda config: config.update(quantization_config={"quant_method": "torchao"}))
+    with pytest.raises(ValueError, match=r"attn.c_proj.weight: it is stored \(in_features, out_features\), so that"):
+        import_model(tmp_path)

@@ -49,6 +49,14 @@ class Wanted(NamedTuple):
     places: dict[str, Place]
     shapes: dict[str, tuple[int, ...]]
 
+    def transposed(self, layer: str) -> Misfit | None:
+        """Why a weight with scales of its rows is none for a layer that stores (in_features, out_features)."""
+        if layer not in self.places or not self.places[layer].transposed:
+            return None
+        return Misfit(
+            "it is stored (in_features, out_features), so that scales of its rows are those of inputs, as no layer has"
+        )
+
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raises ValueError when a tensor has another shape than the model's."""
         wanted = self.shapes.get(name, shape)

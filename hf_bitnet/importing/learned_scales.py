@@ -57,7 +57,10 @@ class LearnedScales:
             layer = name.removesuffix(".weight")
             if name.endswith(SCALE):
                 continue
-            yield name, self._layer(tensor, self.folder.tensor(layer + SCALE)) if layer in scaled else tensor
+            if layer in scaled:
+                yield name, wanted.transposed(layer) or self._layer(tensor, self.folder.tensor(layer + SCALE))
+            else:
+                yield name, tensor
 
     def _layer(self, weight: Tensor, scale: Tensor) -> Found | Misfit:
         if weight.dim() != 2 or scale.numel() not in (1, weight.shape[0]) or not weight.is_floating_point():

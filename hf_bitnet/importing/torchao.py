@@ -41,7 +41,7 @@ class TorchAO:
             if note.get("_type") != _PLAIN:
                 mine = {each: _part(name, each) for each in note.get("_tensor_data_names", ())}
                 parts |= set(mine.values())
-                yield name, self._layer(note, mine)
+                yield name, wanted.transposed(name.removesuffix(".weight")) or self._layer(note, mine)
         for name in self.folder.names:
             if name not in parts:
                 yield name, self.folder.tensor(name)
