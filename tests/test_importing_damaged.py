@@ -221,3 +221,29 @@ def test_empty_folder(tmp_path: Path) -> None:
         ValueError, match=r"holds neither model.safetensors nor model.safetensors.index.json nor one .gguf file"
     ):
         import_model(tmp_path)
+
+
+def _architectures(folder: Path) -> None:
+    edit_config(folder, lambda config: config.update(architectures={"a": 1}))
+
+
+def test_architectures_that_are_no_list_are_passed_over(tmp_path: Path) -> None:
+    _architectures(written(tmp_path))
+    assert type(import_model(tmp_path)).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+def test_dtypes_that_nothing_is_computed_in(dtype: str, tmp_path: Path) -> None:
+    edit_config(written(tmp_path), lambda config: config.update(dtype=dtype))
+    with pytest.raises(ValueError, match=rf"in torch.{dtype}, in which nothing is computed; legal: torch.float32.*dtype='bfl"):
+        import_model(tmp_path)
+    assert import_model(tmp_path, dtype="bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "\udcff"])
+def test_broken_settings_of_generation(text: str, tmp_path: Path) -> None:
+    """Seen before the weights are read."""
+    (written(tmp_path) / "generation_config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    _truncated(tmp_path)
+    with pytest.raises(ValueError, match=r"generation_config.json cannot be read .*download it again, or remove it"):
+        import_model(tmp_path)

@@ -187,3 +187,10 @@ def test_gemma2_refused(more: dict[str, Any], words: str, tmp_path: Path, monkey
     _, path = gemma2(tmp_path, monkeypatch, more, num_hidden_layers=1)
     with pytest.raises(ValueError, match=words + r".*base=<folder or Hub name>"):
         import_model(path)
+
+
+@pytest.mark.parametrize("size", ["wide", float("nan"), ["a", "b"]])
+def test_sizes_of_heads_that_are_none(size: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = with_metadata(tmp_path / "model.gguf", monkeypatch, {"attention.key_length": size})
+    with pytest.raises(ValueError, match=r"does not describe a LlamaConfig|of heads of 2"):
+        import_model(path)

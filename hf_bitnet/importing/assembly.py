@@ -27,6 +27,8 @@ WRONG_MODEL = (
     "the model described is not the one that is stored. Give the config of the right one: import_model(..., base=<folder or "
     "Hub name>)"
 )
+# what transformers can make a model in
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # fields of a layer's config, in pairs, so that equal ones can be counted
 Kind = tuple[tuple[str, Any], ...]
 
@@ -94,6 +96,9 @@ def assemble(contents: Contents, *, activation: str | None, dtype: torch.dtype |
     Raises ValueError where a layer does not fit, none is quantized, or a tensor has no place or is missing.
     """
     kind = model_class(contents.config)
+    said = getattr(contents.config, "dtype", None)
+    said = said if isinstance(said, torch.dtype) else None
+    _refuse_dtype(contents, dtype or said)
     wanted = wanted_by(kind, contents.config)
     places = wanted.places
     state: dict[str, Tensor] = {}
@@ -116,7 +121,7 @@ def assemble(contents: Contents, *, activation: str | None, dtype: torch.dtype |
     kept = [name for name in places if name not in kinds]
     config.quantization_config = quantization_config(kinds, kept, kind.base_model_prefix).to_dict()
     config.architectures = [kind.__name__]
-    return _loaded(kind, state, contents, dtype or _dtype(config, state), options)
+    return _loaded(kind, state, contents, dtype or said or _dtype_of(state), options)
 
 
 def wanted_by(kind: Any, config: PreTrainedConfig) -> Wanted:
@@ -199,12 +204,19 @@ def _refuse(contents: Contents, misfits: list[str], any_found: bool) -> None:
         raise ValueError(f"{contents.source} holds no quantized layer: {contents.advice()}")
 
 
-def _dtype(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> torch.dtype:
-    named = getattr(config, "dtype", None)
-    if isinstance(named, torch.dtype):
-        return named
-    floats = (tensor.dtype for name, tensor in state.items() if tensor.is_floating_point() and not name.endswith("_scale"))
-    return next(floats, torch.float32)
+def _refuse_dtype(contents: Contents, dtype: torch.dtype | None) -> None:
+    if dtype not in (None, *_DTYPES):
+        legal = ", ".join(map(str, _DTYPES))
+        raise ValueError(
+            f"{contents.source} should be loaded in {dtype}, in which nothing is computed; legal: {legal}. Say which one: "
+            "import_model(..., dtype='bfloat16')"
+        )
+
+
+def _dtype_of(state: Mapping[str, Tensor]) -> torch.dtype:
+    """Of the first tensor that a model can be in."""
+    found = (tensor.dtype for name, tensor in state.items() if not name.endswith("_scale"))
+    return next((dtype for dtype in found if dtype in _DTYPES), torch.float32)
 
 
 def _loaded(kind: Any, state: dict[str, Tensor], contents: Contents, dtype: torch.dtype, options: Any) -> Any:

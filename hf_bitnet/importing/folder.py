@@ -147,7 +147,8 @@ def model_config(name: str, **options: Any) -> PreTrainedConfig:
 
 def model_class(config: PreTrainedConfig) -> Any:
     """The class that a config names, or else the one that predicts next tokens. Raises ValueError where there is none."""
-    name = (getattr(config, "architectures", None) or [""])[0]
+    named = getattr(config, "architectures", None)
+    name = named[0] if isinstance(named, list) and named else ""
     kind = getattr(transformers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         mapping = transformers.AutoModelForCausalLM._model_mapping

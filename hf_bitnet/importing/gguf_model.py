@@ -167,12 +167,20 @@ class GGUFModel:
         if not isinstance(layers, int) or not 1 <= layers <= len(self.file.tensors):
             raise ValueError(f"{self.source} says that it has {layers} layers, in {len(self.file.tensors)} tensors")
         config = self._bitnet_config() if self.architecture.activation else self._read_by_transformers()
+        try:
+            self._complete(config)
+        except ValueError:
+            raise
+        except Exception as error:  # transformers' own checks raise a class of their own
+            raise ValueError(f"{self.source}: its metadata does not describe a {type(config).__name__} ({error})") from error
+        return config
+
+    def _complete(self, config: PreTrainedConfig) -> None:
         head_size = said(self.file, "attention.key_length")
         if head_size is not None and hasattr(config, "head_dim"):
             config.head_dim = head_size  # transformers reads it for some architectures only
         set_attention(self.file, config)
         set_positions(self.file, config)
-        return config
 
     def _read_by_transformers(self) -> PreTrainedConfig:
         with tempfile.TemporaryDirectory() as folder:

@@ -42,11 +42,23 @@ def import_checkpoint(
     """
     if outside not in OUTSIDE:
         raise ValueError(f"outside={outside!r}; legal: {', '.join(map(repr, OUTSIDE))}")
+    # before the weights, which take longer
+    generation = _generation(path) if gguf is None and (path / GENERATION_CONFIG_NAME).is_file() else None
     contents = GGUFModel(gguf, outside, base) if gguf is not None else _opened(Folder(path, base), activation, outside, w_bits)
     model = assemble(contents, activation=activation, dtype=dtype, **options)
-    if gguf is None and model.can_generate() and (path / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
+    if generation is not None and model.can_generate():
+        model.generation_config = generation
     return model
+
+
+def _generation(path: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except Exception as error:  # whatever its own checks raise
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path / GENERATION_CONFIG_NAME} cannot be read ({said}); copy or download it again, or remove it"
+        ) from error
 
 
 def _opened(folder: Folder, activation: str | None, outside: str, w_bits: float | None) -> Contents:
