@@ -15,8 +15,9 @@ from hf_bitnet import (
     quantize_model,
 )
 from hf_bitnet.surgery import quantized_layers
-from tests.checkpoints import edit_config, edit_tensors
+from tests.checkpoints import edit_config, edit_tensors, loaded
 from tests.foreign import (
+    assert_values,
     onto_grid,
 )
 from tests.tiny import tiny
@@ -95,10 +96,12 @@ def _huge_header(folder: Path) -> None:
 
 
 def _index_outside(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "1.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
 
 
 def _index_of_what(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": ["a"]}))
 
 
@@ -108,6 +111,7 @@ def _twice(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}})
     )
+    (folder / "model.safetensors").unlink()
 
 
 def _no_config(folder: Path) -> None:
@@ -247,3 +251,16 @@ def test_broken_settings_of_generation(text: str, tmp_path: Path) -> None:
     _truncated(tmp_path)
     with pytest.raises(ValueError, match=r"generation_config.json cannot be read .*download it again, or remove it"):
         import_model(tmp_path)
+
+
+def test_of_one_file_and_an_index_the_file_counts(tmp_path: Path) -> None:
+    """As for transformers; the other is of another day."""
+    for scale in (1.0, 2.0):
+        model, _ = tiny("llama")
+        onto_grid(model, [-1, 0, 1], scale=scale)
+        model.save_pretrained(tmp_path / str(scale), max_shard_size="50KB" if scale == 1 else "1GB")
+    (tmp_path / "2.0" / "model.safetensors").rename(tmp_path / "1.0" / "model.safetensors")
+    assert (tmp_path / "1.0" / "model.safetensors.index.json").is_file()
+    theirs: Any = loaded(type(model), tmp_path / "1.0")
+    assert_values(import_model(tmp_path / "1.0"), theirs)
+    assert_values(import_model(tmp_path / "1.0"), model)

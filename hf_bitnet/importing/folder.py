@@ -49,13 +49,13 @@ class Folder:
     @cached_property
     def files(self) -> list[Path]:
         """The safetensors files. Raises ValueError where there are none, or other than the index says."""
+        if (self.path / _ONE).is_file():  # where there are both, transformers takes this one
+            return [self.path / _ONE]
         if (self.path / _INDEX).is_file():
             named = self._json(_INDEX).get("weight_map")
             if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
                 raise ValueError(f"{self.path / _INDEX} has no weight_map of file names; copy or download it again")
             return [self._inside(name) for name in sorted(set(named.values()))]
-        if (self.path / _ONE).is_file():
-            return [self.path / _ONE]
         pickled = next((name for name in _PICKLED if (self.path / name).exists()), None)
         if pickled is not None:
             raise ValueError(
