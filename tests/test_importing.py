@@ -198,3 +198,9 @@ def test_levels_outside(numbers: tuple[int, ...], bits: int) -> None:
     grid = clipped.quantizer.grid
     assert clipped.quantizer.storage_bits == bits
     assert torch.equal(clipped.quantized.codes, foreign.levels.clamp(grid.lowest, grid.highest).to(torch.int8))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 0)])
+def test_weights_without_rows_or_columns(shape: tuple[int, int]) -> None:
+    misfit = recognise(torch.zeros(shape))
+    assert isinstance(misfit, Misfit) and misfit.reason == f"it has shape {shape}, which holds no weights"

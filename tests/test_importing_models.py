@@ -260,6 +260,10 @@ def test_learned_scales_refused(tmp_path: Path) -> None:
     edit_tensors(tmp_path, lambda tensors: tensors.update({scale: torch.ones(3, 1)}))
     with pytest.raises(ValueError, match=r"scales of shape \(3, 1\)"):
         import_model(tmp_path, w_bits=2)
+    empty = {scale.removesuffix("_clip_val"): torch.ones(0, 48), scale: torch.ones(0, 1)}
+    edit_tensors(tmp_path, lambda tensors: tensors.update(empty))
+    with pytest.raises(ValueError, match=r"it has shape \(0, 48\) and scales of shape \(0, 1\)"):
+        import_model(tmp_path, w_bits=2)
 
 
 @pytest.mark.parametrize("inner", [48, 80])

@@ -118,9 +118,11 @@ def test_torchao_zero_points(tmp_path: Path) -> None:
         (INT8, 127, {"zero_point": torch.full((1, 1), 0.5)}, "zero points are not whole numbers"),
         (INT8, 127, {"scale": torch.ones(1, 1), "zero_point": torch.full((1, 1), 65536)}, "zero points go from 65536 to 65536"),
         (INT8, 127, {"scale": torch.ones(1, 1), "zero_point": torch.full((1, 1), -129.0)}, "legal are those of int8, -128"),
+        (INT8, 127, {"qdata": torch.zeros(0, 4, dtype=torch.int8)}, r"its qdata is torch.int8 of shape \(0, 4\)"),
+        (INT8, 127, {"scale": torch.ones(4, 0)}, r"its scale is torch.float32 of shape \(4, 0\)"),
         (INT8, 127, {"qdata": torch.zeros(4, 4)}, r"its qdata is torch.float32 of shape \(4, 4\)"),
     ],
-    ids=range(12),
+    ids=range(14),
 )
 def test_torchao_refused(note: dict[str, Any], largest: int, extra: dict[str, Tensor], words: str, tmp_path: Path) -> None:
     model, _ = tiny("llama")

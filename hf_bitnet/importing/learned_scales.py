@@ -63,7 +63,12 @@ class LearnedScales:
                 yield name, tensor
 
     def _layer(self, weight: Tensor, scale: Tensor) -> Found | Misfit:
-        if weight.dim() != 2 or scale.numel() not in (1, weight.shape[0]) or not weight.is_floating_point():
+        if (
+            weight.dim() != 2
+            or not weight.numel()
+            or scale.numel() not in (1, weight.shape[0])
+            or not weight.is_floating_point()
+        ):
             return Misfit(
                 f"it has shape {tuple(weight.shape)} and scales of shape {tuple(scale.shape)}; legal is (N, K), (N, 1)"
             )

@@ -28,6 +28,8 @@ def recognise(weight: Tensor) -> Found | Misfit:
 
     Returns a `Misfit` with the reason where its numbers lie on no grid.
     """
+    if weight.numel() == 0:
+        return Misfit(f"it has shape {tuple(weight.shape)}, which holds no weights")
     values = weight.detach().float().contiguous()
     bad = int((~torch.isfinite(values)).sum())
     if bad:

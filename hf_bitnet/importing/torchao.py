@@ -69,8 +69,10 @@ class TorchAO:
         codes, scale, zero = parts.get("qdata"), parts.get("scale"), parts.get("zero_point")
         if codes is None or scale is None:
             return Misfit("its parts qdata or scale are missing")
-        if codes.dtype != torch.int8 or codes.dim() != 2 or not scale.is_floating_point():
+        if codes.dtype != torch.int8 or codes.dim() != 2 or not codes.numel():
             return Misfit(f"its qdata is {codes.dtype} of shape {tuple(codes.shape)}; legal is int8 (N, K)")
+        if not scale.is_floating_point() or not scale.numel():
+            return Misfit(f"its scale is {scale.dtype} of shape {tuple(scale.shape)}; legal are floats, one a row or group")
         rows, columns = codes.shape
         scale = scale.reshape(scale.shape[0] if scale.dim() else 1, -1)
         if scale.shape[0] not in (1, rows) or (scale.shape[0] == 1 < rows and scale.shape[1] > 1) or columns % scale.shape[1]:
