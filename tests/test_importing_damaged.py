@@ -264,3 +264,25 @@ def test_of_one_file_and_an_index_the_file_counts(tmp_path: Path) -> None:
     theirs: Any = loaded(type(model), tmp_path / "1.0")
     assert_values(import_model(tmp_path / "1.0"), theirs)
     assert_values(import_model(tmp_path / "1.0"), model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "t5", "gpt2"])
+def test_more_layers_than_tensors(family: str, tmp_path: Path) -> None:
+    tiny(family)[0].save_pretrained(tmp_path)
+    key = {"t5": "num_decoder_layers", "gpt2": "n_layer"}.get(family, "num_hidden_layers")
+    edit_config(tmp_path, lambda config: (config.pop("layer_types", None), config.update({key: 10**9})))
+    with pytest.raises(ValueError, match=rf"config.json says {key}=1000000000, but only \d+ tensors are stored.*base="):
+        import_model(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_kernels_that_a_checkpoint_names_are_not_fetched(key: str, tmp_path: Path) -> None:
+    family = "mixtral" if key.startswith("experts") else "llama"
+    model, _ = tiny(family)
+    onto_grid(model, [-1, 0, 1])
+    model.save_pretrained(tmp_path)
+    edit_config(tmp_path, lambda config: config.update({key: "someone/kernel"}))
+    imported = import_model(tmp_path)
+    assert imported.config._attn_implementation in ("sdpa", "eager")
+    assert "someone" not in str(imported.config._experts_implementation)
+    assert import_model(tmp_path, attn_implementation="eager").config._attn_implementation == "eager"

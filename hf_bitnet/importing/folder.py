@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 _CONFIG, _ONE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+_LAYERS = (
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+    *("num_encoder_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"),
+)
 # a config.json is some kilobytes, the index of a very large model some megabytes
 _LARGEST_JSON = 64 * 2**20
 
@@ -44,7 +48,16 @@ class Folder:
 
     def config(self) -> PreTrainedConfig:
         """The model's config, without what it says of quantization."""
-        return model_config(str(self.path) if self.base is None else self.base)
+        if self.base is not None:
+            return model_config(self.base)
+        # a list as long as the layers is made with the config, and a model of them takes as long
+        for key, said in _layers_said(self.settings):
+            if said > len(self.names):
+                raise ValueError(
+                    f"{self.path / _CONFIG} says {key}={said}, but only {len(self.names)} tensors are stored; copy or download "
+                    "it again, or give the config of the right model: import_model(..., base=<folder or Hub name>)"
+                )
+        return model_config(str(self.path))
 
     @cached_property
     def files(self) -> list[Path]:
@@ -142,7 +155,19 @@ def model_config(name: str, **options: Any) -> PreTrainedConfig:
     for each in (config, config.get_text_config(decoder=True)):
         if hasattr(each, "quantization_config"):
             delattr(each, "quantization_config")
+    # they may name a kernel of the Hub, which would be run; this one sets those of all configs inside
+    config._attn_implementation = None
+    config._experts_implementation = None
     return config
+
+
+def _layers_said(settings: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """How many layers config.json says that there are, and in which of its keys; also inside of it."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _layers_said(value)
+        elif key in _LAYERS and isinstance(value, int):
+            yield key, value
 
 
 def model_class(config: PreTrainedConfig) -> Any:
