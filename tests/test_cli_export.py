@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
 
 import hf_bitnet as hb
 from hf_bitnet.cli.options import FORMATS
@@ -59,10 +58,10 @@ def slip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(EXPORT_FORMATS._members, "slip", Slip)
 
 
-def logits_here(folder: Path, kind: str, inputs: Any, dtype: torch.dtype, with_library: bool = False) -> Tensor:
+def logits_here(folder: Path, kind: str, inputs: Any, dtype: torch.dtype, with_library: bool = False, **options: Any) -> Any:
     """In place of another process."""
     with torch.no_grad():
-        return hb.open_model(folder, dtype=dtype)(**inputs).logits.float()
+        return {"logits": hb.open_model(folder, dtype=dtype, **options)(**inputs).logits.float()}
 
 
 def test_export(packed: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -294,7 +294,7 @@ def test_llama_cpp_computes_the_model(tmp_path: Path) -> None:
 def test_without_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then transformers' own reader is asked, where it knows all of the file."""
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
-    monkeypatch.setattr(parity, "run_plain", lambda folder, kind, inputs, dtype, gguf_file: torch.zeros(1, 24, 96))
+    monkeypatch.setattr(parity, "run_plain", lambda *given, gguf_file: {"logits": torch.zeros(1, 24, 96)})
     model = made("llama")
     with pytest.raises(hb.export.ParityError, match="transformers without hf_bitnet, logits: relative error 1,") as caught:
         hb.export_model(model, tmp_path / "out", format="gguf", progress=False)

@@ -101,10 +101,26 @@ class Source:
             yield layer.source.codes(packed[part], scale if len(scale) == 1 else scale[part])
             release_mapped(packed[part])
 
+    @property
+    def _vocabulary(self) -> int | None:
+        """Token ids that the model takes; None where it does not say."""
+        try:
+            return getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+        except NotImplementedError:
+            return None
+
+    def _within_positions(self, length: int) -> int:
+        """`length`, or the number of positions that the model has where that is less."""
+        config = self.model.config.get_text_config(decoder=True)
+        said = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
+        return min([length, *(each for each in said if isinstance(each, int) and each > 0)])
+
     def probe(self, length: int = 24) -> Tensor:
-        """Token ids int64 (1, length) that the model and its readers are compared on; the same each time."""
-        vocabulary = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-        return torch.randint(min(3, vocabulary - 1), vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+        """Token ids int64 (1, length) that the model and its readers are compared on; the same each time, or fewer."""
+        vocabulary = self._vocabulary
+        assert vocabulary is not None, "asked for by `inputs`"
+        shape = 1, self._within_positions(length)
+        return torch.randint(min(3, vocabulary - 1), vocabulary, shape, generator=torch.Generator().manual_seed(0))
 
     def inputs(self) -> dict[str, Tensor] | None:
         """What the model's forward is called with to compare logits, always the same; None where that is not known."""
@@ -114,14 +130,17 @@ class Source:
             shape = (1, getattr(config, "num_channels", 3), config.image_size, config.image_size)
         elif main == "input_features" and hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
             shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
-        elif main == "input_ids":
+        elif main == "input_ids" and self._vocabulary is not None:
             shape = None
         else:
             return None
         inputs = {main: self.probe() if shape is None else torch.randn(shape, generator=generator)}
         if config.is_encoder_decoder:
-            vocabulary = int(config.get_text_config(decoder=True).vocab_size)
-            inputs["decoder_input_ids"] = torch.randint(min(3, vocabulary - 1), vocabulary, (1, 8), generator=generator)
+            vocabulary = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+            if vocabulary is None:
+                return None
+            shape = 1, self._within_positions(8)
+            inputs["decoder_input_ids"] = torch.randint(min(3, vocabulary - 1), vocabulary, shape, generator=generator)
         return inputs
 
 

@@ -24,8 +24,9 @@ from ..surgery import dequantize_model, independent_copy
 from .affine import Affine, Layer
 from .format import Source
 from .packed_check import codes_of_bytes, holds_codes
-from .plain import FLOAT32_LIMIT, as_loaded, compare_logits, model_logits
+from .plain import FLOAT32_LIMIT, compare_logits
 from .report import Check
+from .running import as_loaded, model_logits
 from .stored import Stored
 
 _PROGRAM = """
@@ -112,9 +113,11 @@ def mlx_checks(
             "logits": f"{place}/logits.safetensors",
             "found": f"{place}/found.json",
         }
-        done = subprocess.run([sys.executable, "-c", _PROGRAM, json.dumps(job)], capture_output=True, text=True, check=False)
+        command = [sys.executable, "-c", _PROGRAM, json.dumps(job)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
-            return [Check("mlx-lm", "loading", False, done.stderr.strip()[-600:])]
+            said = done.stderr.strip()[-600:] or f"it ended with code {done.returncode} and said nothing"
+            return [Check("mlx-lm", "loading", False, said)]
         found = json.loads(Path(f"{place}/found.json").read_text())
         checks = [_compare_digests(found, held)]
         if expected is not None:

@@ -27,8 +27,9 @@ from .format import EXPORT_FORMATS, ExportFormat, Progress, Source
 from .names import origins, saved_names
 from .native_check import compare_codes, compare_online_codes
 from .native_problems import native_problems, norm_of
-from .plain import as_loaded, compare_tensors, model_logits, plain_logits
+from .plain import compare_tensors, plain_logits
 from .report import Check, WrittenTensor
+from .running import as_loaded
 from .scales import scale_of
 from .stream import Planned, planned, write_safetensors
 
@@ -144,10 +145,10 @@ class Native(ExportFormat):
         codes = compare_online_codes(layers, folder) if self.online else compare_codes(layers, folder)
         if not logits:
             return [codes, same]
-        return [codes, same, plain_logits(source, folder, source.model.dtype, lambda: self._expected(source))]
+        return [codes, same, plain_logits(source, folder, source.model.dtype, lambda: self._twin(source))]
 
-    def _expected(self, source: Source) -> Tensor:
-        """Logits of transformers' own arithmetic, of layers that hold what the file should hold."""
+    def _twin(self, source: Source) -> Any:
+        """The model in transformers' own arithmetic, with layers that hold what the file should hold."""
         dtype = source.model.dtype
         tensors: dict[str, dict[str, Tensor]] = {}
         for name, layer in source.layers.items():
@@ -158,4 +159,4 @@ class Native(ExportFormat):
         settings = self._settings(source)
         eps = settings["rms_norm_eps"] if settings["use_rms_norm"] else None
         twin = native_copy(source.model, _KINDS[self.kind], tensors, dtype, eps)
-        return model_logits(as_loaded(twin), source.inputs() or {})
+        return as_loaded(twin)

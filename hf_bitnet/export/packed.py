@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,8 +27,9 @@ from .dense import write_configs
 from .format import EXPORT_FORMATS, ExportFormat, Progress, Source, shape_of
 from .names import origins, saved_names
 from .packed_check import compare_codes
-from .plain import as_loaded, compare_tensors, model_logits, plain_logits
+from .plain import compare_tensors, plain_logits
 from .report import Check, WrittenTensor
+from .running import as_loaded
 from .scales import scale_of
 from .stream import Planned, planned, write_safetensors
 
@@ -114,7 +116,8 @@ class Packed(ExportFormat):
         if not logits:
             return checks
         dtype = source.model.dtype
-        return [*checks, plain_logits(source, folder, dtype, lambda: _packed_logits(source, dtype), with_library=True)]
+        twin = partial(_twin, source, dtype)
+        return [*checks, plain_logits(source, folder, dtype, twin, with_library=True)]
 
 
 class _Making:
@@ -176,5 +179,5 @@ def is_ternary(layer: Layer) -> bool:
     return layer.quantizer.grid.values == [-1.0, 0.0, 1.0]
 
 
-def _packed_logits(source: Source, dtype: torch.dtype) -> Tensor:
-    return model_logits(as_loaded(packed_copy(source.model, dtype)), source.inputs() or {})
+def _twin(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    return as_loaded(packed_copy(source.model, dtype))

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..surgery import dequantize_model, independent_copy
 from .format import Source
 from .report import Check
+from .running import dequantized, outputs_of, reader_options
 from .stored import Stored
 from .stream import Planned
 
@@ -41,10 +42,13 @@ model, info = kind.from_pretrained(job["folder"], dtype=dtype, output_loading_in
 lost = sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])})
 assert not lost, f"tensors that do not fit: {lost[:5]}"
 inputs = {name: each.to(model.dtype) if each.is_floating_point() else each for name, each in load_file(job["inputs"]).items()}
+torch.manual_seed(0)
 with torch.no_grad():
     output = model.eval()(**inputs)
-logits = output.logits if "logits" in output else output.last_hidden_state
-save_file({"logits": logits.float().contiguous()}, job["outputs"])
+if not hasattr(output, "items"):
+    output = {f"output {i}": each for i, each in enumerate(output if isinstance(output, tuple) else (output,))}
+found = {name: each for name, each in output.items() if isinstance(each, torch.Tensor) and each.is_floating_point()}
+save_file({name: each.float().clone(memory_format=torch.contiguous_format) for name, each in found.items()}, job["outputs"])
 """
 
 
@@ -55,15 +59,15 @@ def run_plain(
     dtype: torch.dtype,
     with_library: bool = False,
     **options: object,
-) -> Tensor:
-    """Logits float32 of the checkpoint in `folder`, computed by transformers without this library in a process of its own.
+) -> dict[str, Tensor]:
+    """What the checkpoint in `folder` returns, float32, run by transformers without this library in a process of its own.
 
     Args:
         kind: name of the model's class. inputs: of its forward. dtype: that it is loaded in.
         with_library: the process imports this library first.
         options: of from_pretrained, as JSON can hold them.
 
-    Raises RuntimeError with the end of what the process said, when it fails.
+    Returns name -> tensor, of every float tensor. Raises RuntimeError with the end of what the process said, when it fails.
     """
     with tempfile.TemporaryDirectory() as place:
         save_file({name: each.contiguous() for name, each in inputs.items()}, f"{place}/in.safetensors")
@@ -72,10 +76,12 @@ def run_plain(
         job |= {"inputs": f"{place}/in.safetensors", "outputs": f"{place}/out.safetensors"}
         package = str(Path(__file__).resolve().parents[2]) if with_library else None
         job |= {"package": package, "threads": torch.get_num_threads()}
-        done = subprocess.run([sys.executable, "-c", _PROGRAM, json.dumps(job)], capture_output=True, text=True, check=False)
+        command = [sys.executable, "-c", _PROGRAM, json.dumps(job)]
+        # what it says may hold bytes of any encoding
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
-            raise RuntimeError(done.stderr.strip()[-600:])
-        return load_file(f"{place}/out.safetensors")["logits"]
+            raise RuntimeError(done.stderr.strip()[-600:] or f"it ended with code {done.returncode} and said nothing")
+        return load_file(f"{place}/out.safetensors")
 
 
 def compare_tensors(folder: Path, expected: Mapping[str, Planned], what: str) -> Check:
@@ -101,66 +107,60 @@ def _is_stored(stored: Stored, name: str, planned: Planned) -> bool:
 
 def compare_logits(reader: str, found: Tensor, expected: Tensor, limit: float) -> Check:
     """Root mean square of the difference, over that of the expected logits."""
-    error = float((found.float() - expected.float()).square().mean().sqrt() / expected.float().square().mean().sqrt())
+    return compare_outputs(reader, {"logits": found}, {"logits": expected}, limit)
+
+
+def compare_outputs(reader: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float) -> Check:
+    """The same for all that a model returns; the largest error counts."""
+    if found.keys() != expected.keys():
+        return Check(reader, "outputs", False, f"it returns {', '.join(found)} instead of {', '.join(expected)}")
+    errors = {name: _relative_error(found[name].float(), each.float()) for name, each in expected.items()}
     # a NaN is not within any limit
-    return Check(reader, "logits", bool(error <= limit), f"relative error {error:.2g}, limit {limit:g}")
+    worst = next((name for name, error in errors.items() if error != error), max(errors, key=errors.__getitem__))
+    where = f" in {worst}" if len(errors) > 1 else ""
+    detail = f"relative error {errors[worst]:.2g}{where}, limit {limit:g}"
+    return Check(reader, ", ".join(expected), bool(errors[worst] <= limit), detail)
 
 
-def model_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Logits float32 of a model in this process, in eval mode; on the CPU. Of a model without a head: its last hidden state."""
-    was_training = model.training
-    given = {k: (v.to(model.dtype) if v.is_floating_point() else v).to(model.device) for k, v in inputs.items()}
-    try:
-        with torch.no_grad():
-            output = model.eval()(**given)
-    finally:
-        model.train(was_training)
-    return (output.logits if "logits" in output else output.last_hidden_state).float().cpu()
-
-
-def dequantized_logits(source: Source, dtype: torch.dtype) -> Tensor:
-    """Logits float32 of the model with plain layers in `dtype`: what a reader that ignores activations has to find."""
-    # what stays float is copied, because it is going to be cast
-    shared = {id(each): each for each in source.model.parameters() if not each.is_floating_point()}
-    model: Any = dequantize_model(independent_copy(source.model, shared), dtype=dtype)
-    for parameter in model.parameters():  # not the buffers, which loading does not cast either
-        parameter.data = parameter.data.to(dtype)
-    return model_logits(as_loaded(model), source.inputs() or {})
-
-
-def as_loaded(model: Any) -> Any:
-    """The model, after it has computed anew what no checkpoint holds: rotary frequencies and the like.
-
-    A call of `model.bfloat16()` has rounded them; loading makes them in float32.
-    """
-    with torch.no_grad():
-        for module in model.modules():
-            named = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
-            floats = {name: each.float() for name, each in named.items() if each is not None and each.is_floating_point()}
-            if floats and not module._parameters:
-                module._buffers.update(floats)
-                model._init_weights(module)
-    return model
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    if found.shape != expected.shape:
+        return float("nan")
+    if torch.equal(found, expected):
+        return 0.0  # of zeros and infinities too
+    return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
 def plain_logits(
     source: Source,
     folder: Path,
     dtype: torch.dtype,
-    expected: Callable[[], Tensor] | None = None,
+    twin: Callable[[], Any] | None = None,
     with_library: bool = False,
 ) -> Check:
-    """Logits of `folder` in transformers, without this library or with it, against `expected()`, both in `dtype`.
+    """What `folder` computes in transformers, without this library or with it, against a copy of the model, both in `dtype`.
 
     Args:
-        expected: None stands for the logits of the dequantized model.
+        twin: makes the copy, by `as_loaded`; None takes the dequantized model.
     """
     reader = "transformers with hf_bitnet, in another process" if with_library else "transformers without hf_bitnet"
-    inputs = source.inputs()
+    inputs, kind = source.inputs(), type(source.model)
     if inputs is None:
         return Check(reader, "logits", None, f"nobody knows what to feed a model that reads {source.model.main_input_name}")
+    if getattr(transformers, kind.__name__, None) is not kind:
+        return Check(reader, "logits", None, f"{kind.__name__} is no class of transformers, which has to know it")
+    model = dequantized(source, dtype) if twin is None else twin()
     try:
-        found = run_plain(folder, type(source.model).__name__, inputs, dtype, with_library)
+        expected = outputs_of(model, inputs)
+    except Exception as error:  # of any code at all
+        return Check(reader, "logits", None, f"the model itself cannot be run on the CPU: {type(error).__name__}: {error}")
+    wrong = next((name for name, each in expected.items() if bool(each.isnan().any())), None)
+    if not expected or wrong is not None:
+        computes = "no float tensor" if wrong is None else f"NaN as {wrong} in {str(dtype).removeprefix('torch.')}"
+        return Check(reader, "logits", None, f"the model itself computes {computes}")
+    options = reader_options(model)
+    del model
+    try:
+        found = run_plain(folder, kind.__name__, inputs, dtype, with_library, **options)
     except RuntimeError as error:
         return Check(reader, "logits", False, str(error))
-    return compare_logits(reader, found, dequantized_logits(source, dtype) if expected is None else expected(), FLOAT32_LIMIT)
+    return compare_outputs(reader, found, expected, FLOAT32_LIMIT)

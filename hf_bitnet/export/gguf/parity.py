@@ -17,6 +17,7 @@ from .. import plain
 from ..format import Source
 from ..plain import run_plain
 from ..report import Check
+from ..running import model_logits
 from . import llama_cpp
 from .architectures import head_size
 from .kinds import RECENT, Kind
@@ -146,12 +147,7 @@ def _in_float32(model: Any) -> Any:
 
 
 def _run(model: Any, ids: Tensor) -> Tensor:
-    training = model.training
-    try:
-        with torch.no_grad():
-            return model.eval()(input_ids=ids.to(model.device)).logits.float().cpu()
-    finally:
-        model.train(training)
+    return model_logits(model, {"input_ids": ids})
 
 
 def compare_logits(path: Path, source: Source, plan: Plan) -> list[Check]:
@@ -190,7 +186,7 @@ def _by_transformers(path: Path, source: Source, plan: Plan) -> list[Check]:
     reader = "transformers without hf_bitnet"
     try:
         inputs = {"input_ids": wanted.ids}
-        found = run_plain(path.parent, "AutoModelForCausalLM", inputs, torch.float32, gguf_file=path.name)
+        found = run_plain(path.parent, "AutoModelForCausalLM", inputs, torch.float32, gguf_file=path.name)["logits"]
     except RuntimeError as error:
         return [Check(reader, "logits", None, str(error))]
     return [plain.compare_logits(reader, found, wanted.float_activations, plain.FLOAT32_LIMIT)]

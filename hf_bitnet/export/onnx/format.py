@@ -11,8 +11,9 @@ import torch
 
 from ..dense import write_configs
 from ..format import EXPORT_FORMATS, ExportFormat, Progress, Source
-from ..plain import FLOAT32_LIMIT, dequantized_logits
+from ..plain import FLOAT32_LIMIT
 from ..report import Check, WrittenTensor
+from ..running import dequantized_logits
 from ..stream import Planned
 from .blocks import BITS, Blocks
 from .graph import FILE, trace, write
