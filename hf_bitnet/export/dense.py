@@ -20,6 +20,7 @@ from .format import EXPORT_FORMATS, ExportFormat, Progress, Source, shape_of
 from .names import origins, saved_names
 from .plain import compare_tensors, plain_logits
 from .report import Check, WrittenTensor
+from .rounding import rounded
 from .stream import Planned, planned, write_safetensors
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -29,7 +30,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 @dataclass(frozen=True)
 class Dense(ExportFormat):
     """Args:
-    dtype: of all tensors: "bfloat16", "float16" or "float32". The scale is rounded to it, once.
+    dtype: of all tensors: "bfloat16", "float16" or "float32". Each value, code times scale, is rounded to it, once.
     max_shard_size: of one file.
     """
 
@@ -67,7 +68,7 @@ class Dense(ExportFormat):
         dtype = _DTYPES[self.dtype]
         stored = {each.name: each.stored for each in written}
         matrices = {stored[f"{name}.weight"]: layer for name, layer in {**source.layers, **source.tables}.items()}
-        expected = {name: _floats("", layer, dtype) for name, layer in matrices.items()}
+        expected = {name: _floats(name, layer, dtype) for name, layer in matrices.items()}
         checks = [compare_tensors(folder, expected, "quantized values")]
         return [*checks, plain_logits(source, folder, dtype)] if logits else checks
 
@@ -95,8 +96,8 @@ def _floats(name: str, layer: QuantizedLayer | QuantizedEmbedding, dtype: torch.
 
     def made() -> Tensor | Iterator[Tensor]:
         if is_conv1d(layer):
-            return layer.quantized_weight().dequantize(dtype).T
-        return (part.dequantize(dtype) for part in Source.blocks(layer))
+            return _rounded(name, layer.quantized_weight().dequantize(), dtype).T
+        return (_rounded(name, part.dequantize(), dtype) for part in Source.blocks(layer))
 
     shape = shape_of(layer)
     return Planned(name, dtype, shape[::-1] if is_conv1d(layer) else shape, made, shape[0] * shape[1])
@@ -110,4 +111,8 @@ def is_conv1d(layer: QuantizedLayer | QuantizedEmbedding) -> bool:
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Planned:
     if not tensor.is_floating_point():
         return planned(name, tensor)
-    return Planned(name, dtype, tuple(tensor.shape), lambda: tensor.detach().to(dtype), tensor.numel())
+    return Planned(name, dtype, tuple(tensor.shape), lambda: _rounded(name, tensor.detach(), dtype), tensor.numel())
+
+
+def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return rounded(f"format 'dense': {name}", tensor, dtype)

@@ -25,6 +25,7 @@ from .mlx_config import Architecture, architecture_of, model_problems, reader_se
 from .mlx_layouts import AffineLayout, Layout, RowLayout
 from .plain import compare_tensors
 from .report import Check, WrittenTensor
+from .rounding import rounded
 from .stream import Planned, planned, write_safetensors
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -141,4 +142,4 @@ def _quantized(source: Source) -> dict[str, Layer]:
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype, weights: int) -> Planned:
     if not tensor.is_floating_point():
         return planned(name, tensor, weights)
-    return Planned(name, dtype, tuple(tensor.shape), lambda: tensor.detach().to(dtype), weights)
+    return Planned(name, dtype, tuple(tensor.shape), lambda: rounded(f"format 'mlx': {name}", tensor.detach(), dtype), weights)

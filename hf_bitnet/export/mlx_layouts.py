@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .mlx_check import UNPACKED_ROWS, compare_levels
 from .native_check import compare_codes
 from .native_problems import native_problems
 from .report import Check
+from .rounding import rounded
 from .scales import scale_of
 from .stream import Planned
 
@@ -97,13 +98,21 @@ class AffineLayout(Layout):
         affine, dtype, (rows, columns) = self._affine(layer), self.dtype, shape_of(layer)
         if affine is None:
             shape, count = (rows, columns), rows * columns
-            return [Planned(f"{name}.weight", dtype, shape, lambda: layer.quantized_weight().dequantize(dtype), count)]
+            return [Planned(f"{name}.weight", dtype, shape, lambda: self._floats(name, layer), count)]
         shape, groups = (rows, columns * affine.bits // 32), (rows, columns // affine.group_size)
         return [
             Planned(f"{name}.weight", torch.uint32, shape, lambda: words(layer, affine), rows * columns),
-            Planned(f"{name}.scales", dtype, groups, lambda: scales(layer, affine, dtype), 0),
-            Planned(f"{name}.biases", dtype, groups, lambda: biases(layer, affine, dtype), 0),
+            Planned(f"{name}.scales", dtype, groups, lambda: self._checked(name, layer, affine, scales), 0),
+            Planned(f"{name}.biases", dtype, groups, lambda: self._checked(name, layer, affine, biases), 0),
         ]
+
+    def _floats(self, name: str, layer: Layer) -> Tensor:
+        return rounded(f"format 'mlx': {name}", layer.quantized_weight().dequantize(), self.dtype)
+
+    def _checked(self, name: str, layer: Layer, affine: Affine, make: Callable[[Layer, Affine, torch.dtype], Tensor]) -> Tensor:
+        """The scales or biases; refused where the dtype cannot hold them."""
+        rounded(f"format 'mlx': the scale of {name}", make(layer, affine, torch.float32), self.dtype, is_scale=True)
+        return make(layer, affine, self.dtype)
 
     def described(self, layer: Layer) -> tuple[str, str]:
         affine, words = self._affine(layer), f"does not divide the {_run(layer)} inputs that share a scale"
@@ -168,12 +177,13 @@ class RowLayout(Layout):
         rows, columns = shape_of(layer)
         return [
             Planned(f"{name}.weight", torch.uint8, (rows // 4, columns), lambda: self._bytes(layer), rows * columns),
-            Planned(f"{name}.weight_scale", self.dtype, (1,), lambda: self._scale(layer), 0),
+            Planned(f"{name}.weight_scale", self.dtype, (1,), lambda: self._scale(layer, name), 0),
         ]
 
-    def _scale(self, layer: Layer) -> Tensor:
+    def _scale(self, layer: Layer, name: str = "") -> Tensor:
         scale = scale_of(layer).detach().float().reshape(1)
-        return (scale if self.multiplies else scale.reciprocal()).to(self.dtype)
+        exact = scale if self.multiplies else scale.reciprocal()
+        return rounded(f"format 'mlx': the scale of {name}", exact, self.dtype, is_scale=True)
 
     def described(self, layer: Layer) -> tuple[str, str]:
         return "2-bit", ""

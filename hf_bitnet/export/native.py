@@ -29,6 +29,7 @@ from .native_check import compare_codes, compare_online_codes
 from .native_problems import native_problems, norm_of
 from .plain import compare_tensors, plain_logits
 from .report import Check, WrittenTensor
+from .rounding import rounded
 from .running import as_loaded
 from .scales import scale_of
 from .stream import Planned, planned, write_safetensors
@@ -96,7 +97,7 @@ class Native(ExportFormat):
         return WrittenTensor(name, each.name, kind, shape, each.bytes)
 
     def _layer(self, name: str, layer: QuantizedLayer, dtype: torch.dtype) -> list[Planned]:
-        rows, columns = layer.out_features, layer.in_features
+        rows, columns, float_dtype = layer.out_features, layer.in_features, dtype
         if self.online:
             weight: Tensor = layer.weight  # type: ignore[assignment]
             tensors = [planned(f"{name}.weight", weight)]
@@ -104,7 +105,9 @@ class Native(ExportFormat):
             dtype, shape = (torch.uint8, (rows // 4, columns)) if self.packed else (dtype, (rows, columns))
             tensors = [Planned(f"{name}.weight", dtype, shape, lambda: self._codes(layer, dtype), rows * columns)]
         if not self.online:
-            tensors.append(Planned(f"{name}.weight_scale", torch.float32, (1,), lambda: self._scale(layer), 0))
+            tensors.append(
+                Planned(f"{name}.weight_scale", torch.float32, (1,), lambda: self._checked_scale(name, layer, float_dtype), 0)
+            )
         if (bias := layer.plain_bias) is not None:
             tensors.append(Planned(f"{name}.bias", bias.dtype, (rows,), lambda: self._bias(layer, bias), 0))
         if (norm := norm_of(layer)) is not None:
@@ -114,6 +117,12 @@ class Native(ExportFormat):
     def _codes(self, layer: QuantizedLayer, dtype: torch.dtype) -> Tensor:
         quantized = layer.quantized_weight()
         return pack_rows(quantized.codes) if self.packed else quantized.levels(dtype)
+
+    def _checked_scale(self, name: str, layer: QuantizedLayer, dtype: torch.dtype) -> Tensor:
+        """Refused where the dtype that transformers casts it to cannot hold it."""
+        way_out = "make the model float32 or bfloat16 first (model.bfloat16()), or export with format='hf_bitnet'"
+        rounded(f"format 'bitnet': the scale of {name}", scale := self._scale(layer), dtype, way_out, is_scale=True)
+        return scale
 
     def _scale(self, layer: QuantizedLayer) -> Tensor:
         scale = scale_of(layer).detach().float().reshape(1)
