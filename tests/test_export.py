@@ -10,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import hf_bitnet as hb
@@ -50,6 +51,21 @@ def test_names_on_disk(tmp_path: Path, family: str) -> None:
         assert set(opened.keys()) == {each.stored for each in report.tensors}
 
 
+@pytest.mark.parametrize("form", ["train", "packed"])
+def test_a_tied_quantized_table_is_written_once(tmp_path: Path, form: str) -> None:
+    """The reference is save_pretrained of the dequantized model; a head of its own stays."""
+    for family, count in (("qwen3", 1), ("llama", 2)):
+        head = {"output_head": "int8"} if count == 2 else {}
+        model = quantized(family, embeddings="int8", **head)
+        model = hb.pack_model(model) if form == "packed" else model
+        path = tmp_path / family
+        hb.export_model(model, path / "out", format="dense", dtype="float32", progress=False, verify="codes")
+        hb.dequantize_model(model, dtype=torch.float32).save_pretrained(path / "saved")
+        found, expected = (load_file(path / each / "model.safetensors") for each in ("out", "saved"))
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+        assert len(found.keys() & {"lm_head.weight", "model.embed_tokens.weight"}) == count
+
+
 def test_export_refuses(tmp_path: Path) -> None:
     model = quantized()
     with pytest.raises(TypeError, match="takes a transformers model or the path of one, got Linear"):
@@ -88,8 +104,6 @@ def test_difference_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_safetensors_written_in_a_stream(tmp_path: Path) -> None:
     """The bytes are those of any safetensors file, in shards as transformers would cut them."""
-    from safetensors.torch import load_file
-
     tensors = {
         "a": torch.randn(3, 5),
         "b": torch.randn(7).bfloat16(),

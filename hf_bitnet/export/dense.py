@@ -53,8 +53,7 @@ class Dense(ExportFormat):
 
     def write(self, source: Source, folder: Path, progress: Progress) -> list[WrittenTensor]:
         dtype = _DTYPES[self.dtype]
-        tensors = [_floats(f"{name}.weight", layer, dtype) for name, layer in source.layers.items()]
-        tensors += [_floats(f"{name}.weight", table, dtype) for name, table in source.tables.items()]
+        tensors = [_floats(name, layer, dtype) for name, layer in _matrices(source).items()]
         biases = {f"{name}.bias": layer.plain_bias for name, layer in source.layers.items()}
         tensors += [_cast(name, bias, dtype) for name, bias in biases.items() if bias is not None]
         tensors += [_cast(name, tensor, dtype) for name, tensor in source.others.items()]
@@ -67,7 +66,7 @@ class Dense(ExportFormat):
     def compare(self, source: Source, folder: Path, written: list[WrittenTensor], logits: bool) -> list[Check]:
         dtype = _DTYPES[self.dtype]
         stored = {each.name: each.stored for each in written}
-        matrices = {stored[f"{name}.weight"]: layer for name, layer in {**source.layers, **source.tables}.items()}
+        matrices = {stored[name]: layer for name, layer in _matrices(source).items()}
         expected = {name: _floats(name, layer, dtype) for name, layer in matrices.items()}
         checks = [compare_tensors(folder, expected, "quantized values")]
         return [*checks, plain_logits(source, folder, dtype)] if logits else checks
@@ -89,6 +88,17 @@ def write_configs(source: Source, folder: Path, settings: dict[str, object] | No
         generation.save_pretrained(folder)
     if source.tokenizer is not None:
         source.tokenizer.save_pretrained(folder)
+
+
+def _matrices(source: Source) -> dict[str, QuantizedLayer | QuantizedEmbedding]:
+    """Name of the weight -> layer or table, without those that loading ties to another one, which has the same codes."""
+    matrices = {f"{name}.weight": layer for name, layer in {**source.tables, **source.layers}.items()}
+    tied, found = getattr(source.model, "all_tied_weights_keys", None) or {}, {}
+    for name, layer in matrices.items():
+        twin = matrices.get(tied.get(name, name), layer)
+        if twin is layer or twin.get_parameter("weight") is not layer.get_parameter("weight"):
+            found[name] = layer
+    return found
 
 
 def _floats(name: str, layer: QuantizedLayer | QuantizedEmbedding, dtype: torch.dtype) -> Planned:
