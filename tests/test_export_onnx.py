@@ -231,7 +231,7 @@ def test_gate_sees_a_changed_byte(mixed: Any, exported: tuple[Path, Any], tmp_pa
 
 def test_onnx_options_are_checked() -> None:
     for option, value, legal in (
-        ("dtype", "bfloat16", "'float32', 'float16'"),
+        ("dtype", "bfloat16", "float32, float16"),
         ("accuracy_level", 2, "0, 4"),
         ("min_bits", 3, "2, 4, 8"),
         ("kv_cache", 1, "False, True"),

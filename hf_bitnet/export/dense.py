@@ -6,6 +6,7 @@ Any version of transformers, and whatever reads its checkpoints, loads it; nothi
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import GenerationConfig
 from ..modules import BitConv1D, PackedBitLinear, QuantizedEmbedding, QuantizedLayer
 from .format import EXPORT_FORMATS, ExportFormat, Progress, Source, shape_of
 from .names import origins, saved_names
+from .options import check_choices, check_shard_size
 from .plain import compare_tensors, plain_logits
 from .report import Check, WrittenTensor
 from .rounding import rounded
@@ -41,10 +43,12 @@ class Dense(ExportFormat):
     max_shard_size: str | int = "5GB"
 
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"format 'dense': dtype={self.dtype!r}; legal: {', '.join(_DTYPES)}")
+        check_choices("dense", self, {"dtype": _DTYPES})
+        check_shard_size("dense", self.max_shard_size)
 
     def refusals(self, source: Source) -> list[str]:
+        if problems := config_problems(source):
+            return problems
         normed = [name for name, layer in source.layers.items() if (norm := layer.sub_norm) and float(norm.blend) != 0.0]
         return [f"{normed[0]} has a norm in front (sub_norm), for which a plain layer has no place"] if normed else []
 
@@ -70,6 +74,20 @@ class Dense(ExportFormat):
         expected = {name: _floats(name, layer, dtype) for name, layer in matrices.items()}
         checks = [compare_tensors(folder, expected, "quantized values")]
         return [*checks, plain_logits(source, folder, dtype)] if logits else checks
+
+
+def config_problems(source: Source) -> list[str]:
+    """Why transformers will not save the generation config, which `write_configs` writes after everything else."""
+    generation: GenerationConfig | None = getattr(source.model, "generation_config", None)
+    if not source.model.can_generate() or generation is None:
+        return []
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            generation.save_pretrained(place)
+        except ValueError as error:
+            said = " ".join(str(error).partition("\n\n")[0].split())
+            return [f"its generation_config cannot be saved; change model.generation_config: {said}"]
+    return []
 
 
 def write_configs(source: Source, folder: Path, settings: dict[str, object] | None, dtype: torch.dtype) -> None:

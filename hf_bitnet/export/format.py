@@ -57,6 +57,13 @@ class Source:
     tokenizer: Any
     name: str
 
+    def __post_init__(self) -> None:
+        if self.tokenizer is not None and not hasattr(self.tokenizer, "save_pretrained"):
+            raise TypeError(
+                f"tokenizer={self.tokenizer!r} is a {type(self.tokenizer).__name__}; pass a tokenizer itself, for example "
+                "tokenizer=AutoTokenizer.from_pretrained('gpt2'), or None"
+            )
+
     @property
     def config(self) -> BitNetQuantizationConfig:
         return config_of(self.model)

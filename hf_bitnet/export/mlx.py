@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ..files import write_json
 from .affine import BITS, GROUP_SIZES, Layer
-from .dense import write_configs
+from .dense import config_problems, write_configs
 from .format import EXPORT_FORMATS, ExportFormat, Progress, Source, shape_of
 from .mlx_check import exported_logits, mlx_checks
 from .mlx_config import Architecture, architecture_of, model_problems, reader_settings, window_note
 from .mlx_layouts import AffineLayout, Layout, RowLayout
+from .options import check_choices, check_shard_size
 from .plain import compare_tensors
 from .report import Check, WrittenTensor
 from .rounding import rounded
@@ -55,16 +56,15 @@ class MLX(ExportFormat):
     def __post_init__(self) -> None:
         layouts = (None, "affine", _ROWS)
         legal = {"layout": layouts, "dtype": tuple(_DTYPES), "group_size": (None, *GROUP_SIZES), "min_bits": BITS}
-        for name, choices in legal.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"format 'mlx': {name}={getattr(self, name)!r}; legal: {', '.join(map(str, choices))}")
+        check_choices("mlx", self, legal)
+        check_shard_size("mlx", self.max_shard_size)
 
     def refusals(self, source: Source) -> list[str]:
         architecture = architecture_of(source.model)
         if architecture is None:
             kind = source.model.config.model_type
             return [f"it is not made for {type(source.model).__name__} ({kind}); export as 'dense' and try mlx_lm.convert"]
-        problems = model_problems(source.model, architecture)
+        problems = config_problems(source) + model_problems(source.model, architecture)
         normed = [name for name, layer in source.layers.items() if (norm := layer.sub_norm) and float(norm.blend) != 0.0]
         if normed:
             problems.append(f"{normed[0]} has a norm in front (sub_norm), for which mlx-lm has no place")

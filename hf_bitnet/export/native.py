@@ -22,11 +22,12 @@ from ..config import NATIVE_METHOD
 from ..modules import NativeBitLinear, NativeOfflineLinear, NativeOnlineLinear, QuantizedLayer
 from ..modules.native import pack_rows
 from ..surgery import kept_for_native, native_copy
-from .dense import write_configs
+from .dense import config_problems, write_configs
 from .format import EXPORT_FORMATS, ExportFormat, Progress, Source
 from .names import origins, saved_names
 from .native_check import compare_codes, compare_online_codes
 from .native_problems import native_problems, norm_of
+from .options import check_choices, check_shard_size
 from .plain import compare_tensors, plain_logits
 from .report import Check, WrittenTensor
 from .rounding import rounded
@@ -54,8 +55,8 @@ class Native(ExportFormat):
     max_shard_size: str | int = "5GB"
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
-            raise ValueError(f"format 'bitnet': kind={self.kind!r}; legal: {', '.join(_KINDS)}")
+        check_choices("bitnet", self, {"kind": _KINDS, "packed": (True, False)})
+        check_shard_size("bitnet", self.max_shard_size)
         if not self.packed and self.kind != "autobitlinear":
             raise ValueError(
                 f"format 'bitnet': packed=False is for kind='autobitlinear', and kind is {self.kind!r}; leave packed out"
@@ -66,7 +67,7 @@ class Native(ExportFormat):
         return self.kind == "online"
 
     def refusals(self, source: Source) -> list[str]:
-        return native_problems(source, online=self.online, packed=self.packed)
+        return config_problems(source) or native_problems(source, online=self.online, packed=self.packed)
 
     def notes(self, source: Source) -> list[str]:
         dtype = str(source.model.dtype).removeprefix("torch.")

@@ -23,9 +23,10 @@ from ..config import STORAGES
 from ..kernels.reference import TRITS_PER_BYTE
 from ..modules import BitEmbedding, NativeLayer, QuantizedEmbedding, QuantizedLayer, TrainedLayer
 from ..surgery import check_calibrated, check_finite, config_of, empty_packed_copy, packed_copy
-from .dense import write_configs
+from .dense import config_problems, write_configs
 from .format import EXPORT_FORMATS, ExportFormat, Progress, Source, shape_of
 from .names import origins, saved_names
+from .options import check_choices, check_shard_size
 from .packed_check import compare_codes
 from .plain import compare_tensors, plain_logits
 from .report import Check, WrittenTensor
@@ -52,11 +53,11 @@ class Packed(ExportFormat):
     max_shard_size: str | int = "5GB"
 
     def __post_init__(self) -> None:
-        if self.storage not in STORAGES:
-            raise ValueError(f"format 'hf_bitnet': storage={self.storage!r}; legal: {', '.join(STORAGES)}")
+        check_choices("hf_bitnet", self, {"storage": STORAGES})
+        check_shard_size("hf_bitnet", self.max_shard_size)
 
     def refusals(self, source: Source) -> list[str]:
-        found = []
+        found = config_problems(source)
         for name, layer in source.layers.items():
             try:
                 check_calibrated(name, layer)

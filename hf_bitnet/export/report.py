@@ -46,6 +46,11 @@ class Check:
         return f"{_WORDS[self.passed]:8} {self.reader}: {self.what}" + (f" ({self.detail})" if self.detail else "")
 
 
+def _cell(text: str) -> str:
+    """Of a Markdown table: one line, without its separator."""
+    return text.strip().partition("\n")[0].replace("\\", "\\\\").replace("|", "\\|")
+
+
 _WORDS = {True: "equal", False: "DIFFERS", None: "not run"}
 
 
@@ -121,7 +126,7 @@ class ExportReport:
 
     def markdown(self) -> str:
         """A section of a model card."""
-        rows = [f"| {check.reader} | {check.what} | {_WORDS[check.passed]} | {check.detail} |" for check in self.checks]
+        rows = [f"| {check.reader} | {check.what} | {_WORDS[check.passed]} | {_cell(check.detail)} |" for check in self.checks]
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds().items())
         parts = [f"Format `{self.format}`, {self.bytes / 1e6:.2f} MB. Tensors: {kinds}."]
         parts += [f"- {note}" for note in self.notes]

@@ -28,6 +28,11 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
     torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint64: "U64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
 }
 _METADATA = {"format": "pt"}
 # elements that are written or compared at once
@@ -79,7 +84,17 @@ def planned(name: str, tensor: Tensor, weights: int | None = None) -> Planned:
 def write_safetensors(
     folder: Path, tensors: Sequence[Planned], *, max_shard_size: int | str, progress: Callable[[int], object]
 ) -> list[Path]:
-    """Writes model.safetensors, or shards with their index, as transformers names them. Returns the data files."""
+    """Writes model.safetensors, or shards with their index, as transformers names them. Returns the data files.
+
+    Raises ValueError before the first byte where the format has no name for a dtype.
+    """
+    for each in tensors:
+        if each.dtype not in _NAMES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _NAMES)
+            raise ValueError(
+                f"{each.name} is {str(each.dtype).removeprefix('torch.')}, which safetensors cannot hold; legal: {known}. "
+                "Convert it first, or register the buffer with persistent=False"
+            )
     by_name = {each.name: each for each in tensors}
     # empty stand-ins of the right sizes, so that the shards are cut where save_pretrained would cut them
     empty = {each.name: torch.empty(each.shape, dtype=each.dtype, device="meta") for each in tensors}

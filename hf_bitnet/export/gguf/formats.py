@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from ..format import EXPORT_FORMATS, ExportFormat, Progress, Source
+from ..options import check_choices
 from ..report import Check, WrittenTensor
 from . import parity, planning
 from .contents import Codes
@@ -27,10 +29,10 @@ class _File(ExportFormat):
     strict: bool
     file_name: str
 
-    def _check_options(self, format: str) -> None:
-        if self.other not in _FLOATS:
-            raise ValueError(f"format {format!r}: other={self.other!r}; legal: {', '.join(_FLOATS)}")
-        if Path(self.file_name).name != self.file_name or not self.file_name.endswith(".gguf"):
+    def _check_options(self, format: str, floats: Iterable[str] = _FLOATS) -> None:
+        check_choices(format, self, {"other": floats, "strict": (True, False)})
+        named = isinstance(self.file_name, str)
+        if not named or Path(self.file_name).name != self.file_name or not self.file_name.endswith(".gguf"):
             raise ValueError(f"format {format!r}: file_name={self.file_name!r}; a name that ends in .gguf, without folders")
 
     def _chooser(self, source: Source) -> planning.Chooser:
@@ -111,8 +113,7 @@ class Gguf(_File):
 
     def __post_init__(self) -> None:
         self._check_options("gguf")
-        if self.kind is not None and self.kind not in LEGAL:
-            raise ValueError(f"format 'gguf': kind={self.kind!r}; legal: {', '.join(LEGAL)}, None")
+        check_choices("gguf", self, {"kind": (*LEGAL, None)})
 
     def _chooser(self, source: Source) -> planning.Chooser:
         return planning.choices(source, self.kind, PREFERENCE)
@@ -164,9 +165,7 @@ class I2S(_File):
     file_name: str = "model.gguf"
 
     def __post_init__(self) -> None:
-        if self.other == "bf16":
-            raise ValueError("format 'i2_s': other='bf16'; legal: f16, f32")
-        self._check_options("i2_s")
+        self._check_options("i2_s", ("f16", "f32"))
 
     def _chooser(self, source: Source) -> planning.Chooser:
         # what the llama.cpp of 2024 in it knows

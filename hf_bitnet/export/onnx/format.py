@@ -9,8 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from ..dense import write_configs
+from ..dense import config_problems, write_configs
 from ..format import EXPORT_FORMATS, ExportFormat, Progress, Source
+from ..options import check_choices
 from ..plain import FLOAT32_LIMIT
 from ..report import Check, WrittenTensor
 from ..running import dequantized_logits
@@ -54,10 +55,7 @@ class Onnx(ExportFormat):
 
     def __post_init__(self) -> None:
         legal = {"dtype": _DTYPES, "accuracy_level": _LEVELS, "min_bits": BITS, "kv_cache": (False, True), "opset": _OPSETS}
-        for option, values in legal.items():
-            value = getattr(self, option)
-            if value not in values or isinstance(value, bool) != (option == "kv_cache"):
-                raise ValueError(f"format 'onnx': {option}={value!r}; legal: {', '.join(map(repr, values))}")
+        check_choices("onnx", self, legal)
 
     @property
     def _wanted(self) -> Wanted:
@@ -74,7 +72,7 @@ class Onnx(ExportFormat):
             plans(source, self._wanted)
         except ValueError as error:
             return [str(error)]
-        return []
+        return config_problems(source)
 
     def notes(self, source: Source) -> list[str]:
         notes = []
