@@ -24,7 +24,8 @@ def load_native(path: str | os.PathLike[str], *, model_class: Any = None, **kwar
     Args:
         path: folder or name on the Hub.
         model_class: for example AutoModelForSequenceClassification; None takes the class that the checkpoint names.
-        kwargs: of `from_pretrained`: dtype, device_map, revision, ...
+        kwargs: of `from_pretrained`: dtype, device_map, revision, ... Code of the checkpoint is run with
+            trust_remote_code=True only.
 
     Raises:
         ValueError: the checkpoint is not a native one, is damaged, or lacks tensors.
@@ -34,6 +35,8 @@ def load_native(path: str | os.PathLike[str], *, model_class: Any = None, **kwar
 
     if "quantization_config" in kwargs:
         raise TypeError("load_native takes no quantization_config, the checkpoint brings its own: hf_bitnet.load_native(path)")
+    # left unset, transformers asks on standard input, and whoever pipes "y" there would run the code of a checkpoint
+    kwargs["trust_remote_code"] = kwargs.get("trust_remote_code") is True
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     config = transformers.AutoConfig.from_pretrained(path, **hub)
     settings = getattr(config, "quantization_config", None) or {}

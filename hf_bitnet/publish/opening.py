@@ -22,11 +22,13 @@ def open_model(path: str | os.PathLike[str], **options: Any) -> Any:
     """The model in a folder or on the Hub, of the class its config.json names. Packed weights are mapped, not copied.
 
     Args:
-        options: of from_pretrained: dtype (default: as stored), device_map, revision, ...
+        options: of from_pretrained: dtype (default: as stored), device_map, revision, ... Code of the checkpoint is run with
+            trust_remote_code=True only.
 
     Raises ValueError when there is no such folder or no such class, OSError when it cannot be loaded.
     """
-    kind, config = model_class(path)
+    options["trust_remote_code"] = options.get("trust_remote_code") is True
+    kind, config = model_class(path, trust_remote_code=options["trust_remote_code"])
     options.setdefault("dtype", "auto")
     settings = getattr(config, "quantization_config", None)
     if not isinstance(settings, dict) or settings.get("quant_method") != NATIVE_METHOD:
@@ -37,8 +39,11 @@ def open_model(path: str | os.PathLike[str], **options: Any) -> Any:
     return load_native(path, **options)
 
 
-def model_class(path: str | os.PathLike[str]) -> tuple[Any, Any]:
-    """The class that a checkpoint's config names, and the config. Raises as `open_model` does."""
+def model_class(path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """The class that a checkpoint's config names, and the config. Raises as `open_model` does.
+
+    trust_remote_code: never None, with which transformers asks on standard input whether to run the checkpoint's code.
+    """
     name = os.fspath(path)
     if not Path(name).exists() and name.startswith((".", "/", "~")):
         raise ValueError(f"there is no folder {name!r}")
@@ -46,7 +51,7 @@ def model_class(path: str | os.PathLike[str]) -> tuple[Any, Any]:
         _check_config(Path(name))
         _check_index(Path(name))
     with naming(name):
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     names = getattr(config, "architectures", None) or []
     kind = getattr(transformers, names[0], None) if names else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
@@ -97,6 +102,6 @@ def naming(path: str) -> Iterator[None]:
 def open_tokenizer(path: str | os.PathLike[str]) -> Any:
     """The tokenizer that lies beside a model, or None where there is none."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(path)
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError):  # none saved, or none that transformers knows for this model
         return None

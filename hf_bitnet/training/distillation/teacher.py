@@ -69,7 +69,8 @@ def _load(path: str | os.PathLike[str], student: nn.Module, dtype: torch.dtype |
     close = get_close_matches(str(path), (SELF, CACHED), n=1, cutoff=0.8)
     if close and not Path(path).exists():
         raise ValueError(f"teacher={str(path)!r} is neither a folder nor 'self' nor 'cached'; did you mean {close[0]!r}?")
-    config = transformers.AutoConfig.from_pretrained(path)
+    safe = {"trust_remote_code": False}  # left unset, transformers asks on standard input whether to run its code
+    config = transformers.AutoConfig.from_pretrained(path, **safe)
     names = getattr(config, "architectures", None) or [type(student).__name__]
     kind = getattr(transformers, names[0], None)
     if kind is None:
@@ -77,7 +78,7 @@ def _load(path: str | os.PathLike[str], student: nn.Module, dtype: torch.dtype |
             f"the teacher {str(path)!r} is a {names[0]}, which transformers does not have; load it and pass the model: "
             "teacher=MyModel.from_pretrained(...)"
         )
-    return kind.from_pretrained(path) if dtype is None else kind.from_pretrained(path, dtype=dtype)
+    return kind.from_pretrained(path, **safe) if dtype is None else kind.from_pretrained(path, dtype=dtype, **safe)
 
 
 def refuse_shared(teacher: nn.Module, student: nn.Module) -> None:
