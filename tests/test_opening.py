@@ -12,7 +12,10 @@ import pytest
 
 import hf_bitnet as hb
 from hf_bitnet.publish.opening import open_tokenizer
+from hf_bitnet.surgery import config_of
 from hf_bitnet.training.distillation import teacher
+from tests.command_line import save_quantized
+from tests.hub_server import LoopbackHub
 from tests.tiny import tiny
 
 
@@ -57,3 +60,17 @@ def test_code_of_a_checkpoint_is_run_where_the_caller_says_so(tmp_path: Path, mo
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     hb.open_model(folder, trust_remote_code=True)
     assert (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("form", ["packed", "train"])
+def test_a_model_is_opened_from_its_branch_and_its_folder(hub: LoopbackHub, tmp_path: Path, form: str) -> None:
+    save_quantized(tmp_path / "run" / form, form)
+    hb.push_to_hub(tmp_path / "run" / form, "org/model", revision="v2")  # its main branch has no config
+    model = hb.open_model("org/model", revision="v2")
+    assert config_of(model).form == form
+    with pytest.raises(ValueError, match="Unrecognized model in org/model"):
+        hb.open_model("org/model")
+    assert config_of(hb.open_model(tmp_path / "run", subfolder=form)).form == form
+    (tmp_path / "run" / form / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=rf"{form}/config\.json is damaged or incomplete"):
+        hb.open_model(tmp_path / "run", subfolder=form)

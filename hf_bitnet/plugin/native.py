@@ -9,7 +9,7 @@ from ..config import FOREIGN_LINEAR_CLASS, NATIVE_METHOD
 from .registration import loading_native
 
 # what says where a checkpoint is, and which of its versions
-_HUB_ARGUMENTS = (
+HUB_ARGUMENTS = (
     *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "trust_remote_code"),
 )
 
@@ -37,7 +37,7 @@ def load_native(path: str | os.PathLike[str], *, model_class: Any = None, **kwar
         raise TypeError("load_native takes no quantization_config, the checkpoint brings its own: hf_bitnet.load_native(path)")
     # left unset, transformers asks on standard input, and whoever pipes "y" there would run the code of a checkpoint
     kwargs["trust_remote_code"] = kwargs.get("trust_remote_code") is True
-    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     config = transformers.AutoConfig.from_pretrained(path, **hub)
     settings = getattr(config, "quantization_config", None) or {}
     method = settings.get("quant_method")

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..config import FOREIGN_LINEAR_CLASS, NATIVE_METHOD
 from ..files import read_object
-from ..plugin import load_native
+from ..plugin import HUB_ARGUMENTS, load_native
 
 _ADVICE = "copy or download it again"
 
@@ -28,7 +28,8 @@ def open_model(path: str | os.PathLike[str], **options: Any) -> Any:
     Raises ValueError when there is no such folder or no such class, OSError when it cannot be loaded.
     """
     options["trust_remote_code"] = options.get("trust_remote_code") is True
-    kind, config = model_class(path, trust_remote_code=options["trust_remote_code"])
+    # the config of the version and folder that the weights are of
+    kind, config = model_class(path, **{name: options[name] for name in HUB_ARGUMENTS if name in options})
     options.setdefault("dtype", "auto")
     settings = getattr(config, "quantization_config", None)
     if not isinstance(settings, dict) or settings.get("quant_method") != NATIVE_METHOD:
@@ -39,19 +40,22 @@ def open_model(path: str | os.PathLike[str], **options: Any) -> Any:
     return load_native(path, **options)
 
 
-def model_class(path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def model_class(path: str | os.PathLike[str], *, trust_remote_code: bool = False, **hub: Any) -> tuple[Any, Any]:
     """The class that a checkpoint's config names, and the config. Raises as `open_model` does.
 
-    trust_remote_code: never None, with which transformers asks on standard input whether to run the checkpoint's code.
+    Args:
+        trust_remote_code: never None, with which transformers asks on standard input whether to run the checkpoint's code.
+        hub: revision, subfolder, token and the like, of from_pretrained.
     """
     name = os.fspath(path)
     if not Path(name).exists() and name.startswith((".", "/", "~")):
         raise ValueError(f"there is no folder {name!r}")
     if os.path.isdir(name):
-        _check_config(Path(name))
-        _check_index(Path(name))
+        folder = Path(name) / (hub.get("subfolder") or "")
+        _check_config(folder)
+        _check_index(folder)
     with naming(name):
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
     names = getattr(config, "architectures", None) or []
     kind = getattr(transformers, names[0], None) if names else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
