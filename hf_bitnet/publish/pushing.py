@@ -8,6 +8,7 @@ repository as it was. Leaves out: pull requests, datasets and spaces.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +24,11 @@ from .contents import CONFIG, files_to_push
 from .forms import gather
 from .pushed_card import pushed_card
 
-# where from_pretrained finds weights: what an earlier push left there would be taken for a part of the new model
-_STALE = (".safetensors", ".safetensors.index.json")
+# the model of an earlier push, in whatever form: readers would take it for the new one, or for a part of it. Other files of
+# the same kinds (adapter_model.safetensors) are not ours
+_STALE = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|config\.json|export\.json|.*\.(gguf|onnx|onnx\.data)"
+)
 _FORM = "{form}"
 
 
@@ -34,7 +38,7 @@ class PushedRepo:
 
     Attributes:
         repo_id: of the repository. forms: which forms of the model.
-        files: path there -> bytes. deleted: paths of an earlier push that are gone.
+        files: path there -> bytes. deleted: paths of an earlier push that are gone, of this form or another.
         left_out: file -> why it stays here. url: of the commit; None in a dry run.
     """
 
@@ -101,6 +105,8 @@ def push_to_hub(
 ) -> PushReport:
     """Pushes a quantized model, with its card, in one form or several; each repository gets one commit.
 
+    In each folder that is pushed the model of an earlier push goes, also one in another form; foreign files stay.
+
         push_to_hub("out", "me/model")                                    # the packed model of a run
         push_to_hub("out", "me/model", forms=("packed", "train", "gguf"))   # in one repository
         push_to_hub("out", "me/model-{form}", forms=("packed", "gguf"))     # in two
@@ -151,6 +157,7 @@ class _Plan:
         self.files: dict[str, Path | bytes] = {}
         self.left_out: dict[str, str] = {}
         places = {"" if form == self.forms[0] else f"{form}/": form for form in forms}
+        self.folders = {PurePosixPath(place) for place in places}
         for place, form in places.items():
             files, left_out = files_to_push(forms[form])
             self.files |= {place + path: file for path, file in files.items()}
@@ -184,8 +191,6 @@ class _Plan:
         return self.repo(stale, str(done.commit_url))
 
     def _stale(self, there: Sequence[str]) -> list[str]:
-        """Weights of an earlier push that would lie beside the new ones."""
-        folders = {PurePosixPath(path).parent for path in self.files if path.endswith(_STALE)}
-        return [
-            path for path in there if path.endswith(_STALE) and path not in self.files and PurePosixPath(path).parent in folders
-        ]
+        """The model of an earlier push that would lie beside the new one in the same folder."""
+        parts = [(path, PurePosixPath(path)) for path in there if path not in self.files]
+        return [path for path, part in parts if part.parent in self.folders and _STALE.fullmatch(part.name)]
