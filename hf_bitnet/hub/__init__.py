@@ -1,6 +1,6 @@
 """Floor 5: what goes with a model's files on the Hub: its card, its license, the code that loads it."""
 
-from .about import CARD, card_data, class_name, hub_id, library_versions, license_of, task_of, without_bars
+from .about import CARD, card_data, class_name, descent, hub_id, library_versions, license_of, task_of, without_bars
 from .card import TAGS, Measurement, model_card, write_card
 from .shim import SHIM, shim_files
 
@@ -11,6 +11,7 @@ __all__ = [
     "Measurement",
     "card_data",
     "class_name",
+    "descent",
     "hub_id",
     "library_versions",
     "license_of",

@@ -44,10 +44,24 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
-def license_of(name: str) -> str | None:
-    """The license that the card of a model (Hub id, or folder with a README.md) names; None where it cannot be read."""
-    data = card_data(name)
-    return None if data is None else data.get("license")
+def license_of(name: str) -> dict[str, str]:
+    """What the card of a model (Hub id, or folder with a README.md) says of its license; empty where it cannot be read."""
+    return license_fields(card_data(name))
+
+
+def license_fields(data: ModelCardData | None) -> dict[str, str]:
+    """license, and the license_name and license_link that say which `other` is. What is no text is left out."""
+    found = {} if data is None else {name: data.get(name) for name in ("license", "license_name", "license_link")}
+    found = {name: value for name, value in found.items() if isinstance(value, str)}
+    return found if "license" in found else {}
+
+
+def descent(data: ModelCardData | None) -> dict[str, Any]:
+    """What the card of a checkpoint says of where it is from, as arguments of `model_card`; others may have written it."""
+    base = None if data is None else data.get("base_model")  # a list where several models were merged
+    rest = license_fields(data)
+    about = {"base_model": hub_id(base) if isinstance(base, str) else None, "license": rest.pop("license", None)}
+    return {**about, "metadata": rest}
 
 
 def card_data(name: str | os.PathLike[str]) -> ModelCardData | None:

@@ -74,7 +74,8 @@ def model_card(
         name: of the model.
         base_model: Hub id or path of the model that was quantized. A path of this machine does not get into the card.
         from_scratch: it was trained from random weights; there is no base model.
-        license: of the model; None takes the base model's, where it has a card that says so (`license_of`).
+        license: of the model; None takes the base model's, where it has a card that says so (`license_of`). Where it is
+            "other", the metadata has license_name and license_link too.
         measurements: figures; the results among them also go into the metadata.
         training: settings and sizes of the training run; an empty mapping says that there was none, None that it is not known.
         curve: name of a picture beside the card, with the losses of the training.
@@ -90,7 +91,8 @@ def model_card(
     results = [_eval_result(each) for each in measurements if each.kind == "result"]
     fields: dict[str, Any] = {
         "model_name": name if results else None,  # it names an entry of model-index, and is nothing by itself
-        "license": license or (None if base_model is None else license_of(base_model)),
+        "license": license,
+        **(license_of(base_model) if license is None and base_model is not None else {}),
         "library_name": "transformers",
         "pipeline_tag": task_of(model),
         "base_model": hub_id(base_model),
@@ -136,10 +138,15 @@ def _origin(base_model: str | None, from_scratch: bool, training: Mapping[str, A
     """What was quantized, and how."""
     if from_scratch:
         return "A model", "with quantization-aware training from random weights "
-    base = "A model" if base_model is None else f"`{hub_id(base_model) or Path(base_model).name}`"
+    base = "A model" if base_model is None else f"`{_plain(hub_id(base_model) or Path(base_model).name)}`"
     if training is None:
         return base, ""
     return base, "with quantization-aware training " if training else "without any training "
+
+
+def _plain(text: str) -> str:
+    """Without what would end the code that it stands in: names may be of others."""
+    return "".join(each for each in text if each.isprintable() and each != "`")
 
 
 def _use(model: nn.Module, config: BitNetQuantizationConfig) -> str:

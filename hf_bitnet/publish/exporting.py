@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..config import NATIVE_METHOD, QUANT_METHOD, BitNetQuantizationConfig
 from ..export import EXPORT_FORMATS, Check, ExportFormat, ExportReport, ParityError, Source
 from ..files import new_folder, refuse_existing, refuse_overlap, write_json
-from ..hub import card_data, library_versions, model_card, without_bars, write_card
+from ..hub import card_data, descent, library_versions, model_card, without_bars, write_card
 from ..surgery import check_codes, check_scales, config_place
 from .opening import model_class, open_model, open_tokenizer
 
@@ -97,18 +97,17 @@ def export_card(
     known: ModelCardData | None,
 ) -> ModelCard:
     """The card of an export. `known`: metadata of the card of the checkpoint that was exported."""
-    known = ModelCardData() if known is None else known
-    named = known.get("base_model")  # a list where several models were merged
+    about = descent(known)
     return model_card(
         source.model,
         name=source.name,
-        base_model=base_model or (named if isinstance(named, str) else None),
-        license=known.get("license"),
+        base_model=base_model or about["base_model"],
+        license=about["license"],
         versions=report.versions,
         sections=[report.markdown()],
         use=chosen.use(source, folder),
         tags=[report.format],
-        metadata={"library_name": chosen.library},
+        metadata={"library_name": chosen.library, **about["metadata"]},
     )
 
 

@@ -33,7 +33,9 @@ def pushed_card(folders: Mapping[str, Path], forms: Sequence[str], repo_id: str,
     data = card.data
     if data.get("base_model") is None and hub_id(base_model):
         data["base_model"], data["base_model_relation"] = base_model, "quantized"
-        data["license"] = data.get("license") or license_of(str(base_model))
+        if data.get("license") is None:
+            for name, value in license_of(str(base_model)).items():
+                data[name] = value
     exported = [form for form in forms if form not in FORMS]
     data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), *TAGS, *exported]))
     if len(folders) == 1:

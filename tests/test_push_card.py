@@ -1,0 +1,61 @@
+"""What the card of a checkpoint says reaches the cards that are made from it, and nothing that a stranger put there harms."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+import hf_bitnet as hb
+from tests.command_line import save_quantized
+from tests.hub_metadata import metadata_errors
+from tests.hub_server import LoopbackHub
+from tests.tiny import tiny
+
+REPO = "org/model"
+OTHER = {"license": "other", "license_name": "gemma", "license_link": "https://example.org/terms"}
+
+
+def with_card(folder: Path, **metadata: Any) -> Path:
+    """A packed model whose card says so."""
+    card = ModelCard("---\n{}\n---\n# mine\n")
+    for name, value in metadata.items():
+        card.data[name] = value
+    (save_quantized(folder) / "README.md").write_text(str(card))
+    return folder
+
+
+def exported(folder: Path) -> ModelCard:
+    hb.export_model(folder, f"{folder}-export", verify=False, progress=False)
+    text = Path(f"{folder}-export", "README.md").read_text()
+    assert not metadata_errors(text)
+    return ModelCard(text)
+
+
+def test_a_strangers_card_puts_no_markdown_into_ours(tmp_path: Path) -> None:
+    card = exported(
+        with_card(tmp_path / "a", base_model="evil`\n\n# Injected [click](http://evil)\n`x", license=["mit", {"a": 1}])
+    )
+    assert "Injected" not in str(card) and "evil" not in str(card)
+    assert card.data.base_model is None and card.data.license is None
+    assert (
+        exported(with_card(tmp_path / "b", base_model=5, license_name="x")).data.to_dict().keys() == card.data.to_dict().keys()
+    )
+    model = hb.open_model(tmp_path / "a")
+    text = hb.hub.model_card(model, name="x", base_model="/home/evil`\n\n# Injected `x").text
+    assert "\n# Injected" not in text and "`evil# Injected x` with ternary" in text
+
+
+def test_which_other_license_it_is_comes_along(hub: LoopbackHub, tmp_path: Path) -> None:
+    card = exported(with_card(tmp_path / "a", **OTHER))
+    assert {name: card.data.get(name) for name in OTHER} == OTHER
+    hb.push_to_hub(tmp_path / "a", "org/base")
+    (tmp_path / "a" / "README.md").write_text("# mine\n")
+    hb.push_to_hub(tmp_path / "a", REPO, base_model="org/base")
+    pushed = ModelCard(hub.files(REPO)["README.md"].decode())
+    assert {name: pushed.data.get(name) for name in OTHER} == OTHER and pushed.data.base_model == "org/base"
+    made = hb.hub.model_card(hb.open_model(tmp_path / "a"), name="x", base_model="org/base")
+    assert {name: made.data.get(name) for name in OTHER} == OTHER
