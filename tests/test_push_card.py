@@ -59,3 +59,12 @@ def test_which_other_license_it_is_comes_along(hub: LoopbackHub, tmp_path: Path)
     assert {name: pushed.data.get(name) for name in OTHER} == OTHER and pushed.data.base_model == "org/base"
     made = hb.hub.model_card(hb.open_model(tmp_path / "a"), name="x", base_model="org/base")
     assert {name: made.data.get(name) for name in OTHER} == OTHER
+
+
+def test_a_packed_form_that_is_made_keeps_base_model_and_license(hub: LoopbackHub, tmp_path: Path) -> None:
+    folder = save_quantized(tmp_path / "train", "train")
+    (folder / "README.md").write_text("---\nlicense: mit\nbase_model: org/base\n---\n# mine\n")
+    hb.push_to_hub(folder, REPO, forms=("packed",))
+    pushed = ModelCard(hub.files(REPO)["README.md"].decode())
+    assert (pushed.data.base_model, pushed.data.license) == ("org/base", "mit")
+    assert "`org/base` with ternary weights" in pushed.text

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
 from ..config import FORMS, BitNetQuantizationConfig
 from ..export import EXPORT_FORMATS
-from ..hub import library_versions, model_card, without_bars, write_card
+from ..hub import card_data, descent, library_versions, model_card, without_bars, write_card
 from ..surgery import config_of, config_place, independent_copy, pack_model
 from .contents import form_of
 from .exporting import export_model
@@ -99,7 +100,7 @@ def _made(form: str, found: Mapping[str, Path], work: Path, about: Mapping[str, 
         return work / form
     with without_bars():
         tokenizer = about["tokenizer"] or open_tokenizer(start)
-        return _saved(pack_model(open_model(start)), work / form, {**about, "tokenizer": tokenizer})
+        return _saved(pack_model(open_model(start)), work / form, {**about, "tokenizer": tokenizer}, card_data(start))
 
 
 def _of_model(model: PreTrainedModel, forms: Sequence[str] | None, work: Path, about: Mapping[str, Any]) -> dict[str, Path]:
@@ -119,10 +120,13 @@ def _of_model(model: PreTrainedModel, forms: Sequence[str] | None, work: Path, a
     return made
 
 
-def _saved(model: PreTrainedModel, folder: Path, about: Mapping[str, Any]) -> Path:
+def _saved(model: PreTrainedModel, folder: Path, about: Mapping[str, Any], known: ModelCardData | None = None) -> Path:
+    """`known`: metadata of the card of the checkpoint that the model is from."""
     with without_bars():
         model.save_pretrained(folder)
     if about["tokenizer"] is not None:
         about["tokenizer"].save_pretrained(folder)
-    write_card(folder, model_card(model, name=about["name"], base_model=about["base_model"], versions=library_versions()))
+    origin = descent(known)
+    origin["base_model"] = about["base_model"] or origin["base_model"]
+    write_card(folder, model_card(model, name=about["name"], versions=library_versions(), **origin))
     return folder
