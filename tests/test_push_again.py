@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 
 import hf_bitnet as hb
 from hf_bitnet.surgery import config_of
 from tests.command_line import save_quantized
-from tests.hub_server import LoopbackHub
+from tests.hub_server import LoopbackHub, Refused
 from tests.tiny import tiny
 
 REPO = "org/model"
@@ -42,3 +45,42 @@ def test_the_model_of_an_earlier_push_in_another_form_goes(hub: LoopbackHub, tmp
     hb.push_to_hub({"packed": packed, "gguf": tmp_path / "renamed"}, REPO)
     assert "gguf/model.gguf" not in hub.files(REPO) and "gguf/other.gguf" in hub.files(REPO)
     assert config_of(hb.open_model(REPO)).form == "packed"
+
+
+def downloaded(hub: LoopbackHub, folder: Path, repo_id: str = REPO) -> Path:
+    for path, content in hub.files(repo_id).items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    return folder
+
+
+def test_what_was_pushed_with_remote_code_can_be_pushed_again(hub: LoopbackHub, tmp_path: Path) -> None:
+    save_quantized(tmp_path / "packed")
+    hb.export_model(tmp_path / "packed", tmp_path / "export", verify=False, progress=False)
+    hb.push_to_hub(tmp_path / "export", REPO, remote_code=True)
+    report = json.loads(hub.files(REPO)["export.json"])
+    assert report["files"]["config.json"] == len(hub.files(REPO)["config.json"])
+    assert report["bytes"] == sum(report["files"].values())
+    hb.push_to_hub(downloaded(hub, tmp_path / "again"), "org/again")
+    assert hub.files("org/again")["config.json"] == hub.files(REPO)["config.json"]
+
+
+def test_a_push_that_stops_between_two_repositories_says_so(hub: LoopbackHub, tmp_path: Path) -> None:
+    packed, train = save_quantized(tmp_path / "packed"), save_quantized(tmp_path / "train", "train")
+
+    def refuse(number: int, method: str, path: str) -> None:
+        if path.endswith("m-train/commit/main"):
+            raise Refused(403, "Forbidden", "not now")
+
+    hub.before = refuse
+    with pytest.raises(HfHubHTTPError) as caught:
+        hb.push_to_hub({"packed": packed, "train": train}, "org/m-{form}")
+    oid = hub.repositories["org/m-packed"].branches["main"][-1].oid
+    if sys.version_info >= (3, 11):
+        assert caught.value.__notes__ == [
+            f"pushed before this: {hub.url}/org/m-packed/commit/{oid}\nmade, and empty: org/m-train"
+        ]
+    with pytest.raises(HfHubHTTPError) as caught:
+        hb.push_to_hub(tmp_path / "train", "org/m-train")
+    if sys.version_info >= (3, 11):
+        assert caught.value.__notes__ == ["made, and empty: org/m-train"]

@@ -7,6 +7,8 @@ training run, no pickle, nothing hidden, nothing half written, no link to elsewh
 from __future__ import annotations
 
 import fnmatch
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,14 @@ def report_of(folder: Path) -> ExportReport | None:
         return ExportReport.from_dict(values) if values else None
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / REPORT} was not written by export_model ({error!r}); export the model again") from None
+
+
+def report_with(path: Path, changed: Mapping[str, bytes]) -> bytes:
+    """An export.json as it says of files that go in another content than the folder has."""
+    values = read_json(path)
+    values["files"] = {name: len(changed[name]) if name in changed else size for name, size in values["files"].items()}
+    values["bytes"] = sum(values["files"].values())
+    return (json.dumps(values, indent=1) + "\n").encode()
 
 
 def files_to_push(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:

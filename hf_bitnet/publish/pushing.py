@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -20,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
 from ..hub import CARD, shim_files
-from .contents import CONFIG, files_to_push
+from .contents import CONFIG, REPORT, files_to_push, report_with
 from .forms import gather
 from .pushed_card import pushed_card
 
@@ -132,7 +133,8 @@ def push_to_hub(
         ValueError: there is no model in it; it did not pass its parity checks, or was changed since; it holds files that are
             not for others; a form cannot be made.
         ParityError: of a form that is made.
-        huggingface_hub.errors.HfHubHTTPError: the Hub refused; the repository is as it was.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refused; nothing in that repository is changed. With "{form}" others may
+            have their commit already: a note of the error names them, and repositories that were made and are empty.
     """
     validate_repo_id(repo_id.replace(_FORM, "form"))
     name = repo_id.replace(f"-{_FORM}", "").replace(_FORM, "").rpartition("/")[2] or "model"
@@ -145,7 +147,21 @@ def push_to_hub(
         if dry_run:
             return PushReport([plan.repo() for plan in plans])
         api = HfApi(token=token, library_name="hf_bitnet")
-        return PushReport([plan.push(api, private, revision, commit_message) for plan in plans])
+        try:
+            return PushReport([plan.push(api, private, revision, commit_message) for plan in plans])
+        except BaseException as error:
+            _say_what_is_there(error, plans)
+            raise
+
+
+def _say_what_is_there(error: BaseException, plans: Sequence[_Plan]) -> None:
+    """Adds to an error what the Hub has of a push that failed in the middle."""
+    lines = [f"pushed before this: {plan.url}" for plan in plans if plan.url is not None]
+    lines += [f"made, and empty: {plan.repo_id}" for plan in plans if plan.empty]
+    if lines and hasattr(error, "add_note"):
+        error.add_note("\n".join(lines))
+    elif lines:  # Python 3.10
+        warnings.warn("; ".join(lines), stacklevel=3)
 
 
 class _Plan:
@@ -154,6 +170,8 @@ class _Plan:
     def __init__(self, repo_id: str, forms: Mapping[str, Path], base_model: str | None, card: bool, remote_code: bool) -> None:
         self.forms = tuple(forms)
         self.repo_id = repo_id.replace(_FORM, self.forms[0])
+        self.url: str | None = None
+        self.empty = False  # whether the repository is there, with nothing in it
         self.files: dict[str, Path | bytes] = {}
         self.left_out: dict[str, str] = {}
         places = {"" if form == self.forms[0] else f"{form}/": form for form in forms}
@@ -163,18 +181,22 @@ class _Plan:
             self.files |= {place + path: file for path, file in files.items()}
             self.left_out |= {place + path: why for path, why in left_out.items()}
         if remote_code:
-            self.files |= shim_files(forms[self.forms[0]] / CONFIG)
+            shim = shim_files(forms[self.forms[0]] / CONFIG)
+            self.files |= shim
+            if REPORT in self.files:
+                self.files[REPORT] = report_with(forms[self.forms[0]] / REPORT, shim)
         self.files.pop(CARD, None)
         if card:
             made = pushed_card({place: forms[form] for place, form in places.items()}, self.forms, self.repo_id, base_model)
             self.files[CARD] = str(made).encode()
 
-    def repo(self, deleted: Sequence[str] = (), url: str | None = None) -> PushedRepo:
+    def repo(self, deleted: Sequence[str] = ()) -> PushedRepo:
         sizes = {path: len(file) if isinstance(file, bytes) else file.stat().st_size for path, file in self.files.items()}
-        return PushedRepo(self.repo_id, self.forms, dict(sorted(sizes.items())), self.left_out, list(deleted), url)
+        return PushedRepo(self.repo_id, self.forms, dict(sorted(sizes.items())), self.left_out, list(deleted), self.url)
 
     def push(self, api: HfApi, private: bool | None, revision: str | None, message: str | None) -> PushedRepo:
-        repo_id = api.create_repo(self.repo_id, private=private, exist_ok=True).repo_id
+        self.repo_id = repo_id = api.create_repo(self.repo_id, private=private, exist_ok=True).repo_id
+        self.empty = {each.rfilename for each in api.model_info(repo_id).siblings or []} <= {".gitattributes"}
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         there = api.model_info(repo_id, revision=revision)
@@ -188,7 +210,8 @@ class _Plan:
             revision=revision,
             parent_commit=there.sha,  # nobody else's commit is lost
         )
-        return self.repo(stale, str(done.commit_url))
+        self.url, self.empty = str(done.commit_url), False
+        return self.repo(stale)
 
     def _stale(self, there: Sequence[str]) -> list[str]:
         """The model of an earlier push that would lie beside the new one in the same folder."""
