@@ -126,9 +126,27 @@ def test_checkpoint_of_two_steps_is_noticed(hub: LoopbackHub, tmp_path: Path) ->
     HfApi().create_commit(REPO, later, commit_message="cut short")
     with pytest.raises(ValueError, match=r"scheduler\.pt of org/run is not of the same step .* Take an earlier commit"):
         hb.hub_checkpoint(REPO, checkpoint="checkpoint-2")
+    HfApi().upload_file(path_or_fileobj=b"{", path_in_repo="checkpoint-2/hf_bitnet_files.json", repo_id=REPO)
+    with pytest.raises(
+        ValueError, match=r"hf_bitnet_files\.json is damaged or incomplete .*; take an earlier commit of org/run"
+    ):
+        hb.hub_checkpoint(REPO, checkpoint="checkpoint-2")
     # what another trainer pushed has no list, and is taken as it is
     HfApi().delete_file("checkpoint-2/hf_bitnet_files.json", REPO)
     assert Path(hb.hub_checkpoint(REPO, checkpoint="checkpoint-2")).is_dir()
+
+
+def test_card_of_adapters_takes_what_the_other_trainer_takes(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
+    model = peft.get_peft_model(quantized(model=ONE_LAYER), peft.LoraConfig(target_modules=["q_proj"]))
+    trainer = make_trainer(tmp_path, model)
+    trainer.train()
+    trainer.create_model_card(dataset_name="org/data")  # TRL's word, which Trainer does not take
+    assert "on the org/data dataset" in (tmp_path / "README.md").read_text()
+    data = {"dataset_tags": "org/data", "dataset_args": "small", "tasks": "text-generation"}
+    trainer.create_model_card(dataset="stories", model_name="mine", **data)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "on the stories dataset" in card.text and card.data.datasets == ["org/data"]
 
 
 def test_curve(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ pushing itself, which is Trainer's.
 from __future__ import annotations
 
 import hashlib
-import json
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
 from ..config import BitNetQuantizationConfig
-from ..files import write_json
+from ..files import read_object, write_json
 from ..hub import Measurement, library_versions, model_card, task_of, write_card
 from ..surgery import config_place
 from .arguments import QATArguments
@@ -63,10 +63,12 @@ class Published(_Base):
         model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         config = getattr(*config_place(model), None)
         if not isinstance(config, BitNetQuantizationConfig) or getattr(model, "peft_config", None):
-            # adapters get the card of the trainer beside this one, which does not know every argument
-            given = {"language": language, "license": license, "tags": tags, "model_name": model_name}
-            given |= {"finetuned_from": finetuned_from, "dataset_name": dataset_name}
-            super().create_model_card(**{key: value for key, value in given.items() if value is not None})
+            # adapters get the card of the trainer beside this one: Trainer, or one of TRL, which has other arguments
+            given = {"language": language, "license": license, "tags": tags, "model_name": model_name, "tasks": tasks}
+            given |= {"finetuned_from": finetuned_from, "dataset_tags": dataset_tags, "dataset_args": dataset_args}
+            given |= {"dataset": dataset or dataset_name, "dataset_name": dataset_name or dataset}
+            taken = inspect.signature(super().create_model_card).parameters
+            super().create_model_card(**{key: each for key, each in given.items() if each is not None and key in taken})
             return
         folder = Path(str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,6 +168,7 @@ def hub_checkpoint(
 def _listed_files(repo_id: str, checkpoint: str, at: dict[str, Any]) -> dict[str, str] | None:
     """Name -> sha256 of the checkpoint's files, or None where another trainer pushed it."""
     try:
-        return json.loads(Path(hf_hub_download(repo_id, f"{checkpoint}/{_LIST}", **at)).read_text(encoding="utf-8"))
+        path = Path(hf_hub_download(repo_id, f"{checkpoint}/{_LIST}", **at))
     except EntryNotFoundError:
         return None
+    return read_object(path, f"take an earlier commit of {repo_id}: hub_checkpoint({repo_id!r}, revision='...')")
