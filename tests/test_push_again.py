@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 import hf_bitnet as hb
 from hf_bitnet.surgery import config_of
 from tests.command_line import save_quantized
 from tests.hub_server import LoopbackHub, Refused
-from tests.tiny import tiny
 
 REPO = "org/model"
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
-import pytest
 from huggingface_hub import ModelCard
 
 import hf_bitnet as hb
 from tests.command_line import save_quantized
 from tests.hub_metadata import metadata_errors
 from tests.hub_server import LoopbackHub
-from tests.tiny import tiny
 
 REPO = "org/model"
 OTHER = {"license": "other", "license_name": "gemma", "license_link": "https://example.org/terms"}

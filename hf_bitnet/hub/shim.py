@@ -45,7 +45,11 @@ def shim_files(config_file: Path) -> dict[str, bytes]:
         )
     base = _auto_classes(kind).get("AutoModel")
     found |= {"AutoModel": base} if base else {}
-    config["auto_map"] = {**config.get("auto_map", {}), **{auto: f"{Path(SHIM).stem}.{name}" for auto, name in found.items()}}
+    given = config.get("auto_map")
+    config["auto_map"] = {
+        **(given if isinstance(given, dict) else {}),
+        **{auto: f"{Path(SHIM).stem}.{name}" for auto, name in found.items()},
+    }
     code = _HEAD + "".join(_CLASS.format(name=name) for name in dict.fromkeys(found.values()))
     return {SHIM: code.encode(), "config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
 

@@ -69,7 +69,10 @@ def report_of(folder: Path) -> ExportReport | None:
     """What its export.json says; None where there is none. Raises ValueError when it is none of ours."""
     values = read_json(folder / REPORT)
     try:
-        return ExportReport.from_dict(values) if values else None
+        report = ExportReport.from_dict(values) if values else None
+        if report is not None:
+            report.markdown(), {name: size + 0 for name, size in report.files.items()}  # whatever is wrong in it, here
+        return report
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / REPORT} was not written by export_model ({error!r}); export the model again") from None
 

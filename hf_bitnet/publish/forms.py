@@ -38,6 +38,8 @@ def gather(source: Any, forms: Sequence[str] | None, work: Path, about: Mapping[
     if isinstance(source, PreTrainedModel):
         return _of_model(source, forms, work, about)
     if isinstance(source, Mapping):
+        if not source:
+            raise ValueError("push_to_hub got an empty mapping; give {form: folder}, for example {'packed': 'out/packed'}")
         found = {form: Path(folder) for form, folder in source.items()}
         for form, folder in found.items():
             if not folder.is_dir() or form_of(folder) != form:

@@ -73,6 +73,8 @@ def _check_config(folder: Path) -> None:
     names = values.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(each, str) for each in names)):
         raise ValueError(f"{path}: architectures={names!r}; it is a list of class names, for example ['LlamaForCausalLM']")
+    if not isinstance(values.get("auto_map", {}), dict):
+        raise ValueError(f"{path}: auto_map={values['auto_map']!r}; it is an object, {{'AutoModel': ...}}: remove it")
     settings = values.get("quantization_config")
     if settings is not None and not isinstance(settings, dict):
         raise ValueError(f"{path}: quantization_config={settings!r}; it is an object, {{'quant_method': ...}}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 from ..config import FORMS
 from ..export import EXPORT_FORMATS
@@ -29,7 +29,7 @@ def pushed_card(folders: Mapping[str, Path], forms: Sequence[str], repo_id: str,
         base_model: Hub id, where the root's card names none.
     """
     root = next(iter(folders.values()))
-    card = ModelCard.load(root / CARD) if (root / CARD).is_file() else _new_card(root, repo_id, base_model)
+    card = _read(root / CARD) if (root / CARD).is_file() else _new_card(root, forms[0], repo_id, base_model)
     data = card.data
     if data.get("base_model") is None and hub_id(base_model):
         data["base_model"], data["base_model_relation"] = base_model, "quantized"
@@ -48,10 +48,24 @@ def pushed_card(folders: Mapping[str, Path], forms: Sequence[str], repo_id: str,
     return ModelCard(str(card).rstrip() + "\n\n" + "\n\n".join(sections) + "\n")
 
 
-def _new_card(folder: Path, repo_id: str, base_model: str | None) -> ModelCard:
+def _read(path: Path) -> ModelCard:
+    try:
+        return ModelCard.load(path)
+    except Exception as error:  # of yaml, of the encoding, of huggingface_hub: each has its own, none names the file
+        cause = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is no card that the Hub reads ({cause}); correct or remove it, or keep the repository's: card=False"
+        ) from error
+
+
+def _new_card(folder: Path, form: str, repo_id: str, base_model: str | None) -> ModelCard:
+    name, report = repo_id.rpartition("/")[2], report_of(folder)
+    if report is not None and form not in FORMS:  # of a model that cannot be opened here, or says nothing of this library
+        data = ModelCardData(library_name=EXPORT_FORMATS.get(form).library)
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{report.markdown()}\n")
     with without_bars():
         model = open_model(folder, device_map="meta")  # only the headers of the files are read
-    return model_card(model, name=repo_id.rpartition("/")[2], base_model=base_model)
+    return model_card(model, name=name, base_model=base_model)
 
 
 def _files(folders: Mapping[str, Path], forms: Sequence[str], repo_id: str) -> str:

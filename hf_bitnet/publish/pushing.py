@@ -129,13 +129,15 @@ def push_to_hub(
         dry_run: check everything and say what would go; nothing is sent, nobody is asked.
 
     Raises:
-        TypeError: `source` is no model, folder or mapping.
+        TypeError: `source` is no model, folder or mapping, `repo_id` no text.
         ValueError: there is no model in it; it did not pass its parity checks, or was changed since; it holds files that are
             not for others; a form cannot be made.
         ParityError: of a form that is made.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused; nothing in that repository is changed. With "{form}" others may
             have their commit already: a note of the error names them, and repositories that were made and are empty.
     """
+    if not isinstance(repo_id, str):
+        raise TypeError(f"push_to_hub takes the id of a repository, got {type(repo_id).__name__}; for example 'me/model'")
     validate_repo_id(repo_id.replace(_FORM, "form"))
     name = repo_id.replace(f"-{_FORM}", "").replace(_FORM, "").rpartition("/")[2] or "model"
     with tempfile.TemporaryDirectory(prefix="hf_bitnet_push_") as work:
@@ -196,10 +198,16 @@ class _Plan:
 
     def push(self, api: HfApi, private: bool | None, revision: str | None, message: str | None) -> PushedRepo:
         self.repo_id = repo_id = api.create_repo(self.repo_id, private=private, exist_ok=True).repo_id
-        self.empty = {each.rfilename for each in api.model_info(repo_id).siblings or []} <= {".gitattributes"}
+        there = api.model_info(repo_id)
+        self.empty = {each.rfilename for each in there.siblings or []} <= {".gitattributes"}
+        if private and there.private is False:
+            raise ValueError(
+                f"private=True, but {repo_id} is there already and public, so nothing was pushed. Make it private first: "
+                f"huggingface_hub.HfApi().update_repo_settings({repo_id!r}, private=True); or choose another repository"
+            )
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = api.model_info(repo_id, revision=revision)
+            there = api.model_info(repo_id, revision=revision)
         stale = sorted(self._stale([each.rfilename for each in there.siblings or []]))
         operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(path) for path in stale]
         operations += [CommitOperationAdd(path, file) for path, file in sorted(self.files.items())]
