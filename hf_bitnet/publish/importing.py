@@ -105,9 +105,17 @@ def _fetched(path: str, file: str | None, options: dict[str, Any]) -> tuple[Path
     try:
         if file is not None:
             return Path(huggingface_hub.hf_hub_download(path, file, **hub)), options
-        return Path(huggingface_hub.snapshot_download(path, allow_patterns=_FILES, **hub)), options
+        found = Path(huggingface_hub.snapshot_download(path, allow_patterns=_FILES, **hub))
+        if any(found.glob("*.safetensors")) or hub.get("local_files_only"):
+            return found, options
+        names = _names_there(path, found, {name: hub[name] for name in ("revision", "token") if name in hub})
+        if len(names) == 1:
+            return Path(huggingface_hub.hf_hub_download(path, names[0], **hub)), options
     except (OSError, ValueError) as error:
         raise OSError(f"there is no folder {path!r}, and the Hub does not give it ({error})") from error
+    if names:
+        raise ValueError(f"{path} holds several GGUF files; name one: file={names[0]!r}, or {', '.join(names[1:])}")
+    return found, options
 
 
 def _gguf(path: Path, file: str | None) -> Path | None:
@@ -124,6 +132,18 @@ def _gguf(path: Path, file: str | None) -> Path | None:
     if len(names) > 1:
         raise ValueError(f"{path} holds several GGUF files; name one: file={names[0]!r}, or {', '.join(names[1:])}")
     return path / names[0]
+
+
+def _names_there(repo_id: str, found: Path, at: dict[str, Any]) -> list[str]:
+    """The GGUF files of a repository; without network those that were fetched of it before."""
+    import huggingface_hub
+
+    try:
+        there = huggingface_hub.HfApi().list_repo_files(repo_id, **at)
+    except OSError:
+        if not (there := _names(found)):
+            raise
+    return sorted(name for name in there if name.endswith(_GGUF) and "/" not in name)
 
 
 def _names(folder: Path) -> list[str]:
