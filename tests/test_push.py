@@ -195,7 +195,7 @@ def test_a_card_of_the_repository_may_stay(hub: LoopbackHub, run_folder: Path) -
 
 
 def test_dry_run_asks_nobody(hub: LoopbackHub, run_folder: Path) -> None:
-    report = hb.push_to_hub(run_folder, REPO, forms=("packed", "train"), dry_run=True)
+    report = hb.push_to_hub(run_folder, REPO, forms=("packed", "train"), base_model="org/base", dry_run=True)
     assert hub.requests == [] and report.url is None and report.urls == []
     text = str(report)
     assert text.startswith("org/model: packed, train; 9 files") and text.endswith("not pushed (dry run)")

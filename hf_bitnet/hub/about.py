@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 CARD = "README.md"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _SECONDS = 5.0
+_asks_nobody: ContextVar[bool] = ContextVar("asks_nobody", default=False)
 _PACKAGES = ("hf_bitnet", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
@@ -70,11 +72,21 @@ def card_data(name: str | os.PathLike[str]) -> ModelCardData | None:
     try:
         if os.path.isdir(name):
             return ModelCard.load(Path(name) / CARD, ignore_metadata_errors=True).data  # type: ignore[return-value]
-        known = hub_id(name)
+        known = None if _asks_nobody.get() else hub_id(name)
         # asked once: reading the card's file would be tried again for half a minute where there is no network
         return None if known is None else HfApi().model_info(known, timeout=_SECONDS).card_data
     except Exception:  # no network, no card, a broken card: it is not known, which must not fail a finished run
         return None
+
+
+@contextmanager
+def asking_nobody() -> Iterator[None]:
+    """Inside, the Hub is not asked about a model, whose license then is not known."""
+    token = _asks_nobody.set(True)
+    try:
+        yield
+    finally:
+        _asks_nobody.reset(token)
 
 
 def library_versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ repository as it was. Leaves out: pull requests, datasets and spaces.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
@@ -20,7 +21,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
-from ..hub import CARD, shim_files
+from ..hub import CARD, asking_nobody, shim_files
 from .contents import CONFIG, REPORT, files_to_push, report_with
 from .forms import gather
 from .pushed_card import pushed_card
@@ -140,7 +141,8 @@ def push_to_hub(
         raise TypeError(f"push_to_hub takes the id of a repository, got {type(repo_id).__name__}; for example 'me/model'")
     validate_repo_id(repo_id.replace(_FORM, "form"))
     name = repo_id.replace(f"-{_FORM}", "").replace(_FORM, "").rpartition("/")[2] or "model"
-    with tempfile.TemporaryDirectory(prefix="hf_bitnet_push_") as work:
+    asking = asking_nobody() if dry_run else contextlib.nullcontext()
+    with tempfile.TemporaryDirectory(prefix="hf_bitnet_push_") as work, asking:
         about = {"tokenizer": tokenizer, "base_model": base_model, "name": name}
         found = gather(source, forms, Path(work), about)
         parts = [{form: folder} for form, folder in found.items()] if _FORM in repo_id else [found]
