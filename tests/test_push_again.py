@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.command_line import save_quantized
 from tests.hub_server import LoopbackHub, Refused
 
 REPO = "org/model"
+_MADE = ("README.md", ".gitattributes")
 
 
 def gguf(folder: Path, name: str = "model.gguf") -> Path:
@@ -82,3 +84,31 @@ def test_a_push_that_stops_between_two_repositories_says_so(hub: LoopbackHub, tm
         hb.push_to_hub(tmp_path / "train", "org/m-train")
     if sys.version_info >= (3, 11):
         assert caught.value.__notes__ == ["made, and empty: org/m-train"]
+
+
+def test_several_forms_as_they_lie_on_the_hub_can_be_pushed_again(hub: LoopbackHub, tmp_path: Path) -> None:
+    save_quantized(tmp_path / "run" / "packed")
+    save_quantized(tmp_path / "run" / "train", "train")
+    gguf(tmp_path / "run" / "gguf")
+    (tmp_path / "run" / "packed" / "training_args.bin").write_bytes(bytes(9_000_000))  # stays here
+    hb.push_to_hub(tmp_path / "run", REPO, forms=("packed", "train", "gguf"))
+    card = hub.files(REPO)["README.md"].decode()
+    size = sum(len(content) for path, content in hub.files(REPO).items() if "/" not in path and path not in _MADE) / 1e6
+    assert f"| (root) | packed | packed low-bit weights, to deploy | {size:.2f} |" in card and size < 1
+    again = downloaded(hub, tmp_path / "again")
+    report = hb.push_to_hub(again, "org/again", forms=("packed", "train", "gguf"))
+    assert report.repos[0].left_out == {}
+    assert hub.files("org/again").keys() == hub.files(REPO).keys()
+    assert hub.files("org/again")["README.md"].decode() == card.replace("org/model", "org/again")
+    report = hb.push_to_hub(again, "org/one")  # the form that the folder has, and nothing else
+    assert report.repos[0].forms == ("packed",) and report.repos[0].left_out.keys() == {"gguf/", "train/"}
+    alone = hub.files("org/one")["README.md"].decode()
+    assert "## Files" not in alone and "## Export in" not in alone and "## Quantization" in alone
+    shutil.copytree(again / "train", again / "train2")
+    assert hb.push_to_hub(again, "org/one").repos[0].forms == ("packed",)
+    with pytest.raises(ValueError, match=r"'train' and 'train2' in .* are both in form 'train'; push one of them"):
+        hb.push_to_hub(again, "org/one", forms=("train",))
+    hb.push_to_hub(again / "train", "org/two")
+    trained = downloaded(hub, tmp_path / "trained", "org/two")
+    save_quantized(trained / "packed")
+    assert hb.push_to_hub(trained, "org/two").repos[0].forms == ("train",)

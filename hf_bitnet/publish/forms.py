@@ -45,10 +45,12 @@ def gather(source: Any, forms: Sequence[str] | None, work: Path, about: Mapping[
             if not folder.is_dir() or form_of(folder) != form:
                 raise ValueError(f"{str(folder)!r} holds no model in form {form!r}")
     elif isinstance(source, str | os.PathLike):
-        found = found_forms(Path(source))
+        found = found_forms(Path(source), forms)
     else:
         raise TypeError(f"push_to_hub takes a model, a folder or {{form: folder}}, got {type(source).__name__}")
-    wanted = list(found) if isinstance(source, Mapping) else [PACKED if PACKED in found else next(iter(found))]
+    first = next(iter(found))
+    run = not isinstance(source, Mapping) and found[first] != Path(source)  # a folder of models, and none itself
+    wanted = list(found) if isinstance(source, Mapping) else [PACKED if run and PACKED in found else first]
     return {form: found[form] if form in found else _made(form, found, work, about) for form in forms or wanted}
 
 
@@ -63,25 +65,26 @@ def _check(forms: Sequence[str] | None) -> None:
             raise ValueError(f"unknown form {form!r}; legal: {', '.join(legal)}")
 
 
-def found_forms(folder: Path) -> dict[str, Path]:
-    """Form -> folder of the models in a folder: its own, or those in the folders directly in it (a run's train and packed).
+def found_forms(folder: Path, wanted: Sequence[str] | None = None) -> dict[str, Path]:
+    """Form -> folder of the models in a folder: its own first, and those in the folders directly in it, as a run leaves them
+    (train and packed) and as several forms lie in one repository.
 
-    Raises ValueError when there is none, or two in one form.
+    Raises ValueError when there is none, or two in one form; beside one of the folder's own only where they are `wanted`.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {str(folder)!r}")
     own = form_of(folder)
-    if own is not None:
-        return {own: folder}
-    found: dict[str, Path] = {}
+    found: dict[str, Path] = {} if own is None else {own: folder}
     for path in sorted(folder.iterdir()):
         form = form_of(path) if path.is_dir() and not path.name.startswith((".", "checkpoint-")) else None
-        if form in found:
+        if form is None or form == own:
+            continue
+        if form not in found:
+            found[form] = path
+        elif own is None or form in (wanted or ()):
             raise ValueError(
                 f"{found[form].name!r} and {path.name!r} in {str(folder)!r} are both in form {form!r}; push one of them"
             )
-        if form is not None:
-            found[form] = path
     if not found:
         raise ValueError(
             f"{str(folder)!r} holds no model of hf_bitnet; push a folder that save_pretrained, export_model or MeasuredRun "

@@ -5,6 +5,7 @@ The card that an export or a run wrote is taken as it is; where a folder has non
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,13 +21,19 @@ _FORM_SUMMARIES = dict(
     zip(FORMS, ("float weights behind the codes, to train on", "packed low-bit weights, to deploy"), strict=True)
 )
 
+_HEADER = "| folder | form | what it is | MB | how to load it |"
+# the sections that a card has because of several forms, each up to the next heading of its level
+_OF_SEVERAL = re.compile(rf"(?sm)\n*^(?:## Files\n\n{re.escape(_HEADER)}|## Export in `[^`\n]+`)\n.*?(?=\n## |\Z)")
 
-def pushed_card(folders: Mapping[str, Path], forms: Sequence[str], repo_id: str, base_model: str | None) -> ModelCard:
+
+def pushed_card(
+    folders: Mapping[str, Path], forms: Sequence[str], sizes: Mapping[str, int], repo_id: str, base_model: str | None
+) -> ModelCard:
     """The card of what is pushed.
 
     Args:
         folders: place in the repository ("" or "train/") -> folder here; the first is the root. forms: theirs.
-        base_model: Hub id, where the root's card names none.
+        sizes: place -> bytes that are pushed there. base_model: Hub id, where the root's card names none.
     """
     root = next(iter(folders.values()))
     card = _read(root / CARD) if (root / CARD).is_file() else _new_card(root, forms[0], repo_id, base_model)
@@ -38,9 +45,10 @@ def pushed_card(folders: Mapping[str, Path], forms: Sequence[str], repo_id: str,
                 data[name] = value
     exported = [form for form in forms if form not in FORMS]
     data["tags"] = list(dict.fromkeys([*(data.get("tags") or []), *TAGS, *exported]))
+    card.text = _OF_SEVERAL.sub("", card.text)  # of an earlier push, where the folder is a repository as it was fetched
     if len(folders) == 1:
         return card
-    sections = [_files(folders, forms, repo_id)]
+    sections = [_files(sizes, forms, repo_id)]
     for place, folder in list(folders.items())[1:]:
         report = report_of(folder)
         if report is not None:
@@ -68,14 +76,13 @@ def _new_card(folder: Path, form: str, repo_id: str, base_model: str | None) -> 
     return model_card(model, name=name, base_model=base_model)
 
 
-def _files(folders: Mapping[str, Path], forms: Sequence[str], repo_id: str) -> str:
-    lines = ["## Files", "", "| folder | form | what it is | MB | how to load it |", "|---|---|---|---:|---|"]
-    for (place, folder), form in zip(folders.items(), forms, strict=True):
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+def _files(sizes: Mapping[str, int], forms: Sequence[str], repo_id: str) -> str:
+    lines = ["## Files", "", _HEADER, "|---|---|---|---:|---|"]
+    for (place, size), form in zip(sizes.items(), forms, strict=True):
         if form in FORMS:
             how = f'`from_pretrained("{repo_id}"' + (f', subfolder="{place[:-1]}")`' if place else ")`")
             what = _FORM_SUMMARIES[form]
         else:
             what, how = EXPORT_FORMATS.get(form).summary, EXPORT_FORMATS.get(form).readers
-        lines.append(f"| {f'`{place}`' if place else '(root)'} | {form} | {what} | {size:.2f} | {how} |")
+        lines.append(f"| {f'`{place}`' if place else '(root)'} | {form} | {what} | {size / 1e6:.2f} | {how} |")
     return "\n".join(lines)

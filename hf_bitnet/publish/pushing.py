@@ -180,10 +180,15 @@ class _Plan:
         self.left_out: dict[str, str] = {}
         places = {"" if form == self.forms[0] else f"{form}/": form for form in forms}
         self.folders = {PurePosixPath(place) for place in places}
+        brought: dict[str, int] = {}
+        roots = {folder.resolve() for folder in forms.values()}
         for place, form in places.items():
             files, left_out = files_to_push(forms[form])
             self.files |= {place + path: file for path, file in files.items()}
-            self.left_out |= {place + path: why for path, why in left_out.items()}
+            self.left_out |= {
+                place + path: why for path, why in left_out.items() if (forms[form] / path).resolve() not in roots
+            }
+            brought[place] = sum(file.stat().st_size for path, file in files.items() if place + path != CARD)
         if remote_code:
             shim = shim_files(forms[self.forms[0]] / CONFIG)
             self.files |= shim
@@ -191,7 +196,8 @@ class _Plan:
                 self.files[REPORT] = report_with(forms[self.forms[0]] / REPORT, shim)
         self.files.pop(CARD, None)
         if card:
-            made = pushed_card({place: forms[form] for place, form in places.items()}, self.forms, self.repo_id, base_model)
+            folders = {place: forms[form] for place, form in places.items()}
+            made = pushed_card(folders, self.forms, brought, self.repo_id, base_model)
             self.files[CARD] = str(made).encode()
 
     def repo(self, deleted: Sequence[str] = ()) -> PushedRepo:
