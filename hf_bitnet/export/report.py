@@ -33,7 +33,7 @@ class Check:
 
     Attributes:
         reader: the program or library that read the files. what: was compared.
-        passed: None where the reader is not there; `detail` then says what to install.
+        passed: None where the reader is not there, or nobody can run the model; `detail` then says why.
         detail: figure and limit, or the first difference.
     """
 
