@@ -11,7 +11,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 import hf_bitnet as hb
-from hf_bitnet.export import Check, ParityError, plain, running
+from hf_bitnet.export import Check, ParityError, Source, plain, running
 from hf_bitnet.surgery import independent_copy
 from tests.tiny import tiny
 
@@ -153,3 +153,14 @@ def test_modes_stay_as_they_were(tmp_path: Path) -> None:
     for format in ("gguf", "dense"):
         last_check(model, tmp_path / format, format)
         assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_a_model_that_nobody_can_feed(tmp_path: Path) -> None:
+    model: Any = quantized(tiny("llama")[0])
+
+    def has_none() -> Any:
+        raise RuntimeError("there is no table")
+
+    model.get_input_embeddings = has_none
+    assert Source(model, None, "").inputs() is None
+    assert plain.plain_logits(Source(model, None, ""), tmp_path, torch.float32).passed is None

@@ -113,7 +113,7 @@ class Source:
         """Token ids that the model takes; None where it does not say."""
         try:
             return getattr(self.model.get_input_embeddings(), "num_embeddings", None)
-        except NotImplementedError:
+        except RuntimeError:  # a model without such a table
             return None
 
     def _within_positions(self, length: int) -> int:
