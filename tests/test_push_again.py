@@ -12,6 +12,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 import hf_bitnet as hb
+from hf_bitnet.export import ExportReport
+from hf_bitnet.files import write_json
 from hf_bitnet.surgery import config_of
 from tests.command_line import save_quantized
 from tests.hub_server import LoopbackHub, Refused
@@ -24,8 +26,8 @@ def gguf(folder: Path, name: str = "model.gguf") -> Path:
     """What an export to GGUF leaves, but for its size and the reading back."""
     folder.mkdir(parents=True)
     (folder / name).write_bytes(b"GGUF" + bytes(99))
-    report = hb.export.ExportReport("gguf", folder.name, {}, [], [], [], {name: 103}, 0.0)
-    hb.files.write_json(folder / "export.json", report.to_dict())
+    report = ExportReport("gguf", folder.name, {}, [], [], [], {name: 103}, 0.0)
+    write_json(folder / "export.json", report.to_dict())
     (folder / "README.md").write_text("# by hand\n")
     return folder
 

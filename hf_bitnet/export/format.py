@@ -129,6 +129,12 @@ class Source:
         shape = 1, self._within_positions(length)
         return torch.randint(min(3, vocabulary - 1), vocabulary, shape, generator=torch.Generator().manual_seed(0))
 
+    def reader(self) -> tuple[str, str]:
+        """The class that makes the model's inputs, and what its object is called (`hub/card.py` has the same)."""
+        main = self.model.main_input_name
+        name = {"input_ids": "AutoTokenizer", "pixel_values": "AutoImageProcessor"}.get(main, "AutoProcessor")
+        return name, "tokenizer" if main == "input_ids" else "processor"
+
     def inputs(self) -> dict[str, Tensor] | None:
         """What the model's forward is called with to compare logits, always the same; None where that is not known."""
         config, main = self.model.config, self.model.main_input_name
@@ -181,10 +187,10 @@ class ExportFormat:
 
     def use(self, source: Source, folder: Path) -> str:
         """Markdown of a card: how what was written into `folder` is loaded."""
-        kind = type(source.model).__name__
+        kind, (reader, name) = type(source.model).__name__, source.reader()
         return (
-            f"```python\nfrom transformers import AutoTokenizer, {kind}\n\n"
+            f"```python\nfrom transformers import {reader}, {kind}\n\n"
             'path = "..."  # of this repository or folder\n'
-            f"tokenizer = AutoTokenizer.from_pretrained(path)\nmodel = {kind}.from_pretrained(path)\n```\n\n"
+            f"{name} = {reader}.from_pretrained(path)\nmodel = {kind}.from_pretrained(path)\n```\n\n"
             f"Read by {self.readers}."
         )

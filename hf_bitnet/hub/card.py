@@ -149,13 +149,20 @@ def _plain(text: str) -> str:
     return "".join(each for each in text if each.isprintable() and each != "`")
 
 
+def _reader(model: nn.Module) -> tuple[str, str]:
+    """The class that makes the model's inputs, and what its object is called (`export/format.py` has the same)."""
+    main = getattr(model, "main_input_name", "input_ids")
+    name = {"input_ids": "AutoTokenizer", "pixel_values": "AutoImageProcessor"}.get(main, "AutoProcessor")
+    return name, "tokenizer" if main == "input_ids" else "processor"
+
+
 def _use(model: nn.Module, config: BitNetQuantizationConfig) -> str:
-    kind = class_name(model)
+    kind, (reader, name) = class_name(model), _reader(model)
     native = "" if config.native is None else "\nPlain transformers, without hf_bitnet, loads these files too.\n"
     return (
-        f"```python\nimport hf_bitnet\nfrom transformers import AutoTokenizer, {kind}\n\n"
+        f"```python\nimport hf_bitnet\nfrom transformers import {reader}, {kind}\n\n"
         'path = "..."  # of this repository or folder\n'
-        f"tokenizer = AutoTokenizer.from_pretrained(path)\nmodel = {kind}.from_pretrained(path)\n```\n{native}".rstrip()
+        f"{name} = {reader}.from_pretrained(path)\nmodel = {kind}.from_pretrained(path)\n```\n{native}".rstrip()
     )
 
 
