@@ -220,6 +220,10 @@ def test_export_report_names_no_path_of_this_machine(run_folder: Path) -> None:
         ("model.safetensors.tmp", r"\(half written\)"),
         ("pytorch_model.bin", r"a pickle, which runs code when it is opened"),
         ("sub/events.out.tfevents.1", r"'sub/events\.out\.tfevents\.1' \(a log of a training run\)"),
+        ("X.BIN", r"'X\.BIN' \(a pickle, which runs code when it is opened\)"),
+        ("y.pickle", r"'y\.pickle' \(a pickle"),
+        ("sub/y.joblib", r"'sub/y\.joblib' \(a pickle"),
+        ("Optimizer.pt", r"state of a training run"),
         (".env", r"'\.env' \(hidden\)\. Remove it, or push a folder that holds the model only"),
     ],
 )
@@ -236,6 +240,14 @@ def test_links_that_lead_elsewhere(run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text("x")
     (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
     with pytest.raises(ValueError, match=r"'notes\.txt' \(a link to a file elsewhere\)"):
+        hb.push_to_hub(folder, REPO, dry_run=True)
+
+
+def test_links_to_folders_inside_are_not_followed(run_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run_folder / "packed", tmp_path / "model")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "again").symlink_to("..")
+    with pytest.raises(ValueError, match=r"'sub/again' \(a link to a folder\)\. Remove it"):
         hb.push_to_hub(folder, REPO, dry_run=True)
 
 

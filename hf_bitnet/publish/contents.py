@@ -38,6 +38,8 @@ _REFUSED = {
     "*.pt": "a pickle, which runs code when it is opened",
     "*.pth": "a pickle, which runs code when it is opened",
     "*.pkl": "a pickle, which runs code when it is opened",
+    "*.pickle": "a pickle, which runs code when it is opened",
+    "*.joblib": "a pickle, which runs code when it is opened",
     "*.ckpt": "a pickle, which runs code when it is opened",
 }
 _HIDDEN_BUT_LEGAL = (".gitattributes",)
@@ -114,11 +116,14 @@ def _sorted_out(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 def _refuse(path: Path, name: str, folder: Path) -> None:
-    why = next((why for pattern, why in _REFUSED.items() if fnmatch.fnmatch(path.name, pattern)), None)
+    # whoever opens a pickle does not look at the case of its name
+    why = next((why for pattern, why in _REFUSED.items() if fnmatch.fnmatchcase(path.name.lower(), pattern)), None)
     if path.name.startswith(".") and path.name not in _HIDDEN_BUT_LEGAL:
         why = "hidden"
     elif path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
         why = "a link to a file elsewhere"
+    elif path.is_symlink() and path.is_dir():
+        why = "a link to a folder"  # which may hold the link again
     elif not (path.is_file() or path.is_dir()):
         why = "no file"
     if why is not None:
