@@ -102,6 +102,8 @@ def test_several_forms_as_they_lie_on_the_hub_can_be_pushed_again(hub: LoopbackH
     assert report.repos[0].left_out == {}
     assert hub.files("org/again").keys() == hub.files(REPO).keys()
     assert hub.files("org/again")["README.md"].decode() == card.replace("org/model", "org/again")
+    elsewhere = {"packed": again, "train": tmp_path / "run" / "train"}
+    assert hb.push_to_hub(elsewhere, "org/one", dry_run=True).repos[0].left_out.keys() == {"gguf/"}
     report = hb.push_to_hub(again, "org/one")  # the form that the folder has, and nothing else
     assert report.repos[0].forms == ("packed",) and report.repos[0].left_out.keys() == {"gguf/", "train/"}
     alone = hub.files("org/one")["README.md"].decode()

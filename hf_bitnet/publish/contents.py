@@ -73,7 +73,8 @@ def report_of(folder: Path) -> ExportReport | None:
     try:
         report = ExportReport.from_dict(values) if values else None
         if report is not None:
-            report.markdown(), {name: size + 0 for name, size in report.files.items()}  # whatever is wrong in it, here
+            report.markdown()  # reads the rest of it
+            sum(report.files.values())
         return report
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / REPORT} was not written by export_model ({error!r}); export the model again") from None

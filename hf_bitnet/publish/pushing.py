@@ -162,9 +162,10 @@ def _say_what_is_there(error: BaseException, plans: Sequence[_Plan]) -> None:
     """Adds to an error what the Hub has of a push that failed in the middle."""
     lines = [f"pushed before this: {plan.url}" for plan in plans if plan.url is not None]
     lines += [f"made, and empty: {plan.repo_id}" for plan in plans if plan.empty]
-    if lines and hasattr(error, "add_note"):
-        error.add_note("\n".join(lines))
-    elif lines:  # Python 3.10
+    note = getattr(error, "add_note", None)  # not in Python 3.10
+    if lines and note is not None:
+        note("\n".join(lines))
+    elif lines:
         warnings.warn("; ".join(lines), stacklevel=3)
 
 
@@ -185,9 +186,9 @@ class _Plan:
         for place, form in places.items():
             files, left_out = files_to_push(forms[form])
             self.files |= {place + path: file for path, file in files.items()}
-            self.left_out |= {
-                place + path: why for path, why in left_out.items() if (forms[form] / path).resolve() not in roots
-            }
+            for path, why in left_out.items():
+                if place + path not in places and (forms[form] / path).resolve() not in roots:  # else another place brings it
+                    self.left_out[place + path] = why
             brought[place] = sum(file.stat().st_size for path, file in files.items() if place + path != CARD)
         if remote_code:
             shim = shim_files(forms[self.forms[0]] / CONFIG)
