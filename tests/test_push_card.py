@@ -45,7 +45,7 @@ def test_a_strangers_card_puts_no_markdown_into_ours(tmp_path: Path) -> None:
         exported(with_card(tmp_path / "b", base_model=5, license_name="x")).data.to_dict().keys() == card.data.to_dict().keys()
     )
     model = hb.open_model(tmp_path / "a")
-    text = model_card(model, name="x", base_model="/home/evil`\n\n# Injected `x").text
+    text = model_card(model, name="x", base_model="/models/evil`\n\n# Injected `x").text
     assert "\n# Injected" not in text and "`evil# Injected x` with ternary" in text
 
 
