@@ -176,6 +176,16 @@ def test_native_online(form: str, tmp_path: Path) -> None:
     assert torch.allclose(logits(imported, batch), logits(ours, batch), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("format", ["mlx", "onnx"])
+def test_exports_that_only_others_read_say_so(format: str, tmp_path: Path) -> None:
+    if format == "onnx":
+        pytest.importorskip("onnxscript", reason="pip install 'hf_bitnet[onnx]'")
+    model = quantize_model(tiny("llama", hidden_size=64)[0], BitNetQuantizationConfig(form="packed"))
+    export_model(model, tmp_path / format, format=format, verify=False, progress=False)
+    with pytest.raises(ValueError, match=f"an export in the format '{format}', which import_model does not read"):
+        import_model(tmp_path / format)
+
+
 def test_exported_native_comes_back(tmp_path: Path) -> None:
     model = quantize_model(tiny("qwen3")[0], BitNetQuantizationConfig.bitnet_b158())
     export_model(model, tmp_path / "native", format="bitnet", verify=False, progress=False)

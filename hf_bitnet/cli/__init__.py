@@ -83,7 +83,7 @@ def _failed(arguments: argparse.Namespace, error: BaseException, code: int) -> i
 def _one_line(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    text = " ".join(str(error).split())
+    text = " ".join(" ".join([str(error), *getattr(error, "__notes__", ())]).split())
     if type(error).__module__.split(".")[0] in ("httpx", "httpx2"):  # of huggingface_hub, by its release
         return f"the Hub cannot be reached ({text or type(error).__name__}); check the network, a proxy or HF_ENDPOINT"
     # errors made for users explain themselves; of others the kind is half of the message

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from ..files import read_object
 from .assembly import Contents, assemble
 from .codes import OUTSIDE
 from .float_weights import FloatWeights
@@ -20,6 +21,7 @@ from .torchao import TorchAO
 
 # quant_method -> reader. The method `bitnet` is transformers' own, which `load_native` reads
 _METHODS: dict[str, Callable[..., Contents]] = {"torchao": TorchAO}
+_REPORT = "export.json"
 
 
 def import_checkpoint(
@@ -42,6 +44,8 @@ def import_checkpoint(
     """
     if outside not in OUTSIDE:
         raise ValueError(f"outside={outside!r}; legal: {', '.join(map(repr, OUTSIDE))}")
+    if gguf is None:
+        _refuse_exports(path)
     # before the weights, which take longer
     generation = _generation(path) if gguf is None and (path / GENERATION_CONFIG_NAME).is_file() else None
     contents = GGUFModel(gguf, outside, base) if gguf is not None else _opened(Folder(path, base), activation, outside, w_bits)
@@ -49,6 +53,20 @@ def import_checkpoint(
     if generation is not None and model.can_generate():
         model.generation_config = generation
     return model
+
+
+def _refuse_exports(path: Path) -> None:
+    """Of this library, in formats that only other programs read."""
+    if not (path / _REPORT).is_file():
+        return
+    format = read_object(path / _REPORT, "export the model again").get("format")
+    # mlx's other layout is transformers' own
+    affine = (path / CONFIG_NAME).is_file() and "quantization" in read_object(path / CONFIG_NAME, "export the model again")
+    if format == "onnx" or (format == "mlx" and affine):
+        raise ValueError(
+            f"{path} is an export in the format {format!r}, which import_model does not read; load the packed checkpoint "
+            "that it was made from: hf_bitnet.open_model(folder)"
+        )
 
 
 def _generation(path: Path) -> GenerationConfig:
