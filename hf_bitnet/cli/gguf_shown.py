@@ -53,12 +53,7 @@ class GGUFHeader:
     def __str__(self) -> str:
         kinds = ", ".join(f"{each['tensors']} x {kind} ({each['bytes'] / 1e6:.2f} MB)" for kind, each in self.types().items())
         lines = [f"{self.path}: GGUF version {self.version}, {self.bytes / 1e6:.2f} MB", f"tensors: {kinds or 'none'}"]
-        return "\n".join(
-            [
-                *lines,
-                *(f"  {_name(key)} = {_shown(value)}" for key, value in self.metadata.items()),
-            ]
-        )
+        return "\n".join([*lines, *(f"  {_name(key)} = {_shown(value)}" for key, value in self.metadata.items())])
 
 
 def _name(key: str) -> str:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..modules import QuantizedEmbedding, QuantizedLayer
+from ..modules import QuantizedEmbedding, QuantizedLayer, shape_of
 from ..quantizers import Grid
-from .format import Source, shape_of
+from .format import Source
 from .scales import scale_of
 
 GROUP_SIZES = (128, 64, 32)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..modules import BitConv1D, PackedBitLinear, QuantizedEmbedding, QuantizedLayer
-from .format import EXPORT_FORMATS, ExportFormat, Progress, Source, shape_of
+from ..modules import BitConv1D, PackedBitLinear, QuantizedEmbedding, QuantizedLayer, shape_of
+from .format import EXPORT_FORMATS, ExportFormat, Progress, Source
 from .names import origins, saved_names
 from .options import check_choices, check_shard_size
 from .plain import compare_tensors, plain_logits
@@ -25,7 +25,7 @@ from .report import Check, WrittenTensor
 from .rounding import rounded
 from .stream import Planned, planned, write_safetensors
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @EXPORT_FORMATS.register("dense")
@@ -43,20 +43,20 @@ class Dense(ExportFormat):
     max_shard_size: str | int = "5GB"
 
     def __post_init__(self) -> None:
-        check_choices("dense", self, {"dtype": _DTYPES})
+        check_choices("dense", self, {"dtype": DTYPES})
         check_shard_size("dense", self.max_shard_size)
 
     def refusals(self, source: Source) -> list[str]:
         if problems := config_problems(source):
             return problems
-        normed = [name for name, layer in source.layers.items() if (norm := layer.sub_norm) and float(norm.blend) != 0.0]
+        normed = source.normed
         return [f"{normed[0]} has a norm in front (sub_norm), for which a plain layer has no place"] if normed else []
 
     def notes(self, source: Source) -> list[str]:
         return [f"weights only: activations stay in {self.dtype}, here they are quantized"]
 
     def write(self, source: Source, folder: Path, progress: Progress) -> list[WrittenTensor]:
-        dtype = _DTYPES[self.dtype]
+        dtype = DTYPES[self.dtype]
         tensors = [_floats(name, layer, dtype) for name, layer in _matrices(source).items()]
         biases = {f"{name}.bias": layer.plain_bias for name, layer in source.layers.items()}
         tensors += [_cast(name, bias, dtype) for name, bias in biases.items() if bias is not None]
@@ -68,7 +68,7 @@ class Dense(ExportFormat):
         return [WrittenTensor(names[each.name], each.name, self.dtype, each.shape, each.bytes) for each in saved]
 
     def compare(self, source: Source, folder: Path, written: list[WrittenTensor], logits: bool) -> list[Check]:
-        dtype = _DTYPES[self.dtype]
+        dtype = DTYPES[self.dtype]
         stored = {each.name: each.stored for each in written}
         matrices = {stored[name]: layer for name, layer in _matrices(source).items()}
         expected = {name: _floats(name, layer, dtype) for name, layer in matrices.items()}

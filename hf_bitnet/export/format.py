@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..config import BitNetQuantizationConfig
-from ..modules import NativeLayer, PackedBitLinear, PackedEmbedding, QuantizedEmbedding, QuantizedLayer
+from ..modules import NativeLayer, PackedBitLinear, PackedEmbedding, QuantizedEmbedding, QuantizedLayer, shape_of
 from ..pages import release_mapped
 from ..quantizers import Quantized
 from ..registry import Registry
-from ..surgery import config_of, quantized_layers, quantized_tables
+from ..surgery import config_of, processor_of, quantized_layers, quantized_tables
 from .report import Check, WrittenTensor
 
 EXPORT_FORMATS: Registry[type[ExportFormat]] = Registry("export format")
@@ -35,13 +35,6 @@ Progress = Callable[[int], object]
 
 # weights that are unpacked at once: some MB, whatever they become
 _BLOCK = 1 << 21
-
-
-def shape_of(layer: QuantizedLayer | QuantizedEmbedding) -> tuple[int, int]:
-    """(out_features, in_features) of a layer, (num_embeddings, embedding_dim) of a table."""
-    if isinstance(layer, QuantizedEmbedding):
-        return layer.num_embeddings, layer.embedding_dim
-    return layer.out_features, layer.in_features
 
 
 @dataclass(frozen=True)
@@ -77,6 +70,11 @@ class Source:
     def tables(self) -> dict[str, QuantizedEmbedding]:
         """Dotted name -> quantized table of embeddings."""
         return dict(quantized_tables(self.model))
+
+    @property
+    def normed(self) -> list[str]:
+        """Names of the layers with a norm in front, unless it is still the identity."""
+        return [name for name, layer in self.layers.items() if (norm := layer.sub_norm) and float(norm.blend) != 0.0]
 
     @cached_property
     def others(self) -> dict[str, Tensor]:
@@ -128,12 +126,6 @@ class Source:
         assert vocabulary is not None, "asked for by `inputs`"
         shape = 1, self._within_positions(length)
         return torch.randint(min(3, vocabulary - 1), vocabulary, shape, generator=torch.Generator().manual_seed(0))
-
-    def reader(self) -> tuple[str, str]:
-        """The class that makes the model's inputs, and what its object is called (`hub/card.py` has the same)."""
-        main = self.model.main_input_name
-        name = {"input_ids": "AutoTokenizer", "pixel_values": "AutoImageProcessor"}.get(main, "AutoProcessor")
-        return name, "tokenizer" if main == "input_ids" else "processor"
 
     def inputs(self) -> dict[str, Tensor] | None:
         """What the model's forward is called with to compare logits, always the same; None where that is not known."""
@@ -187,7 +179,7 @@ class ExportFormat:
 
     def use(self, source: Source, folder: Path) -> str:
         """Markdown of a card: how what was written into `folder` is loaded."""
-        kind, (reader, name) = type(source.model).__name__, source.reader()
+        kind, (reader, name) = type(source.model).__name__, processor_of(source.model)
         return (
             f"```python\nfrom transformers import {reader}, {kind}\n\n"
             'path = "..."  # of this repository or folder\n'

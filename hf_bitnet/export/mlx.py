@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..files import write_json
+from ..modules import shape_of
 from .affine import BITS, GROUP_SIZES, Layer
-from .dense import config_problems, write_configs
-from .format import EXPORT_FORMATS, ExportFormat, Progress, Source, shape_of
+from .dense import DTYPES, config_problems, write_configs
+from .format import EXPORT_FORMATS, ExportFormat, Progress, Source
 from .mlx_check import exported_logits, mlx_checks
 from .mlx_config import Architecture, architecture_of, model_problems, reader_settings, window_note
 from .mlx_layouts import AffineLayout, Layout, RowLayout
@@ -29,7 +30,6 @@ from .report import Check, WrittenTensor
 from .rounding import rounded
 from .stream import Planned, planned, write_safetensors
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _ROWS = "bitnet"
 
 
@@ -55,7 +55,7 @@ class MLX(ExportFormat):
 
     def __post_init__(self) -> None:
         layouts = (None, "affine", _ROWS)
-        legal = {"layout": layouts, "dtype": tuple(_DTYPES), "group_size": (None, *GROUP_SIZES), "min_bits": BITS}
+        legal = {"layout": layouts, "dtype": tuple(DTYPES), "group_size": (None, *GROUP_SIZES), "min_bits": BITS}
         check_choices("mlx", self, legal)
         check_shard_size("mlx", self.max_shard_size)
 
@@ -65,9 +65,8 @@ class MLX(ExportFormat):
             kind = source.model.config.model_type
             return [f"it is not made for {type(source.model).__name__} ({kind}); export as 'dense' and try mlx_lm.convert"]
         problems = config_problems(source) + model_problems(source.model, architecture)
-        normed = [name for name, layer in source.layers.items() if (norm := layer.sub_norm) and float(norm.blend) != 0.0]
-        if normed:
-            problems.append(f"{normed[0]} has a norm in front (sub_norm), for which mlx-lm has no place")
+        if source.normed:
+            problems.append(f"{source.normed[0]} has a norm in front (sub_norm), for which mlx-lm has no place")
         if architecture.own_layers and self.layout not in (None, _ROWS):
             problems.append(f"mlx-lm's {source.model.config.model_type} has layers of layout='bitnet' only")
         return problems + self._layout(architecture).problems(source, _quantized(source))
@@ -82,13 +81,13 @@ class MLX(ExportFormat):
         return notes
 
     def _layout(self, architecture: Architecture) -> Layout:
-        dtype, own = _DTYPES[self.dtype], architecture.own_layers
+        dtype, own = DTYPES[self.dtype], architecture.own_layers
         if self.layout == _ROWS or (self.layout is None and own):
             return RowLayout(dtype, multiplies=own, everywhere=own)
         return AffineLayout(dtype, self.group_size, self.min_bits)
 
     def _tensors(self, source: Source) -> list[Planned]:
-        layout, dtype = self._layout(_architecture(source)), _DTYPES[self.dtype]
+        layout, dtype = self._layout(_architecture(source)), DTYPES[self.dtype]
         tensors = [each for name, layer in _quantized(source).items() for each in layout.tensors(name, layer)]
         for name, layer in source.layers.items():
             if (bias := layer.plain_bias) is not None:
@@ -97,7 +96,7 @@ class MLX(ExportFormat):
 
     def write(self, source: Source, folder: Path, progress: Progress) -> list[WrittenTensor]:
         tensors, layers, architecture = self._tensors(source), _quantized(source), _architecture(source)
-        layout, dtype = self._layout(architecture), _DTYPES[self.dtype]
+        layout, dtype = self._layout(architecture), DTYPES[self.dtype]
         write_safetensors(folder, tensors, max_shard_size=self.max_shard_size, progress=progress)
         write_configs(source, folder, None, dtype)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -121,7 +120,7 @@ class MLX(ExportFormat):
 
         def expected() -> Tensor:
             values = {name: lambda layer=layers[name]: layout.values(layer) for name in held}
-            return exported_logits(source, values, _DTYPES[self.dtype], architecture.rounds_embedding)
+            return exported_logits(source, values, DTYPES[self.dtype], architecture.rounds_embedding)
 
         return checks + mlx_checks(source, folder, held, expected if logits else None)
 

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 
 from .. import kernels
 from ..config import NATIVE_METHOD
-from ..modules import QuantizedLayer
+from ..modules import QuantizedLayer, shape_of
 from ..modules.native import pack_rows
 from ..surgery import kept_for_native
 from .affine import GROUP_SIZES, Affine, Layer, affine_of, biases, scales, values, words
-from .format import Source, shape_of
+from .format import Source
 from .mlx_check import UNPACKED_ROWS, compare_levels
 from .native_check import compare_codes
 from .native_problems import native_problems

@@ -21,10 +21,10 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from .. import kernels
 from ..config import STORAGES
 from ..kernels.reference import TRITS_PER_BYTE
-from ..modules import BitEmbedding, NativeLayer, QuantizedEmbedding, QuantizedLayer, TrainedLayer
+from ..modules import BitEmbedding, NativeLayer, QuantizedEmbedding, QuantizedLayer, TrainedLayer, shape_of
 from ..surgery import check_calibrated, check_finite, config_of, empty_packed_copy, packed_copy
 from .dense import config_problems, write_configs
-from .format import EXPORT_FORMATS, ExportFormat, Progress, Source, shape_of
+from .format import EXPORT_FORMATS, ExportFormat, Progress, Source
 from .names import origins, saved_names
 from .options import check_choices, check_shard_size
 from .packed_check import compare_codes

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..config import BitNetQuantizationConfig
 from ..files import write_text
-from ..surgery import config_of, coverage
+from ..surgery import config_of, coverage, processor_of
 from .about import CARD, class_name, hub_id, license_of, task_of
 
 # what every card of this library is found by
@@ -149,15 +149,8 @@ def _plain(text: str) -> str:
     return "".join(each for each in text if each.isprintable() and each != "`")
 
 
-def _reader(model: nn.Module) -> tuple[str, str]:
-    """The class that makes the model's inputs, and what its object is called (`export/format.py` has the same)."""
-    main = getattr(model, "main_input_name", "input_ids")
-    name = {"input_ids": "AutoTokenizer", "pixel_values": "AutoImageProcessor"}.get(main, "AutoProcessor")
-    return name, "tokenizer" if main == "input_ids" else "processor"
-
-
 def _use(model: nn.Module, config: BitNetQuantizationConfig) -> str:
-    kind, (reader, name) = class_name(model), _reader(model)
+    kind, (reader, name) = class_name(model), processor_of(model)
     native = "" if config.native is None else "\nPlain transformers, without hf_bitnet, loads these files too.\n"
     return (
         f"```python\nimport hf_bitnet\nfrom transformers import {reader}, {kind}\n\n"

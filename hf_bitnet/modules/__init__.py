@@ -2,7 +2,7 @@
 
 from .base import QuantizedLayer
 from .bit_linear import BitConv1D, BitLinear, LayerSpec, TrainedLayer
-from .embedding import BitEmbedding, EmbeddingSpec, PackedEmbedding, QuantizedEmbedding, plain_embedding
+from .embedding import BitEmbedding, EmbeddingSpec, PackedEmbedding, QuantizedEmbedding, plain_embedding, shape_of
 from .native import NativeBitLinear, NativeLayer, NativeOfflineLinear, NativeOnlineLinear, NativePackedLinear
 from .packed_linear import PackedBitLinear
 from .sub_norm import SubNorm
@@ -25,4 +25,5 @@ __all__ = [
     "SubNorm",
     "TrainedLayer",
     "plain_embedding",
+    "shape_of",
 ]

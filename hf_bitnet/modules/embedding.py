@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..quantizers import Quantized, WeightQuantizer
 from ..relaxations import LINEAR, Relaxation
 from ..ste import STE
-from .base import keep_float32
+from .base import QuantizedLayer, keep_float32
 from .functional import FakeQuantizeWeight, Latent, Packed
 from .relaxed import mixed_weight
 
@@ -204,3 +204,10 @@ def plain_embedding(table: QuantizedEmbedding, weight: Tensor) -> nn.Embedding:
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def shape_of(layer: QuantizedLayer | QuantizedEmbedding) -> tuple[int, int]:
+    """(out_features, in_features) of a layer, (num_embeddings, embedding_dim) of a table."""
+    if isinstance(layer, QuantizedEmbedding):
+        return layer.num_embeddings, layer.embedding_dim
+    return layer.out_features, layer.in_features

@@ -11,7 +11,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from .. import kernels, surgery
 from ..kernels.reference import TRITS_PER_BYTE
-from ..modules import QuantizedEmbedding
+from ..modules import shape_of
 from ..modules.native import pack_rows
 from .checks import check_stored_dtype
 
@@ -97,18 +97,12 @@ class UnpackTrits(_AsStored):
             check_stored_dtype(full_layer_name, stored.is_floating_point(), expects_packed=True)
             if layer.quantizer.grid.values != [-1.0, 0.0, 1.0]:
                 return {full_layer_name: stored}
-            codes = _trits(full_layer_name, stored, *_sizes(layer))
+            codes = _trits(full_layer_name, stored, *shape_of(layer))
         except ValueError as error:
             self.errors.append(error)
             raise
         grid = layer.quantizer.grid
         return {full_layer_name: kernels.pack(codes, layer.bits, grid.lowest, grid.step)}
-
-
-def _sizes(layer: Any) -> tuple[int, int]:
-    if isinstance(layer, QuantizedEmbedding):
-        return layer.num_embeddings, layer.embedding_dim
-    return layer.out_features, layer.in_features
 
 
 def _trits(name: str, stored: Tensor, rows: int, columns: int) -> Tensor:

@@ -5,6 +5,7 @@ from .copies import empty_packed_copy, native_copy, packed_copy
 from .coverage import Coverage, check_finite, config_place, coverage
 from .full_precision import full_precision_copy, independent_copy, output_head
 from .generation import optimize_for_generation
+from .inputs import processor_of
 from .intact import check_codes, check_scales
 from .layers import attention_heads, attention_projections, transformer_layers
 from .prepare import prepare_model, prepare_native, start_from_weights, state_from_float
@@ -47,6 +48,7 @@ __all__ = [
     "prepare_model",
     "prepare_native",
     "probing",
+    "processor_of",
     "quantize_model",
     "quantized_layers",
     "quantized_tables",

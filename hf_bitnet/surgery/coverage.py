@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from .. import kernels
 from ..config import BitNetQuantizationConfig
-from ..modules import PackedBitLinear, PackedEmbedding, QuantizedEmbedding, QuantizedLayer
+from ..modules import PackedBitLinear, PackedEmbedding, QuantizedEmbedding, QuantizedLayer, shape_of
 from ..modules.base import PROTECTED
 from .select import choose, is_linear
 
@@ -134,10 +134,7 @@ def coverage(model: nn.Module) -> Coverage:
 def _quantized_row(name: str, module: QuantizedLayer | QuantizedEmbedding, element: int, is_head: bool) -> Row:
     """`element`: bytes a weight has in the full-precision model. `is_head`: a linear map has this weight."""
     quantizer, is_table = module.quantizer, isinstance(module, QuantizedEmbedding)
-    if isinstance(module, QuantizedEmbedding):
-        shape = (module.num_embeddings, module.embedding_dim)
-    else:
-        shape = (module.out_features, module.in_features)
+    shape = shape_of(module)
     weights = shape[0] * shape[1]
     rows, groups = quantizer.scale_shape(*shape)
     packed = shape[0] * -(-shape[1] * quantizer.storage_bits // 8) + 4 * rows * groups

@@ -132,7 +132,7 @@ def architecture_of(source: Source, program: str) -> Architecture | str:
     found = _BY_CLASS.get(kind)
     if found is None:
         return f"{kind} is none of the models that are known here ({', '.join(_BY_CLASS)}); use format='dense'"
-    if found is LLAMA and _normed(source):
+    if found is LLAMA and source.normed:
         found = BITNET  # LLaMA with two more norms
     if program == "llama.cpp":
         return found
@@ -172,7 +172,7 @@ def _unplaced(source: Source, architecture: Architecture, where: str) -> list[st
 
 def norm_problems(source: Source, architecture: Architecture) -> list[str]:
     """Of norms that this library put in front of layers; those of the model itself are modules of it."""
-    normed, config = _normed(source), source.model.config
+    normed, config = source.normed, source.model.config
     if not normed:
         return []
     where = f"{architecture.program}'s architecture {architecture.name!r}"
@@ -202,7 +202,7 @@ _PLAIN_LLAMAS = tuple(name for name, architecture in _BY_CLASS.items() if archit
 def sub_norms(source: Source, architecture: Architecture) -> dict[str, tuple[str, Tensor]]:
     """Name of the gain of each of our norms -> name of its tensor, the gain."""
     found = {}
-    for name in _normed(source):
+    for name in source.normed:
         norm = source.layers[name].sub_norm
         block, _, kind = (architecture.stored(name) or "").rpartition(".")
         assert norm is not None

@@ -12,10 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...modules import QuantizedEmbedding, QuantizedLayer
+from ...modules import QuantizedEmbedding, QuantizedLayer, shape_of
 from ...pages import release_mapped
 from ...quantizers import Quantized
-from ..format import Source, shape_of
+from ..format import Source
 from .blocks import Steps
 from .kinds import Kind
 

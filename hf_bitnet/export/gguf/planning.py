@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ...modules import QuantizedEmbedding, QuantizedLayer
-from ..format import Source, shape_of
+from ...modules import QuantizedEmbedding, QuantizedLayer, shape_of
+from ..format import Source
 from . import architectures, metadata
 from .architectures import Architecture
 from .contents import Codes, Floats, shape

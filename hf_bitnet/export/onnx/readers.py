@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...modules import shape_of
 from ...quantizers import Quantized
-from ..format import Source, shape_of
+from ..format import Source
 from ..plain import compare_logits
 from ..report import Check
 from .graph import FILE

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...modules import QuantizedEmbedding, QuantizedLayer
+from ...modules import QuantizedEmbedding, QuantizedLayer, shape_of
 from ...pages import release_mapped
 from ...surgery import detach, independent_copy, quantized_layers, quantized_tables
 from ...surgery.places import Places
-from ..format import Source, shape_of
+from ..format import Source
 from ..stream import Planned
 from .blocks import Blocks, plan
 from .operators import GatherBlockQuantized, MatMulNBits
