@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from hf_bitnet import kernels
-from hf_bitnet.kernels import Layout, RowQuantization, cases, dispatch, eager, reference
-from hf_bitnet.kernels.cpu import library, operators, products
+from hf_bitnet.kernels import Layout, RowQuantization, cases, dispatch, eager, graph, reference
+from hf_bitnet.kernels.cpu import library, products
 from tests.cpu_kernels import LEVELS, failures_in_threads, needs_cpu_kernels
 from tests.test_kernels import _assert_equal
 
@@ -209,7 +209,12 @@ OPERATORS: dict[str, tuple[Any, ...]] = {
     "packed_linears": (ONE[0], [ONE[1]] * 2, [ONE[2]] * 2, [ONE[3], None], *TERNARY, *INT8, torch.float32),
     "packed_int_linear": (CODES, SCALES, SCALES, *ONE[1:], *TERNARY, torch.float32),
     "fixed_matmul": (ONE[0].repeat(2, 1), None, CODES.t(), 0.0, None, torch.float32),
+    "quantize_rows": (ONE[0], *INT8),
     "norm_quantize_rows": (ONE[0], torch.ones(64), 1e-6, *INT8),
+    "mean_magnitudes": (ONE[0],),
+    "quantize_weight": (ONE[0], SCALES[:1], -0.5, -2, 1, torch.int8),
+    "quantize_sign": (ONE[0], torch.zeros(1, 1), torch.int8),
+    "scale_rows": (CODES, SCALES, torch.bfloat16),
     "quantize_pack": (ONE[0], torch.ones(1, 1), -1, 1, *TERNARY),
     "sign_pack": (ONE[0], torch.zeros(1, 1)),
     "pack": (CODES.clamp(-1, 1), 2, -1, 1),
@@ -220,7 +225,7 @@ OPERATORS: dict[str, tuple[Any, ...]] = {
 
 
 def test_every_operator_is_checked() -> None:
-    assert {name.split("::")[1] for name in operators._LIBRARY._op_defs} == set(OPERATORS)
+    assert {name.split("::")[1] for name in graph.LIBRARY._op_defs} == set(OPERATORS)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

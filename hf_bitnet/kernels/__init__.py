@@ -1,6 +1,5 @@
 """Floor 1: operations on plain tensors. `reference` defines them, `dispatch` picks a body, `cpu/` has the C++ ones."""
 
-from .cpu.common import is_recording
 from .cpu.decoder import Described as DescribedLayer
 from .decoder import DecoderLayer, decode_layer
 from .dispatch import (
@@ -29,6 +28,7 @@ from .dispatch import (
     unpack,
     unpack_trits,
 )
+from .graph import is_recording
 from .reference import Layout, PackedWeight, RowQuantization
 
 __all__ = [

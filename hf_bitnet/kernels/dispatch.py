@@ -11,15 +11,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import eager, reference
-from .cpu import decode, library, operators
+from .cpu import library
 from .cpu.decoder import Described
+from .cpu.operators import OPERATIONS as CPU
 from .decoder import DecoderLayer
 from .reference import Layout, PackedWeight, RowQuantization
 
@@ -58,10 +58,10 @@ def _why_no_blocks(device: str) -> str | None:
     return None if device == "cpu" else f"blocks serve the CPU's caches; on {device} they would only be more launches"
 
 
-def _compiled(operation: str, *between: Body, module: ModuleType = operators) -> list[Body]:
-    """The C++ body, found in `module`, what stock torch has to offer, and the definition."""
+def _compiled(operation: str, *between: Body) -> list[Body]:
+    """The C++ body, what stock torch has to offer, and the definition."""
     return [
-        Body("cpu", getattr(module, operation), library.why_unavailable),
+        Body("cpu", CPU[operation], library.why_unavailable),
         *between,
         Body("reference", getattr(reference, operation), _always),
     ]
@@ -93,8 +93,8 @@ _BODIES: dict[str, list[Body]] = {
     "mean_magnitudes": _compiled("mean_magnitudes"),
     "quantize_weight": _blocked("quantize_weight"),
     "quantize_sign": _compiled("quantize_sign"),
-    "rms_norm": _compiled("rms_norm", module=decode),
-    "rotate": _compiled("rotate", module=decode),
+    "rms_norm": _compiled("rms_norm"),
+    "rotate": _compiled("rotate"),
     "quantize_pack": _blocked("quantize_pack"),
     "sign_pack": _blocked("sign_pack"),
     "scale_rows": _blocked("scale_rows"),

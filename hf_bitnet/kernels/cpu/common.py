@@ -10,16 +10,6 @@ DTYPES = {**FLOATS, torch.int8: 3}
 _ERRORS = {1: "an argument makes no sense to them", 2: "this level does not offer it", 3: "out of memory"}
 
 
-def is_recording() -> bool:
-    """Whether torch.compile, torch.jit.trace, a dispatch mode or a function transform watches the calls of this thread."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
-    )
-
-
 def check(error: int) -> None:
     """Raises RuntimeError for the HB_ERROR_* that a function of the library returned."""
     if error:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .common import FLOATS, check, is_recording
+from ..graph import is_recording
+from .common import FLOATS, check
 from .library import functions
 
 _HEADS = struct.Struct("@PP7q")  # hb_heads: x, out, heads, strides of both

@@ -1,0 +1,227 @@
+"""The operators `torch.ops.hf_bitnet.*`: what a graph of torch.compile or torch.export holds in place of a kernel. Own.
+
+An operator has a schema, a fake implementation and one body per device; the folders of the bodies register those. It is the
+same operator on every device, so that a graph that was exported on one runs on another. Eager calls go straight to the body:
+an operator's way through torch's dispatcher would cost more than a decoded row's product. While calls are recorded or
+transformed rather than computed, and for tensors that only pretend (FakeTensor and other subclasses), `served` takes the
+operator.
+
+Leaves out: gradients. The operators serve below the straight-through estimators, which have their own backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reference import CODES_PER_BYTE, TRITS_PER_BYTE, Layout, PackedWeight, RowQuantization
+
+NAMESPACE = "hf_bitnet"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_LAYOUT = "int bits, int lowest, int step, float zero_point"
+_ROWS = "int qmin, int qmax, float eps"
+# what schemas do not know: a tuple is a run of arguments there
+_TUPLES = (Layout, RowQuantization)
+
+
+class Operator(NamedTuple):
+    """One operator.
+
+    Attributes:
+        call: the overload, which graphs call, with flat arguments.
+        tuples: position and type of each tuple among the arguments of the function in `reference.py`.
+    """
+
+    call: Callable[..., Any]
+    tuples: tuple[tuple[int, type[Any]], ...]
+
+    def gather(self, flat: Sequence[Any]) -> list[Any]:
+        """The arguments of the function in `reference.py` from those of the schema."""
+        args = list(flat)
+        for position, kind in self.tuples:
+            end = position + len(kind._fields)
+            args[position:end] = [kind(*args[position:end])]
+        return args
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def is_recording() -> bool:
+    """Whether torch.compile, torch.jit.trace, a dispatch mode or a function transform watches the calls of this thread."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    )
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a call with `tensor` must go through torch's dispatcher."""
+    return is_recording() or not (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
+
+
+def implement(key: str, bodies: dict[str, Callable[..., Any]]) -> None:
+    """Registers bodies, with the signatures of `reference.py`, for torch's dispatch key of a device ("CPU", "CUDA", ...)."""
+    for name, body in bodies.items():
+        gather = OPERATORS[name].gather
+        LIBRARY.impl(name, lambda *flat, body=body, gather=gather: body(*gather(flat)), key)
+
+
+def served(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
+    """`body` for tensors that are computed now, the operator `name` for those that are recorded."""
+    operator = OPERATORS[name].call
+
+    def call(*args: Any) -> Any:
+        if not is_traced(args[0]):
+            return body(*args)
+        flat = [part for each in args for part in (each if isinstance(each, _TUPLES) else (each,))]
+        return operator(*flat)
+
+    return call
+
+
+def served_linears(
+    several: Callable[..., Any], one: Callable[..., Tensor], plain: Any
+) -> tuple[Callable[..., list[Tensor]], Callable[..., Tensor]]:
+    """`served` for `packed_linears` and `packed_linear`, which share an operator: schemas know no lists of tuples.
+
+    Args:
+        several, one: the bodies. plain: has both in plain torch, for TorchScript, which knows no lists of optional tensors.
+    """
+    operator = OPERATORS["packed_linears"].call
+
+    def linears(
+        x: Tensor, weights: Sequence[PackedWeight], layout: Layout, rows: RowQuantization, dtype: torch.dtype
+    ) -> list[Tensor]:
+        if torch._C._get_tracing_state() is not None:
+            return plain.packed_linears(x, weights, layout, rows, dtype)
+        if not is_traced(x):
+            return several(x, weights, layout, rows, dtype)
+        packed, scale, bias = ([weight[i] for weight in weights] for i in range(3))
+        return list(operator(x, packed, scale, bias, *layout, *rows, dtype))
+
+    def linear(
+        x: Tensor,
+        packed: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        layout: Layout,
+        rows: RowQuantization,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        if torch._C._get_tracing_state() is None and not is_traced(x):
+            return one(x, packed, scale, bias, layout, rows, dtype)
+        return linears(x, [(packed, scale, bias)], layout, rows, dtype)[0]
+
+    return linears, linear
+
+
+def weights_of(packed: Sequence[Tensor], scale: Sequence[Tensor], bias: Sequence[Tensor | None]) -> list[PackedWeight]:
+    """The weights of `packed_linears` from the three lists of its schema."""
+    return list(zip(packed, scale, bias, strict=True))
+
+
+def _define(schema: str, fake: Callable[..., Any], *tuples: tuple[int, type[Any]]) -> None:
+    """Makes an operator. `fake` has the signature of the function in `reference.py`, as every body."""
+    name = schema.split("(")[0]
+    LIBRARY.define(schema)
+    operator = Operator(getattr(getattr(torch.ops, NAMESPACE), name).default, tuples)
+    OPERATORS[name] = operator
+    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *flat: fake(*operator.gather(flat)), lib=LIBRARY)
+
+
+def _bytes(k: Any, bits: int) -> Any:
+    per_byte = CODES_PER_BYTE[bits]
+    return (k + per_byte - 1) // per_byte
+
+
+def _coded_rows(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
+# ---- products ----
+
+_define(
+    "int_matmul(Tensor a, Tensor b) -> Tensor",
+    lambda a, b: a.new_empty(a.shape[0], b.shape[0], dtype=torch.int32),
+)
+_define(
+    "int_linear(Tensor x_codes, Tensor x_scale, Tensor? x_zero, Tensor w_codes, Tensor w_scale, float w_zero, Tensor? bias, "
+    "ScalarType dtype) -> Tensor",
+    lambda x, x_scale, x_zero, w, w_scale, w_zero, bias, dtype: x.new_empty(x.shape[0], w.shape[0], dtype=dtype),
+)
+_define(
+    f"packed_linears(Tensor x, Tensor[] packed, Tensor[] scale, Tensor?[] bias, {_LAYOUT}, {_ROWS}, ScalarType dtype)"
+    " -> Tensor[]",
+    lambda x, packed, scale, bias, layout, rows, dtype: [x.new_empty(x.shape[0], w.shape[0], dtype=dtype) for w in packed],
+    (4, Layout),
+    (5, RowQuantization),
+)
+_define(
+    "packed_int_linear(Tensor x_codes, Tensor x_scale, Tensor? x_zero, Tensor packed, Tensor scale, Tensor? bias, "
+    f"{_LAYOUT}, ScalarType dtype) -> Tensor",
+    lambda x, x_scale, x_zero, packed, scale, bias, layout, dtype: x.new_empty(x.shape[0], packed.shape[0], dtype=dtype),
+    (6, Layout),
+)
+_define(
+    "fixed_matmul(Tensor a, Tensor? a_scale, Tensor codes, float zero_point, Tensor? scale, ScalarType dtype) -> Tensor",
+    lambda a, a_scale, codes, zero_point, scale, dtype: a.new_empty(a.shape[0], codes.shape[1], dtype=dtype),
+)
+
+# ---- rows ----
+
+_define(f"quantize_rows(Tensor x, {_ROWS}) -> (Tensor, Tensor)", _coded_rows)
+_define(f"norm_quantize_rows(Tensor x, Tensor norm_weight, float norm_eps, {_ROWS}) -> (Tensor, Tensor)", _coded_rows)
+_define(
+    "mean_magnitudes(Tensor rows) -> Tensor",
+    lambda rows: rows.new_empty(rows.shape[0], 1, dtype=torch.float32),
+)
+_define(
+    "quantize_weight(Tensor rows, Tensor scale, float zero_point, int qmin, int qmax, ScalarType dtype) -> Tensor",
+    lambda rows, scale, zero_point, qmin, qmax, dtype: rows.new_empty(rows.shape, dtype=dtype),
+)
+_define(
+    "quantize_sign(Tensor rows, Tensor threshold, ScalarType dtype) -> Tensor",
+    lambda rows, threshold, dtype: rows.new_empty(rows.shape, dtype=dtype),
+)
+_define(
+    "scale_rows(Tensor x, Tensor scale, ScalarType dtype) -> Tensor",
+    lambda x, scale, dtype: x.new_empty(x.shape, dtype=dtype),
+)
+
+# ---- bytes ----
+
+_define(
+    f"quantize_pack(Tensor weight, Tensor scale, int qmin, int qmax, {_LAYOUT}) -> Tensor",
+    lambda weight, scale, qmin, qmax, layout: weight.new_empty(
+        weight.shape[0], _bytes(weight.shape[1], layout.bits), dtype=torch.uint8
+    ),
+    (4, Layout),
+)
+_define(
+    "sign_pack(Tensor weight, Tensor threshold) -> Tensor",
+    lambda weight, threshold: weight.new_empty(weight.shape[0], _bytes(weight.shape[1], 1), dtype=torch.uint8),
+)
+_define(
+    "pack(Tensor codes, int bits, int lowest, int step) -> Tensor",
+    lambda codes, bits, lowest, step: codes.new_empty(*codes.shape[:-1], _bytes(codes.shape[-1], bits), dtype=torch.uint8),
+)
+_define(
+    "unpack(Tensor packed, int bits, int lowest, int step, SymInt in_features) -> Tensor",
+    lambda packed, bits, lowest, step, in_features: packed.new_empty(*packed.shape[:-1], in_features, dtype=torch.int8),
+)
+_define(
+    "pack_trits(Tensor codes) -> Tensor",
+    lambda codes: codes.new_empty(
+        *codes.shape[:-1], (codes.shape[-1] + TRITS_PER_BYTE - 1) // TRITS_PER_BYTE, dtype=torch.uint8
+    ),
+)
+_define(
+    "unpack_trits(Tensor packed, SymInt in_features) -> Tensor",
+    lambda packed, in_features: packed.new_empty(*packed.shape[:-1], in_features, dtype=torch.int8),
+)
