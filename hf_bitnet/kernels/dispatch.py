@@ -22,6 +22,8 @@ from .cpu.decoder import Described
 from .cpu.operators import OPERATIONS as CPU
 from .decoder import DecoderLayer
 from .reference import Layout, PackedWeight, RowQuantization
+from .triton import support
+from .triton.operators import OPERATIONS as TRITON
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,16 @@ class Body:
     why_unavailable: Callable[[str], str | None]
 
 
+# read once: a changed environment would otherwise be looked up in every layer of every token
+_FORCED = os.environ.get("HF_BITNET_KERNELS")
+
+
 def _always(_: str) -> None:
     return None
+
+
+def _why_no_triton(device: str) -> str | None:
+    return support.why_unavailable(device, interpreted=_FORCED == "triton" and os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def _why_no_onednn(device: str) -> str | None:
@@ -59,9 +69,11 @@ def _why_no_blocks(device: str) -> str | None:
 
 
 def _compiled(operation: str, *between: Body) -> list[Body]:
-    """The C++ body, what stock torch has to offer, and the definition."""
+    """The C++ body, the Triton body if there is one, what stock torch has to offer, and the definition."""
+    triton = [Body("triton", TRITON[operation], _why_no_triton)] if operation in TRITON else []
     return [
         Body("cpu", CPU[operation], library.why_unavailable),
+        *triton,
         *between,
         Body("reference", getattr(reference, operation), _always),
     ]
@@ -105,8 +117,6 @@ _BODIES: dict[str, list[Body]] = {
 }
 
 
-# read once: a changed environment would otherwise be looked up in every layer of every token
-_FORCED = os.environ.get("HF_BITNET_KERNELS")
 _NAMES = sorted({body.name for candidates in _BODIES.values() for body in candidates})
 if _FORCED and _FORCED not in _NAMES:
     raise ValueError(f"HF_BITNET_KERNELS={_FORCED!r} names no kernel body; legal: {', '.join(_NAMES)}, or leave it unset")

@@ -1,0 +1,49 @@
+"""The Triton bodies as the dispatch table lists them. A kernel's file is imported when its first tensor comes. Own.
+
+In graphs they are the operators of `graph.py`, elementwise ones too: what a compiler would make of those divides and rounds
+by other rules, and codes have to be the same in every graph and outside.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from .. import reference
+from ..graph import implement, served, served_linears, weights_of
+
+_FILES = {
+    "products": ("int_matmul", "int_linear"),
+    "packed": ("packed_int_linear", "packed_linears", "packed_linear"),
+    "gradients": ("fixed_matmul",),
+    "rows": ("quantize_rows", "norm_quantize_rows", "scale_rows"),
+    "weights": ("mean_magnitudes", "quantize_weight", "quantize_sign", "quantize_pack", "sign_pack", "pack", "unpack"),
+}
+_KEYS = ("CUDA", "XPU")
+
+
+@lru_cache
+def _found(file: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f".{file}", __package__), name)
+
+
+def _late(file: str, name: str) -> Callable[..., Any]:
+    return lambda *args: _found(file, name)(*args)
+
+
+def _several(x: Any, *args: Any) -> Any:
+    return _LATE["packed_linears"](x, weights_of(*args[:3]), *args[3:])
+
+
+_LATE = {name: _late(file, name) for file, names in _FILES.items() for name in names}
+_SERVED = [name for name in _LATE if not name.startswith("packed_linear")]
+for _key in _KEYS:
+    implement(_key, {**{name: _LATE[name] for name in _SERVED}, "packed_linears": _several})
+
+# operation -> body with the signature of `reference.py`
+OPERATIONS: dict[str, Callable[..., Any]] = {name: served(name, _LATE[name]) for name in _SERVED}
+OPERATIONS["packed_linears"], OPERATIONS["packed_linear"] = served_linears(
+    _LATE["packed_linears"], _LATE["packed_linear"], reference
+)
