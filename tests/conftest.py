@@ -18,6 +18,10 @@ import numpy as np
 import pytest
 import torch
 
+# before anything imports Triton, which reads it once: its interpreter runs the kernels for GPUs where there is none
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from benchmarks import common
 from hf_bitnet.kernels.cpu import library
 from tests import corpus

@@ -18,7 +18,8 @@ from hf_bitnet.kernels.cpu import library
 from hf_bitnet.quantizers import WEIGHT_SCHEMES
 
 OPERATIONS = tuple(dispatch._BODIES)
-BODIES = [(operation, body) for operation in OPERATIONS for body in dispatch.bodies(operation)]
+# those of GPUs are in test_triton.py
+BODIES = [(operation, body) for operation in OPERATIONS for body in dispatch.bodies(operation) if body.name != "triton"]
 each_body = pytest.mark.parametrize(("operation", "body"), BODIES, ids=[f"{o}-{b.name}" for o, b in BODIES])
 # those that work in blocks of rows or are made of such
 CUT = [(operation, body) for operation, body in BODIES if body.name in ("blocked", "onednn", "float32")]

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 # launch options of kernels whose roundings count
 EXACT = {"enable_fp_fusion": False}
 # the interpreter cuts float32 to bfloat16 where GPUs round, and knows no assembly
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 # 1.5 * 2**23: added to a float32 of at most 2**22 it leaves no bits for a fraction
 INTEGERS = tl.constexpr(12582912.0)
 

@@ -5,11 +5,14 @@ at one place of the bytes are multiplied with neighbours in memory and nothing h
 
     sum_k x w = step * sum_i sum_b plane_i[b] * ((byte[b] >> bits * i) & mask) + lowest * sum_k x
 
-Rows, at most `_MOST_ROWS`: four codes in each 32-bit word are multiplied and added by one instruction (dp4a), so that two
-instructions take four codes out of memory, and the weights are read once. More rows: tiles of levels for the matrix units.
+At most `_MOST_ROWS` rows: a shift and a mask take one code out of each byte of a 32-bit word, and one instruction (dp4a)
+multiplies and adds the four; that leaves time for nothing but reading the weights. More rows, and GPUs of other makers: tiles
+of levels for the matrix units.
 Many rows: a weight that is unpacked once costs less than one that each tile unpacks anew.
 """
 
+# kernels are another language in Python's clothes: launches take options, and constants are of a type of their own
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportOperatorIssue=false
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -33,26 +36,18 @@ _MOST_ROWS, _MANY_ROWS = 4, 256
 _WORD = 4
 
 
-def _rows_config(rows: int, words: int, warps: int) -> triton.Config:
-    return triton.Config({"BLOCK_N": rows, "BLOCK_J": words}, num_warps=warps)
+def _rows_config(rows: int, warps: int) -> triton.Config:
+    # 128 words a warp: so the inputs and the weights come in one layout, four words a thread, and need no exchange
+    return triton.Config({"BLOCK_N": rows, "BLOCK_J": 128 * warps}, num_warps=warps)
 
 
-_ROW_CONFIGS = [
-    _rows_config(4, 256, 4),
-    _rows_config(2, 256, 4),
-    _rows_config(8, 256, 4),
-    _rows_config(8, 128, 4),
-    _rows_config(4, 512, 8),
-    _rows_config(2, 1024, 8),
-    _rows_config(1, 1024, 4),
-    _rows_config(16, 64, 4),
-]
+_ROW_CONFIGS = [_rows_config(rows, warps) for warps in (2, 1, 4, 8) for rows in (4, 8, 2, 16)]
 
 
 @triton.jit
-def _multiply_add(levels, x, sums, ASSEMBLY: tl.constexpr):
+def _multiply_add(levels, x, sums):
     """sums + the four products of the unsigned bytes of `levels` with the signed bytes of `x`, int32."""
-    if ASSEMBLY:
+    if not INTERPRETED:
         sums = tl.inline_asm_elementwise(
             "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [levels, x, sums], dtype=tl.int32, is_pure=True, pack=1
         )
@@ -62,7 +57,7 @@ def _multiply_add(levels, x, sums, ASSEMBLY: tl.constexpr):
     return sums
 
 
-@tuned(_rows_config(8, 16, 4), _ROW_CONFIGS, ("m", "n", "words", "BITS", "GROUPED"))
+@tuned(triton.Config({"BLOCK_N": 8, "BLOCK_J": 16}), _ROW_CONFIGS, ("m", "n", "words", "BITS", "GROUPED"))
 @triton.jit
 def _rows_kernel(
     x_ptr,
@@ -87,7 +82,6 @@ def _rows_kernel(
     LANES: tl.constexpr,
     GROUPED: tl.constexpr,
     BIAS: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -106,10 +100,10 @@ def _rows_kernel(
             x = tl.load(x_at + i * words + word[None, None, :], mask=in_x & exists[None, None, :], other=0)
             levels = ((packed >> (BITS * i)) & LANES)[None, :, :]
             if GROUPED:
-                part = _multiply_add(levels, x, part, ASSEMBLY)
-                x_sum = _multiply_add(tl.full((1, 1, BLOCK_J), 0x01010101, dtype=tl.int32), x, x_sum, ASSEMBLY)
+                part = _multiply_add(levels, x, part)
+                x_sum = _multiply_add(tl.full((1, 1, BLOCK_J), 0x01010101, dtype=tl.int32), x, x_sum)
             else:
-                sums = _multiply_add(levels, x, sums, ASSEMBLY)
+                sums = _multiply_add(levels, x, sums)
         if GROUPED:
             scale_at = w_scale_ptr + column[:, None] * w_scale_row + (word // group)[None, :] * w_scale_step
             scale = tl.load(scale_at, mask=in_w & exists[None, :], other=0.0)[None, :, :]
@@ -213,14 +207,13 @@ def _multiply(x: Planes, weight: PackedWeight, layout: Layout, dtype: torch.dtyp
     held = out if bias is None else bias.contiguous()
     flags = {"STEP": layout.step, "BITS": layout.bits, "PER": per, "GROUPED": grouped, "BIAS": bias is not None}
     with on_device_of(packed):
-        if m <= _MOST_ROWS and (words := _as_words(packed, groups)) is not None:
+        if m <= _MOST_ROWS and _has_dp4a(packed) and (words := _as_words(packed, groups)) is not None:
             lanes = 0x01010101 * (2**layout.bits - 1)
             count = words.shape[1]
             _rows_kernel[lambda chosen: (triton.cdiv(n, chosen["BLOCK_N"]),)](
                 *(x.codes.view(torch.int32), x.scale, x.sums, words, scale, held, out, m, n, count, words.stride(0)),
                 *(step, scale.stride(1), count // groups, layout.lowest, layout.zero_point),
                 LANES=lanes - (1 << 32) if lanes >> 31 else lanes,
-                ASSEMBLY=_has_dp4a(packed),
                 ROWS=power_of_two(m),
                 **flags,
             )
@@ -243,7 +236,8 @@ def _as_words(packed: Tensor, groups: int) -> Tensor | None:
 
 
 def _has_dp4a(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.version.hip is None and not INTERPRETED.value
+    """Whether the instruction is there, which NVIDIA's assembly names; the interpreter has it spelt out."""
+    return INTERPRETED.value or (tensor.is_cuda and torch.version.hip is None)
 
 
 def _fits_tiles(packed: Tensor, scale: Tensor, k: int, per: int) -> bool:

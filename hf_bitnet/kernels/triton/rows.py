@@ -4,6 +4,8 @@ A row that fits into the registers of a program is read once; longer ones, and r
 from the cache for each pass.
 """
 
+# kernels are another language in Python's clothes: launches take options, and constants are of a type of their own
+# pyright: reportCallIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 from typing import NamedTuple

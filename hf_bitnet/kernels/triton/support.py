@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# the integer matrix units that tl.dot needs came with this generation
-_SMALLEST_CAPABILITY = (7, 5)
+# Triton makes integer products of matrices from this generation on
+_SMALLEST_CAPABILITY = (8, 0)
 # devices that Triton has a compiler for; ROCm calls itself cuda
 _SERVED = ("cuda", "xpu")
 _INTERPRETABLE = (

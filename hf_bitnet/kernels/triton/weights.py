@@ -4,6 +4,8 @@ The mean of a whole tensor is taken in two launches, partial sums and their sum,
 on nothing but the shape. It stays on the device: nothing waits for it.
 """
 
+# kernels are another language in Python's clothes: launches take options, and constants are of a type of their own
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
 from __future__ import annotations
 
 import torch

@@ -1,0 +1,226 @@
+"""The Triton kernels: on a GPU where there is one, else in Triton's interpreter; and compiled for GPUs that are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_bitnet import kernels
+from hf_bitnet.kernels import Layout, RowQuantization, cases, dispatch, reference
+from hf_bitnet.kernels.triton import support
+from hf_bitnet.kernels.triton.operators import OPERATIONS
+from tests.test_kernels import _assert_equal
+
+pytest.importorskip("triton", reason="the GPU kernels are written in Triton, which is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+REPOSITORY = Path(__file__).resolve().parents[1]
+INT8 = RowQuantization(-128, 127, 1e-5)
+# the interpreter takes a second for some cases: of these a part in the fast suite, all in the slow one
+EVERY = {"packed_linear": 9, "packed_linears": 5, "packed_int_linear": 4, "quantize_pack": 4, "norm_quantize_rows": 4}
+
+
+def _moved(value: Any, device: str = DEVICE) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if type(value) in (list, tuple):
+        return type(value)(_moved(each, device) for each in value)
+    return value
+
+
+def _check(operation: str, every: int, seed: int = 0) -> None:
+    for case, args in islice(cases.CASES[operation](seed), seed % every, None, every):
+        found = OPERATIONS[operation](*_moved(args))
+        _assert_equal(_moved(found, "cpu"), getattr(reference, operation)(*args), case, operation)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_kernel_equals_reference(operation: str) -> None:
+    _check(operation, EVERY.get(operation, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_kernel_equals_reference_in_every_case(operation: str, seed: int) -> None:
+    _check(operation, 1, seed)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_fresh_memory_is_never_read(operation: str) -> None:
+    """With new tensors filled by NaN or huge integers, a kernel that reads what it did not write gives itself away."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # this is what makes torch fill new memory
+    try:
+        _check(operation, 3 * EVERY.get(operation, 3), seed=1)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# ---- what the cases do not hold ----
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 16, 17, 300])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_packed_product_in_each_of_its_forms(rows: int, bits: int) -> None:
+    """Row-vector form, tiles, unpacked first; scales for the tensor and for groups of whole words."""
+    lowest, step = (-1, 2) if bits == 1 else (-(2 ** (bits - 1)), 1)
+    layout = Layout(bits, lowest, step, -0.5 if bits == 2 else 0.0)
+    n, k = 21, 256
+    packed = torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8)
+    x, bias = torch.randn(rows, k), torch.randn(n)
+    for scale in (torch.rand(1, 1), torch.rand(n, 1), torch.rand(n, 4)):
+        args = x, packed, scale, bias, layout, INT8, torch.float32
+        found = OPERATIONS["packed_linear"](*_moved(args))
+        _assert_equal(found.cpu(), reference.packed_linear(*args), f"{rows} rows, scale {tuple(scale.shape)}")
+
+
+def test_rows_longer_than_a_program_keeps_are_read_in_parts() -> None:
+    x = torch.randn(2, 20_001)
+    x[1, 20_000] = 50.0
+    for found, expected in zip(OPERATIONS["quantize_rows"](_moved(x), *INT8), reference.quantize_rows(x, *INT8), strict=True):
+        assert torch.equal(found.cpu(), expected)
+    weight = torch.rand(20_001)
+    args = x, weight, 1e-6, *INT8
+    _assert_equal(_moved(OPERATIONS["norm_quantize_rows"](*_moved(args)), "cpu"), reference.norm_quantize_rows(*args), "long")
+
+
+def test_columns_quantized_where_they_lie() -> None:
+    """The rows of a transposed matrix, as the backward wants them."""
+    x = torch.randn(70, 45).t()
+    for found, expected in zip(OPERATIONS["quantize_rows"](_moved(x), *INT8), reference.quantize_rows(x, *INT8), strict=True):
+        assert torch.equal(found.cpu(), expected)
+
+
+def test_nan_reaches_the_output() -> None:
+    x = torch.ones(3, 8)
+    x[1, 5] = torch.nan
+    _, scale = OPERATIONS["quantize_rows"](_moved(x), *INT8)
+    assert scale.isnan().flatten().tolist() == [False, True, False]
+    packed = torch.full((4, 2), 0b10101010, dtype=torch.uint8)
+    y = OPERATIONS["packed_linear"](*_moved((x, packed, torch.ones(1, 1), None, Layout(2, -1), INT8, torch.float32)))
+    assert y.isnan().all(dim=1).tolist() == [False, True, False] and not y[0].isnan().any()
+
+
+def test_mean_of_a_long_row_is_summed_in_parts() -> None:
+    x = torch.randn(1, 100_003)
+    found = OPERATIONS["mean_magnitudes"](_moved(x)).cpu()
+    assert torch.equal(found, reference.mean_magnitudes(x))
+
+
+def test_largest_codes_do_not_overflow() -> None:
+    x, w = torch.full((2, 4096), -128, dtype=torch.int8), torch.full((3, 4096), -128, dtype=torch.int8)
+    assert (OPERATIONS["int_matmul"](*_moved((x, w))).cpu() == 2**14 * 4096).all()
+
+
+# ---- where they serve ----
+
+
+def test_reasons_why_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    why = support.why_unavailable.__wrapped__
+    assert "Triton compiles for GPUs; TRITON_INTERPRET=1" in why("cpu") and why("cpu", True) is None
+    assert why("mps") == "Triton has no compiler for mps"
+    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: None)
+    assert why("cuda") == "the package triton is not installed; pip install triton"
+
+
+def test_old_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    why = support.why_unavailable.__wrapped__
+    assert why("cuda") == "this GPU has compute capability 7.0, its integer products need 8.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert why("cuda") is None
+
+
+def test_the_table_names_them() -> None:
+    table = kernels.explain("mps")
+    assert "triton: Triton has no compiler for mps" in table
+    assert set(OPERATIONS) <= set(dispatch._BODIES)
+
+
+def test_every_operator_has_a_body_for_gpus() -> None:
+    for name in kernels.graph.OPERATORS:
+        for key in ("CUDA", "XPU"):
+            has = torch._C._dispatch_has_kernel_for_dispatch_key(f"hf_bitnet::{name}", key)
+            assert has == (name not in ("pack_trits", "unpack_trits")), (name, key)
+
+
+def test_numbers_of_rows_share_their_configuration() -> None:
+    assert [support.bucket(rows) for rows in (1, 5, 8, 4095, 4096, 4097, 10**6)] == [1, 8, 8, 4096, 4096, 8192, 16384]
+
+
+# ---- in processes of their own ----
+
+
+def _run(*command: str, **environment: str) -> str:
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=REPOSITORY, env={**kept, **environment}, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def _compiled(target: str, *how: str) -> dict[str, dict[str, int]]:
+    return json.loads(_run("-m", "tests.triton_targets", target, *how).splitlines()[-1])
+
+
+def test_compiles_for_a_gpu_that_is_not_there() -> None:
+    found = _compiled("cuda:90")
+    assert len(found) == 12
+    assert found["_product_kernel"]["wgmma.mma_async"] and found["_grouped_kernel"]["wgmma.mma_async"]
+    assert found["_tiles_kernel"]["mma.sync"] and found["_tiles_kernel"]["cp.async.cg"]
+    assert found["_rows_kernel"]["dp4a"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:89", "cuda:90", "cuda:100", "hip:gfx942", "hip:gfx1100"])
+def test_every_configuration_compiles_for(target: str) -> None:
+    assert len(_compiled(target, "all")) >= 11
+
+
+TRAINING = """
+import torch, transformers, hf_bitnet as hb, sys
+device = sys.argv[1]
+config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)
+for mixed in (False, True):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    hb.quantize_model(model, hb.BitNetQuantizationConfig.bitnet_b158())
+    model.to(device)
+    tokens = torch.arange(24).reshape(2, 12).to(device)
+    with torch.autocast(device, torch.bfloat16, enabled=mixed):
+        loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    norms = [parameter.grad.float().norm().item() for parameter in model.parameters()]
+    packed = hb.pack_model(model.eval())
+    generated = packed.generate(tokens[:1, :4], max_new_tokens=4, do_sample=False)[0].tolist()
+    print(loss.item(), *norms, *generated)
+"""
+
+
+def test_a_model_trains_and_generates_as_with_the_torch_bodies() -> None:
+    """In float32, then under autocast to bfloat16."""
+    found = []
+    for body in ("triton", "reference"):
+        out = _run("-c", TRAINING, DEVICE, HF_BITNET_KERNELS=body, TRITON_INTERPRET=str(int(DEVICE == "cpu")))
+        found.append([[float(word) for word in line.split()] for line in out.splitlines()])
+    for ours, theirs, tolerance in zip(*found, (1e-4, 2e-2), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="says what a machine without a GPU lacks")
+def test_forced_without_the_interpreter_says_what_is_missing() -> None:
+    with pytest.raises(AssertionError, match="triton: Triton compiles for GPUs; TRITON_INTERPRET=1"):
+        _run("-c", "import hf_bitnet.kernels", HF_BITNET_KERNELS="triton")
