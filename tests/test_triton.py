@@ -13,11 +13,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_bitnet import kernels
+from hf_bitnet import BitNetQuantizationConfig, kernels, pack_model, quantize_model
 from hf_bitnet.kernels import Layout, RowQuantization, cases, dispatch, reference
 from hf_bitnet.kernels.triton import support
 from hf_bitnet.kernels.triton.operators import OPERATIONS
+from hf_bitnet.modules import functional
+from hf_bitnet.modules.functional import Latent
+from hf_bitnet.quantizers import make_weight_quantizer
+from hf_bitnet.ste import ESTIMATORS
 from tests.test_kernels import _assert_equal
 
 pytest.importorskip("triton", reason="the GPU kernels are written in Triton, which is not installed")
@@ -157,6 +164,70 @@ def test_every_operator_has_a_body_for_gpus() -> None:
 
 def test_numbers_of_rows_share_their_configuration() -> None:
     assert [support.bucket(rows) for rows in (1, 5, 8, 4095, 4096, 4097, 10**6)] == [1, 8, 8, 4096, 4096, 8192, 16384]
+
+
+# ---- graphs, on a GPU that only pretends: nothing is computed, and what waited for the device would raise ----
+
+
+class _Recorder(TorchDispatchMode):
+    """Gathers the names of this library's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "hf_bitnet":
+            self.seen.add(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dispatch table as on a machine with a GPU."""
+    for operation, body in OPERATIONS.items():
+        monkeypatch.setitem(dispatch._CHOSEN, (operation, "cuda"), body)
+
+
+def _fake_model(packed: bool) -> Any:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(
+            LlamaConfig(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4)
+        )
+    quantize_model(model, BitNetQuantizationConfig.bitnet_b158())
+    model = pack_model(model) if packed else model
+    for module in model.modules():  # not `to_empty`, which swaps tensors, and fake ones refuse
+        for held in (module._parameters, module._buffers):
+            held |= {name: _on_gpu(tensor) for name, tensor in held.items() if tensor is not None}
+    return model
+
+
+def _on_gpu(tensor: Tensor) -> Tensor:
+    moved = torch.empty_like(tensor, device="cuda")
+    return torch.nn.Parameter(moved, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else moved
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_forward_waits_for_nothing_and_is_made_of_operators(gpu: None, packed: bool) -> None:
+    with FakeTensorMode(), torch.no_grad():
+        block = _fake_model(packed).model.layers[0].mlp
+        with _Recorder() as recorder:
+            y = block(torch.zeros(2, 8, 48, dtype=torch.bfloat16, device="cuda"))
+        assert y.device.type == "cuda" and y.dtype == torch.bfloat16
+    trained = {"quantize_rows", "mean_magnitudes", "quantize_weight", "int_linear"}
+    assert recorder.seen == ({"packed_linears"} if packed else trained)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_backward_waits_for_nothing_and_is_made_of_operators(gpu: None, granularity: str) -> None:
+    quantizer = make_weight_quantizer("ternary", granularity=granularity)
+    with FakeTensorMode(), torch.no_grad(), _Recorder() as recorder:
+        weight, grad = torch.empty(24, 16, device="cuda"), torch.empty(8, 24, device="cuda", dtype=torch.bfloat16)
+        x_codes, x_scale = torch.empty(8, 16, device="cuda", dtype=torch.int8), torch.empty(8, 1, device="cuda")
+        w = Latent(quantizer, ESTIMATORS.get("identity"), 1.0).codes(weight, None)
+        assert functional._input_gradient(grad, w, grad.dtype).shape == (8, 16)
+        assert functional._value_gradient(grad, x_codes, x_scale, None, torch.float32).shape == weight.shape
+    assert recorder.seen == {"mean_magnitudes", "quantize_weight", "fixed_matmul"}
 
 
 # ---- in processes of their own ----
