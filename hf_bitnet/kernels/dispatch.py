@@ -312,7 +312,7 @@ def describe_layer(layer: DecoderLayer) -> Described | None:
 
 
 def explain(device: str = "cpu") -> str:
-    """A table: operation, the body that serves on `device`, and why each earlier body does not; then the C++ kernels."""
+    """A table: operation, the body that serves on `device`, why the others do not; then what is compiled for the device."""
     lines = [f"{'operation':<18} {'body':<10} others"]
     for operation, candidates in _BODIES.items():
         forced = _select(operation, device)
@@ -322,4 +322,5 @@ def explain(device: str = "cpu") -> str:
         lines.append(f"{operation:<18} {serving:<10} {others or '-'}")
     if device == "cpu" and _FLOAT_BFLOAT16:
         lines.append("fixed_matmul of bfloat16: the float body; AMX multiplies bfloat16 as fast as two int8 products")
-    return "\n".join([*lines, f"CPU kernels: {library.describe()}"])
+    own = f"CPU kernels: {library.describe()}" if device == "cpu" else f"GPU kernels: {support.describe()}"
+    return "\n".join([*lines, own])

@@ -5,6 +5,8 @@
 Sums of codes are exact. Where a scale serves a group of inputs, the sum of each group is scaled and added in float32.
 """
 
+# constants of kernels are of a type of their own
+# pyright: reportArgumentType=false
 from __future__ import annotations
 
 import torch
@@ -183,8 +185,31 @@ def _grouped_kernel(
     store(y, out_ptr, x_scale_ptr, x_scale_step, ones_ptr, 0, bias_ptr, row, column, m, n, BIAS)
 
 
+@triton.jit
+def _copy_kernel(x_ptr, out_ptr, rows, columns, x_row, x_column, BLOCK: tl.constexpr):
+    across = tl.cdiv(columns, BLOCK)
+    row = (tl.program_id(0) // across).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    column = (tl.program_id(0) % across).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    exists = (row < rows) & (column < columns)
+    tl.store(out_ptr + row * columns + column, tl.load(x_ptr + row * x_row + column * x_column, mask=exists), mask=exists)
+
+
+def laid_out(codes: Tensor) -> Tensor:
+    """int8 (R, K) with neighbours along K in memory: the matrix units take 8-bit operands in no other order, and a tile that
+    has to be turned on its way to them cannot be loaded ahead of time. A transposed matrix is copied, in square tiles."""
+    if codes.stride(1) == 1 or 1 in codes.shape or not codes.numel():
+        return codes
+    out = torch.empty(codes.shape, dtype=codes.dtype, device=codes.device)
+    with on_device_of(codes):
+        _copy_kernel[(triton.cdiv(codes.shape[0], 64) * triton.cdiv(codes.shape[1], 64),)](
+            codes, out, *codes.shape, *codes.stride(), BLOCK=64
+        )
+    return out
+
+
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """`reference.int_matmul`."""
+    a, b = laid_out(a), laid_out(b)
     (m, k), n = a.shape, b.shape[0]
     if not k:
         return torch.zeros(m, n, dtype=torch.int32, device=a.device)
@@ -209,6 +234,7 @@ def int_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """`reference.int_linear`, summed in int32 and scaled in float32."""
+    x_codes, w_codes = laid_out(x_codes), laid_out(w_codes)
     (m, k), n, groups = x_codes.shape, w_codes.shape[0], w_scale.shape[-1]
     out = torch.empty(m, n, dtype=dtype, device=x_codes.device)
     if not out.numel():

@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 from contextlib import AbstractContextManager
 from functools import lru_cache
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -48,6 +49,16 @@ def _why_no_cuda() -> str | None:
         found, needed = (".".join(map(str, each)) for each in (capability, _SMALLEST_CAPABILITY))
         return f"this GPU has compute capability {found}, its integer products need {needed}"
     return None
+
+
+def describe() -> str:
+    """One line: the version of Triton, or that there is none."""
+    try:
+        return (
+            f"Triton {metadata.version('triton')}, compiled and tuned at the first call of a shape, kept in its cache on disk"
+        )
+    except metadata.PackageNotFoundError:
+        return "Triton is not installed"
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
