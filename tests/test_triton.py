@@ -90,6 +90,17 @@ def test_packed_product_in_each_of_its_forms(rows: int, bits: int) -> None:
         _assert_equal(found.cpu(), reference.packed_linear(*args), f"{rows} rows, scale {tuple(scale.shape)}")
 
 
+@pytest.mark.parametrize("zero", [0.0, -0.5])
+@pytest.mark.parametrize("shape", [(1, 1), (21, 1)])
+def test_products_equal_the_torch_bodies_bit_for_bit(shape: tuple[int, int], zero: float) -> None:
+    n, k, layout = 21, 256, Layout(2, -2, 1, zero)
+    packed, scale, bias = torch.randint(0, 256, (n, k // 4), dtype=torch.uint8), torch.rand(shape), torch.randn(n)
+    by_torch = next(body for body in dispatch.bodies("packed_linear") if body.name == "float32").function
+    for rows in (1, 7, 300):
+        args = torch.randn(rows, k), packed, scale, bias, layout, INT8, torch.float32
+        assert torch.equal(OPERATIONS["packed_linear"](*_moved(args)).cpu(), by_torch(*args)), rows
+
+
 def test_rows_longer_than_a_program_keeps_are_read_in_parts() -> None:
     x = torch.randn(2, 20_001)
     x[1, 20_000] = 50.0

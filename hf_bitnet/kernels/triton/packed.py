@@ -12,7 +12,7 @@ Many rows: a weight that is unpacked once costs less than one that each tile unp
 """
 
 # kernels are another language in Python's clothes: launches take options, and constants are of a type of their own
-# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false, reportOperatorIssue=false
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ..reference import CODES_PER_BYTE, Layout, PackedWeight, RowQuantization
 from . import products
-from .language import INTERPRETED, narrowed
-from .products import place, store
+from .language import EXACT, INTERPRETED, narrowed
+from .products import place, scaled, store
 from .rows import Planes, quantize_planes, quantize_rows
 from .support import bucket, on_device_of, power_of_two
 from .tuning import sizes, tuned
@@ -81,6 +81,7 @@ def _rows_kernel(
     PER: tl.constexpr,
     LANES: tl.constexpr,
     GROUPED: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
     BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -108,13 +109,14 @@ def _rows_kernel(
             scale_at = w_scale_ptr + column[:, None] * w_scale_row + (word // group)[None, :] * w_scale_step
             scale = tl.load(scale_at, mask=in_w & exists[None, :], other=0.0)[None, :, :]
             sums += ((part * STEP + lowest * x_sum).to(tl.float32) - zero * x_sum.to(tl.float32)) * scale
-    x_scale = tl.load(x_scale_ptr + row, mask=row < m, other=0.0)[:, None]
+    x_scale = tl.load(x_scale_ptr + row, mask=row < m, other=0.0)
     if GROUPED:
-        y = tl.sum(sums, axis=2) * x_scale
+        y = tl.sum(sums, axis=2) * x_scale[:, None]
     else:
         x_sum = tl.load(x_sum_ptr + row, mask=row < m, other=0)[:, None]
         total = (tl.sum(sums, axis=2) * STEP + lowest * x_sum).to(tl.float32) - zero * x_sum.to(tl.float32)
-        y = total * x_scale * tl.load(w_scale_ptr + column * w_scale_row, mask=column < n, other=0.0)[None, :]
+        w_scale = tl.load(w_scale_ptr + column * w_scale_row, mask=column < n, other=0.0)
+        y = scaled(total, x_scale, w_scale, ONE_SCALE)
     if BIAS:
         y += tl.load(bias_ptr + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
     out_at = out_ptr + row[:, None] * n + column[None, :]
@@ -159,6 +161,7 @@ def _tiles_kernel(
     BITS: tl.constexpr,
     PER: tl.constexpr,
     GROUPED: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -183,8 +186,14 @@ def _tiles_kernel(
         if not GROUPED:
             x_sum = tl.load(x_sum_ptr + row, mask=row < m, other=0)
         part = (sums * STEP + (lowest * x_sum)[:, None]).to(tl.float32) - (zero * x_sum.to(tl.float32))[:, None]
-        y += part * tl.load(scale_at + first // group * w_scale_step)[None, :]
-    store(y, out_ptr, x_scale_ptr, 1, ones_ptr, 0, bias_ptr, row, column, m, n, BIAS)
+        if GROUPED:
+            y += part * tl.load(scale_at + first // group * w_scale_step)[None, :]
+        else:
+            y = part
+    if GROUPED:
+        store(y, out_ptr, x_scale_ptr, 1, ones_ptr, 0, bias_ptr, row, column, m, n, BIAS, False)
+    else:
+        store(y, out_ptr, x_scale_ptr, 1, w_scale_ptr, w_scale_row, bias_ptr, row, column, m, n, BIAS, ONE_SCALE)
 
 
 @triton.jit
@@ -203,9 +212,9 @@ def _multiply(x: Planes, weight: PackedWeight, layout: Layout, dtype: torch.dtyp
     if not out.numel():
         return out
     groups, step = scale.shape[1], 0 if scale.shape[0] == 1 else scale.stride(0)
-    grouped = groups > 1
     held = out if bias is None else bias.contiguous()
-    flags = {"STEP": layout.step, "BITS": layout.bits, "PER": per, "GROUPED": grouped, "BIAS": bias is not None}
+    flags = {"STEP": layout.step, "BITS": layout.bits, "PER": per, "BIAS": bias is not None}
+    flags |= {"GROUPED": groups > 1, "ONE_SCALE": scale.numel() == 1, **EXACT}
     with on_device_of(packed):
         if m <= _MOST_ROWS and _has_dp4a(packed) and (words := _as_words(packed, groups)) is not None:
             lanes = 0x01010101 * (2**layout.bits - 1)

@@ -2,7 +2,8 @@
 
     y[m, n] = (sum_k x w - w_zero sum_k x - x_zero (sum_k w - K w_zero)) x_scale[m] w_scale[n] + bias[n]
 
-Sums of codes are exact. Where a scale serves a group of inputs, the sum of each group is scaled and added in float32.
+Sums of codes are exact, and scaled in the order of the torch bodies, without a fused multiply-add: the result is theirs bit
+for bit. Where a scale serves a group of inputs, the sum of each group is scaled and added in float32.
 """
 
 # constants of kernels are of a type of their own
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .language import narrowed
+from .language import EXACT, narrowed
 from .support import bucket, on_device_of
 from .tuning import sizes, tuned
 
@@ -47,11 +48,33 @@ def place(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def store(sums, out_ptr, x_scale_ptr, x_scale_step, w_scale_ptr, w_scale_row, bias_ptr, row, column, m, n, BIAS: tl.constexpr):
+def scaled(sums, x_scale, w_scale, ONE_SCALE: tl.constexpr):
+    """float32 sums times the scales of their rows and columns, in the order of `eager.make_int_linear`."""
+    if ONE_SCALE:
+        return sums * (x_scale[:, None] * w_scale[None, :])
+    return (sums * x_scale[:, None]) * w_scale[None, :]
+
+
+@triton.jit
+def store(
+    sums,
+    out_ptr,
+    x_scale_ptr,
+    x_scale_step,
+    w_scale_ptr,
+    w_scale_row,
+    bias_ptr,
+    row,
+    column,
+    m,
+    n,
+    BIAS: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+):
     """float32 sums (BLOCK_M, BLOCK_N), times both scales, plus the bias, rounded once."""
     x_scale = tl.load(x_scale_ptr + row * x_scale_step, mask=row < m, other=0.0)
     w_scale = tl.load(w_scale_ptr + column * w_scale_row, mask=column < n, other=0.0)
-    y = sums * x_scale[:, None] * w_scale[None, :]
+    y = scaled(sums, x_scale, w_scale, ONE_SCALE)
     if BIAS:
         y += tl.load(bias_ptr + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
     inside = (row < m)[:, None] & (column < n)[None, :]
@@ -82,6 +105,7 @@ def _product_kernel(
     w_zero,
     bucket,
     SCALED: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
     BIAS: tl.constexpr,
     X_ZERO: tl.constexpr,
     W_ZERO: tl.constexpr,
@@ -117,7 +141,7 @@ def _product_kernel(
         if X_ZERO:
             x_zero = tl.load(x_zero_ptr + row * x_zero_step, mask=row < m, other=0.0)
             y -= x_zero[:, None] * (w_sum.to(tl.float32) - w_zero * k)[None, :]
-        store(y, out_ptr, x_scale_ptr, x_scale_step, w_scale_ptr, w_scale_row, bias_ptr, row, column, m, n, BIAS)
+        store(y, out_ptr, x_scale_ptr, x_scale_step, w_scale_ptr, w_scale_row, bias_ptr, row, column, m, n, BIAS, ONE_SCALE)
     else:
         inside = (row < m)[:, None] & (column < n)[None, :]
         tl.store(out_ptr + row[:, None] * n + column[None, :], sums, mask=inside)
@@ -182,7 +206,7 @@ def _grouped_kernel(
         if X_ZERO:
             part -= x_zero[:, None] * (w_sum.to(tl.float32) - w_zero * group)[None, :]
         y += part * tl.load(scale_at + first // group * w_scale_step)[None, :]
-    store(y, out_ptr, x_scale_ptr, x_scale_step, ones_ptr, 0, bias_ptr, row, column, m, n, BIAS)
+    store(y, out_ptr, x_scale_ptr, x_scale_step, ones_ptr, 0, bias_ptr, row, column, m, n, BIAS, False)
 
 
 @triton.jit
@@ -218,7 +242,7 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
         with on_device_of(a):
             _product_kernel[grid(m, n)](
                 *(a, b, out, out, out, out, out, m, n, k, *a.stride(), *b.stride(), 0, 0, 0, 0.0, bucket(m)),
-                **{"SCALED": False, "BIAS": False, "X_ZERO": False, "W_ZERO": False},
+                **{"SCALED": False, "ONE_SCALE": False, "BIAS": False, "X_ZERO": False, "W_ZERO": False},
             )
     return out
 
@@ -251,7 +275,9 @@ def int_linear(
             _product_kernel[grid(m, n)](
                 *(x_codes, w_codes, out, x_scale, zero, w_scale, held, m, n, k, *strides, w_scale_row, w_zero, bucket(m)),
                 SCALED=True,
+                ONE_SCALE=w_scale.shape[0] == 1,
                 **flags,
+                **EXACT,
             )
         else:
             _grouped_kernel[grid(m, n)](
