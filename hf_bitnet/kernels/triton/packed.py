@@ -143,7 +143,6 @@ def _tiles_kernel(
     w_ptr,
     w_scale_ptr,
     bias_ptr,
-    ones_ptr,
     out_ptr,
     m,
     n,
@@ -190,10 +189,7 @@ def _tiles_kernel(
             y += part * tl.load(scale_at + first // group * w_scale_step)[None, :]
         else:
             y = part
-    if GROUPED:
-        store(y, out_ptr, x_scale_ptr, 1, ones_ptr, 0, bias_ptr, row, column, m, n, BIAS, False)
-    else:
-        store(y, out_ptr, x_scale_ptr, 1, w_scale_ptr, w_scale_row, bias_ptr, row, column, m, n, BIAS, ONE_SCALE)
+    store(y, out_ptr, x_scale_ptr, 1, w_scale_ptr, w_scale_row, bias_ptr, row, column, m, n, BIAS, ONE_SCALE, GROUPED)
 
 
 @triton.jit
@@ -229,7 +225,7 @@ def _multiply(x: Planes, weight: PackedWeight, layout: Layout, dtype: torch.dtyp
             return out
         lowest = layout.lowest + (128 * layout.step if layout.bits == 8 else 0)
         _tiles_kernel[products.grid(m, n)](
-            *(x.codes, x.scale, x.sums, packed, scale, held, products.one(packed.device), out, m, n, width, plane),
+            *(x.codes, x.scale, x.sums, packed, scale, held, out, m, n, width, plane),
             *(*packed.stride(), step, scale.stride(1), width // groups, lowest, layout.zero_point, bucket(m)),
             **flags,
         )

@@ -70,11 +70,14 @@ def store(
     n,
     BIAS: tl.constexpr,
     ONE_SCALE: tl.constexpr,
+    GROUPED: tl.constexpr,
 ):
-    """float32 sums (BLOCK_M, BLOCK_N), times both scales, plus the bias, rounded once."""
+    """float32 sums (BLOCK_M, BLOCK_N), times both scales, or, `GROUPED`, that of x alone, plus the bias, rounded once."""
     x_scale = tl.load(x_scale_ptr + row * x_scale_step, mask=row < m, other=0.0)
-    w_scale = tl.load(w_scale_ptr + column * w_scale_row, mask=column < n, other=0.0)
-    y = scaled(sums, x_scale, w_scale, ONE_SCALE)
+    if GROUPED:
+        y = sums * x_scale[:, None]
+    else:
+        y = scaled(sums, x_scale, tl.load(w_scale_ptr + column * w_scale_row, mask=column < n, other=0.0), ONE_SCALE)
     if BIAS:
         y += tl.load(bias_ptr + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
     inside = (row < m)[:, None] & (column < n)[None, :]
@@ -141,7 +144,9 @@ def _product_kernel(
         if X_ZERO:
             x_zero = tl.load(x_zero_ptr + row * x_zero_step, mask=row < m, other=0.0)
             y -= x_zero[:, None] * (w_sum.to(tl.float32) - w_zero * k)[None, :]
-        store(y, out_ptr, x_scale_ptr, x_scale_step, w_scale_ptr, w_scale_row, bias_ptr, row, column, m, n, BIAS, ONE_SCALE)
+        store(
+            y, out_ptr, x_scale_ptr, x_scale_step, w_scale_ptr, w_scale_row, bias_ptr, row, column, m, n, BIAS, ONE_SCALE, False
+        )
     else:
         inside = (row < m)[:, None] & (column < n)[None, :]
         tl.store(out_ptr + row[:, None] * n + column[None, :], sums, mask=inside)
@@ -157,7 +162,6 @@ def _grouped_kernel(
     x_zero_ptr,
     w_scale_ptr,
     bias_ptr,
-    ones_ptr,
     m,
     n,
     k,
@@ -206,7 +210,7 @@ def _grouped_kernel(
         if X_ZERO:
             part -= x_zero[:, None] * (w_sum.to(tl.float32) - w_zero * group)[None, :]
         y += part * tl.load(scale_at + first // group * w_scale_step)[None, :]
-    store(y, out_ptr, x_scale_ptr, x_scale_step, ones_ptr, 0, bias_ptr, row, column, m, n, BIAS, False)
+    store(y, out_ptr, x_scale_ptr, x_scale_step, w_scale_ptr, w_scale_row, bias_ptr, row, column, m, n, BIAS, False, True)
 
 
 @triton.jit
@@ -281,7 +285,7 @@ def int_linear(
             )
         else:
             _grouped_kernel[grid(m, n)](
-                *(x_codes, w_codes, out, x_scale, zero, w_scale, held, one(x_codes.device), m, n, k),
+                *(x_codes, w_codes, out, x_scale, zero, w_scale, held, m, n, k),
                 *(*strides, w_scale_row, w_scale.stride(1), w_zero, k // groups, bucket(m)),
                 **flags,
             )
@@ -290,13 +294,3 @@ def int_linear(
 
 def grid(m: int, n: int):
     return lambda chosen: (triton.cdiv(m, chosen["BLOCK_M"]) * triton.cdiv(n, chosen["BLOCK_N"]),)
-
-
-_ones: dict[torch.device, Tensor] = {}
-
-
-def one(device: torch.device) -> Tensor:
-    """A scale of 1 on `device`, made once: an operand for what is already scaled."""
-    if device not in _ones:
-        _ones[device] = torch.ones(1, device=device)
-    return _ones[device]

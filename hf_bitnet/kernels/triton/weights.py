@@ -191,7 +191,7 @@ def _packed(x: Tensor, scale: Tensor | None, layout: Layout, sign: bool = False,
     width = -(-k // per)
     out = torch.empty(*x.shape[:-1], width, dtype=torch.uint8, device=x.device)
     if out.numel():
-        steps = torch.zeros(1, 1, device=x.device) if scale is None else scale.float()
+        steps = matrix[:1, :1] if scale is None else scale.float()  # of codes, nothing is read there
         strides = [0 if size == 1 else stride for size, stride in zip(steps.shape, steps.stride(), strict=True)]
         block = min(power_of_two(width), max(1, _TILE // per))
         height = max(1, _TILE // per // block)
