@@ -301,6 +301,14 @@ def test_cosines_by_hand(size: float) -> None:
         assert meter.cosines[product].shape == () and float(meter.cosines[product]) > 0.999
 
 
+def test_cosines_of_many_numbers() -> None:
+    """Sums of squares in float32 alone would put it above 1."""
+    a, meter = torch.randn(3_000_000), Meter()
+    b = a + 1e-3 * torch.randn_like(a)
+    meter.add("input", a, b)
+    assert 1.0 - float(meter.cosines["input"]) == pytest.approx(1.0 - _cosine(a, b), abs=2e-7)
+
+
 def test_an_outlier_in_each_row_shows() -> None:
     """It leaves nothing of the others, which are all that counts where the outlier's own weights are zero."""
     layer, meter, (x, out) = make_layer(), Meter(), _data()

@@ -148,7 +148,6 @@ class Int8BackwardCallback(AddOn):
             found = {product: cosine for product, cosine in zip(PRODUCTS, row, strict=True) if cosine != UNMEASURED}
             sound = bool(found) and NOT_FINITE not in row
             self._tries[name] = self._tries.get(name, 0) + 1
-            layer.int8_backward = None
             if sound or self._tries[name] >= _PATIENCE:
                 self.cosines[name] = found if sound else {}
                 layer.int8_backward = self._form(name)
