@@ -6,9 +6,9 @@ With g = dL/dy (M, N), and q(a) the rows of a in steps of their largest magnitud
     dL/dW_hat  = q((g x_scale)^T) x_codes               one step for each output, over all tokens
 
 The other operand is the codes of forward, which are exact, so that only g is rounded, by at most half a step an element. That
-is little in rows whose elements are of one size, and ruins rows in which a few stand far above the rest. Over tokens they often
-do: SwitchBack (arXiv 2304.13013) rounds only the first product. Whether a product is good enough is therefore measured on the
-gradients themselves, against the exact one (`Meter`), and who trains decides by it (`training/int8_backward.py`).
+is little in rows whose elements are of one size, and ruins rows in which a few stand far above the rest. (SwitchBack, arXiv
+2304.13013, keeps the second product, whose sums run over all tokens, in 16 bits.) Whether a product is good enough is measured
+on the gradients themselves, against the exact one (`Meter`), and who trains decides by it (`training/int8_backward.py`).
 
 Leaves out: stochastic rounding; scales that change along K, activations with a zero point or without codes: the exact products
 serve. Below full strength, and with noise that leaves the grid, a layer multiplies floats and none of this takes part.
