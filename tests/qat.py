@@ -80,6 +80,26 @@ def make_trainer(
     return QATTrainer(model=model, args=arguments(folder, **fields), teacher=teacher, **(data | named))
 
 
+BAD = "model.layers.0.self_attn.o_proj"
+
+
+def spoil(model: nn.Module, factor: float = 1e5) -> nn.Module:
+    """Makes the int8 gradient of a Llama's layer `BAD` bad: one huge element for each token, whose own weights are zero."""
+    layer = model.get_submodule(BAD)
+    assert isinstance(layer.weight, Tensor)
+    with torch.no_grad():
+        layer.weight[0] *= 1e-3
+    factors = torch.ones(layer.weight.shape[0])
+    factors[0] = factor
+
+    def enlarge(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda grad: grad * factors)
+
+    layer.register_forward_hook(enlarge)
+    return model
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """A copy of everything a checkpoint holds."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

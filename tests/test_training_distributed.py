@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from hf_bitnet.training.cautious import make_cautious
+from hf_bitnet.training.int8_backward import Int8BackwardCallback
 from hf_bitnet.training.mars import correct_gradients
-from tests.qat import assert_same, losses, make_trainer, quantized, weights
+from tests.qat import BAD, ONE_LAYER, assert_same, losses, make_trainer, quantized, spoil, weights
 from tests.tiny import tiny
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -207,3 +209,32 @@ def cautious_weights(shard: bool, mars: float = 0.0) -> list[Tensor]:
 def test_cautious_updates_of_sharded_weights() -> None:
     """The share of weights that agree, and the norm that MARS divides by, are of the whole tensor, not of a rank's part."""
     _launch(_CAUTIOUS)
+
+
+_INT8 = """
+import json, os, sys
+from safetensors.torch import save_file
+from tests.test_training_distributed import run_int8
+result, cosines = run_int8(sys.argv[1])
+save_file(result, f"{sys.argv[1]}/result-{os.environ['RANK']}.safetensors")
+open(f"{sys.argv[1]}/cosines-{os.environ['RANK']}.json", "w").write(json.dumps(cosines))
+"""
+
+
+def run_int8(folder: str) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+    """Four steps with int8 gradients, which on the second rank are bad in one layer."""
+    torch.set_num_threads(1)
+    model = spoil(quantized(model=ONE_LAYER), factor=1e5 if os.environ["RANK"] == "1" else 1.0)
+    trainer = make_trainer(folder, model, int8_backward={}, max_steps=4)
+    trainer.train()
+    assert isinstance(model, nn.Module)
+    (callback,) = [each for each in trainer.callback_handler.callbacks if isinstance(each, Int8BackwardCallback)]
+    return weights(model), callback.cosines
+
+
+@pytest.mark.slow
+def test_all_ranks_choose_the_same_int8_products(tmp_path: Path) -> None:
+    _launch(_INT8, str(tmp_path))
+    cosines = [json.loads((tmp_path / f"cosines-{rank}.json").read_text()) for rank in (0, 1)]
+    assert cosines[0] == cosines[1] and cosines[0][BAD]["input"] < 0.99 < cosines[0][BAD]["weight"]
+    assert_same(*(load_file(tmp_path / f"result-{rank}.safetensors") for rank in (0, 1)))

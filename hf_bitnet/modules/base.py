@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..quantizers import ActivationScheme, Quantized, WeightQuantizer
 from .functional import BitLinearFunction, WeightSource
+from .low_precision import Int8Backward
 from .shared_activation import quantize_shared
 from .sub_norm import SubNorm
 
@@ -27,6 +28,7 @@ class QuantizedLayer(nn.Module):
         activation: scheme of the input.
         act_scale: 0-dim float32 buffer, only for static schemes; 0 until calibrated.
         sub_norm: optional RMS norm in front.
+        int8_backward: the products of backward that take int8 gradients; None (default) for exact ones.
     """
 
     in_features: int
@@ -35,6 +37,7 @@ class QuantizedLayer(nn.Module):
     activation: type[ActivationScheme]
     act_scale: Tensor | None
     sub_norm: SubNorm | None
+    int8_backward: Int8Backward | None = None
 
     @property
     def quantizer(self) -> WeightQuantizer:
@@ -44,6 +47,11 @@ class QuantizedLayer(nn.Module):
     def quantized_weight(self) -> Quantized:
         """Codes int8 (out_features, in_features) and scale that forward uses."""
         raise AssertionError("abstract")
+
+    @property
+    def multiplies_codes(self) -> bool:
+        """Whether its present forward multiplies integer codes."""
+        return True
 
     @property
     def plain_bias(self) -> Tensor | None:
@@ -93,7 +101,11 @@ class QuantizedLayer(nn.Module):
             zero = x_zero if isinstance(x_zero, Tensor) else None
         else:
             codes, x_scale, zero = x.detach().reshape(-1, x.shape[-1]).to(dtype), None, None
-        y = BitLinearFunction.apply(x, weight, scale, temperature, self.bias, codes, x_scale, zero, source, held, dtype)
+        int8 = self.int8_backward
+        if int8 is not None and int8.meter is not None and torch.compiler.is_compiling():
+            int8 = None  # a compiled graph keeps no figures: gradients are exact, as while they are measured
+        coded = codes, x_scale, zero
+        y = BitLinearFunction.apply(x, weight, scale, temperature, self.bias, *coded, source, held, int8, dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

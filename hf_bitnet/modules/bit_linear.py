@@ -129,6 +129,11 @@ class TrainedLayer(QuantizedLayer):
     def quantizer(self) -> WeightQuantizer:
         return self.source.quantizer
 
+    @property
+    def multiplies_codes(self) -> bool:
+        """Not below full strength, and not with noise that leaves the grid: these multiply floats."""
+        return not (self.relaxed or self.bypassed or (self.noise is not None and not self.noise.on_grid))
+
     def quantized_weight(self) -> Quantized:
         """Codes (out_features, in_features) and scale that forward uses, and that packing stores."""
         held = self._held_codes()

@@ -11,6 +11,7 @@ their scale, and nothing of the weight: codes, scales and STE slopes are derived
 Both products of backward have integer codes on one side. On the CPU the gradient on the other side is rounded to 15-bit fixed
 point for them, with one scale for each of its rows (`kernels.fixed_matmul`): an error of about 1e-4 of the result's root mean
 square, a tenth to a hundredth of what bfloat16 makes, in float32 training too. HF_BITNET_KERNELS=float keeps float products.
+`low_precision.py` has both products with the gradient in int8, for layers that are told to take them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from torch.autograd.function import once_differentiable
 from .. import kernels
 from ..quantizers import ActivationScheme, Grid, Quantized, WeightQuantizer
 from ..ste import STE
+from . import low_precision
+from .low_precision import Int8Backward
 
 
 class WeightSource(Protocol):
@@ -163,7 +166,8 @@ class BitLinearFunction(torch.autograd.Function):
     x: float (..., K), only the path of its gradient. weight: master (N, K) or packed. scale: learned or packed scale,
     else None. temperature: 0-dim or None. bias: (N,) or None. x_codes: int8 (M, K), or x itself in the output's dtype
     when activations are not quantized. x_scale, x_zero: float32 (M, 1) or None. source: where codes come from.
-    held: codes that a caller keeps for several calls, else None. Returns (M, N) in `dtype`.
+    held: codes that a caller keeps for several calls, else None. int8: the products of backward that take int8 gradients, None
+    for none. Returns (M, N) in `dtype`.
     """
 
     @staticmethod
@@ -179,11 +183,12 @@ class BitLinearFunction(torch.autograd.Function):
         x_zero: Tensor | None,
         source: WeightSource,
         held: Quantized | None,
+        int8: Int8Backward | None,
         dtype: torch.dtype,
     ) -> Tensor:
         w = source.codes(weight, scale) if held is None else held
         y = _product(x_codes, x_scale, x_zero, w, bias, dtype)
-        ctx.source, ctx.held, ctx.x_shape, ctx.x_dtype = source, held, x.shape, x.dtype
+        ctx.source, ctx.held, ctx.int8, ctx.x_shape, ctx.x_dtype = source, held, int8, x.shape, x.dtype
         ctx.compiling = torch.compiler.is_compiling()
         needs_weight = any(ctx.needs_input_grad[1:4])
         kept = (x_codes, x_scale, x_zero) if needs_weight else (None, None, None)
@@ -219,14 +224,16 @@ class BitLinearFunction(torch.autograd.Function):
             w = ctx.held
             if w is None:
                 w = ctx.source.codes(weight, scale if w_scale is None else w_scale)
-            x_grad = _input_gradient(grad, w, ctx.x_dtype).reshape(ctx.x_shape)
+            forms = _input_gradient, low_precision.input_gradient
+            x_grad = low_precision.gradient(ctx.int8, "input", *forms, grad, w, ctx.x_dtype).reshape(ctx.x_shape)
         if any(needs[1:4]):
             dtype = torch.promote_types(grad.dtype, weight.dtype)
-            value_grad = _value_gradient(grad, x_codes, x_scale, x_zero, dtype)
+            forms = _value_gradient, low_precision.value_gradient
+            value_grad = low_precision.gradient(ctx.int8, "weight", *forms, grad, x_codes, x_scale, x_zero, dtype)
             weight_grad, scale_grad, temperature_grad = ctx.source.gradients(value_grad, weight, scale, temperature)
             weight_grad = weight_grad.to(weight.dtype) if needs[1] else None
         bias_grad = grad.sum(dim=0) if needs[4] else None
-        return x_grad, weight_grad, scale_grad, temperature_grad, bias_grad, *([None] * 6)
+        return x_grad, weight_grad, scale_grad, temperature_grad, bias_grad, *([None] * 7)
 
 
 class FakeQuantizeWeight(torch.autograd.Function):

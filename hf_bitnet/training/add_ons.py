@@ -5,6 +5,7 @@ from __future__ import annotations
 from .add_on import AddOn
 from .arguments import QATArguments
 from .freezing import FreezingCallback, FreezingOptions
+from .int8_backward import Int8BackwardCallback, Int8BackwardOptions
 from .noise import GridPullCallback, GridPullOptions, WeightNoiseCallback, WeightNoiseOptions
 from .ranges import OnlineCalibrationCallback, OnlineCalibrationOptions
 
@@ -20,4 +21,6 @@ def add_ons(args: QATArguments) -> list[AddOn]:
         made.append(GridPullCallback(args.grid_pull))
     if isinstance(args.oscillation_freezing, FreezingOptions):
         made.append(FreezingCallback(args.oscillation_freezing))
+    if isinstance(args.int8_backward, Int8BackwardOptions):
+        made.append(Int8BackwardCallback(args.int8_backward))
     return made

@@ -9,6 +9,7 @@ from transformers import SchedulerType, TrainingArguments
 
 from .distillation import DistillationConfig
 from .freezing import FreezingOptions
+from .int8_backward import Int8BackwardOptions
 from .lean import set_lean
 from .learning_rate import TwoStage
 from .noise import GridPullOptions, WeightNoiseOptions
@@ -28,6 +29,7 @@ _OBJECTS: dict[str, type] = {
     "oscillation_freezing": FreezingOptions,
     "online_calibration": OnlineCalibrationOptions,
     "spike_rollback": RollbackOptions,
+    "int8_backward": Int8BackwardOptions,
 }
 _SWITCHES = ("eval_at_full_strength", "cautious", "lean", "nan_guard", "quant_logging")
 
@@ -146,6 +148,14 @@ class QATArguments(TrainingArguments):
         metadata={
             "help": "Little memory: bfloat16 weights with stochastic rounding, optim='adamw_torch_8bit' (needs torchao), bf16 "
             "and activation checkpointing."
+        },
+    )
+    int8_backward: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Products of backward on int8 gradients, for GPUs: {} takes the defaults, "
+            '{"min_cosine": 0.99, "every": 0}. Each product of each layer is compared with the exact one in its first step, '
+            "and stays exact below min_cosine; every: steps until it is compared again."
         },
     )
     nan_guard: bool = field(
