@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_bitnet import kernels
-from hf_bitnet.kernels import cases, dispatch, eager, reference
+from hf_bitnet.kernels import cases, dispatch, eager, parity, reference
 from hf_bitnet.kernels.cpu import library
 from hf_bitnet.quantizers import WEIGHT_SCHEMES
 
@@ -23,33 +23,12 @@ BODIES = [(operation, body) for operation in OPERATIONS for body in dispatch.bod
 each_body = pytest.mark.parametrize(("operation", "body"), BODIES, ids=[f"{o}-{b.name}" for o, b in BODIES])
 # those that work in blocks of rows or are made of such
 CUT = [(operation, body) for operation, body in BODIES if body.name in ("blocked", "onednn", "float32")]
-# of the root mean square: float32 sums against float64 ones, and one rounding to bfloat16
-_RATIO = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}
-
-# operations on gradients may round their operands, too
-_ON_GRADIENTS = ("fixed_matmul",)
-_ROUNDED = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-# operations that round what was summed: in another order a code at a tie is another code
-_TIES = ("norm_quantize_rows",)
 
 
 def _assert_equal(found: Any, expected: Any, case: str, operation: str = "") -> None:
-    """Integers equal (a few may be one off in `_TIES`); floats by the ratio of root mean squares."""
-    if isinstance(expected, tuple | list):
-        assert len(found) == len(expected)
-        for a, b in zip(found, expected, strict=True):
-            _assert_equal(a, b, case, operation)
-        return
-    assert found.dtype == expected.dtype and found.shape == expected.shape, case
-    if not expected.is_floating_point() and operation in _TIES:
-        off = (found.int() - expected.int()).abs()
-        assert off.sum() <= max(1, 1e-3 * off.numel()), case
-    elif not expected.is_floating_point():
-        assert torch.equal(found, expected), case
-    elif expected.numel():
-        error = (found.double() - expected.double()).square().mean().sqrt()
-        limit = (_ROUNDED if operation in _ON_GRADIENTS else _RATIO)[expected.dtype]
-        assert error <= limit * expected.double().square().mean().sqrt(), case
+    """Integers equal (a few may be one off where sums are rounded); floats by the ratio of root mean squares."""
+    wrong = parity.difference(found, expected, operation)
+    assert wrong is None, f"{case}: {wrong}"
 
 
 def _serve(body: dispatch.Body) -> Callable[..., Any]:
