@@ -96,6 +96,41 @@ def test_fresh_memory_is_never_read(operation: str, body: dispatch.Body) -> None
         torch.use_deterministic_algorithms(False)
 
 
+# ---- the comparison itself ----
+
+
+def test_differences_are_seen() -> None:
+    codes, floats = torch.arange(8), torch.linspace(1, 2, 8)
+    for same in (codes, floats, torch.empty(0), (codes, floats)):
+        assert parity.difference(same, same) is None
+    off = codes.clone()
+    off[3] += 2
+    assert parity.difference(off, codes) == "1 of 8 integers differ, by 2 at most"
+    assert "error" in str(parity.difference(floats * 1.00001, floats))
+    assert "error" in str(parity.difference(floats.clone().fill_(float("nan")), floats))
+    assert "not torch.float32 (8,)" in str(parity.difference(floats.double(), floats))
+    assert "1 results, not 2" in str(parity.difference((codes,), (codes, floats)))
+    assert parity.difference((floats, off), (floats, codes)) is not None
+
+
+def test_a_sum_in_another_order_may_move_one_code() -> None:
+    codes = torch.zeros(8, dtype=torch.int8)
+    one, two = codes.clone(), codes.clone()
+    one[0], two[:2] = 1, 1
+    assert parity.difference(one, codes, "norm_quantize_rows") is None
+    assert parity.difference(two, codes, "norm_quantize_rows") is not None
+    assert parity.difference(one, codes, "quantize_rows") is not None
+    assert parity.difference(codes + 255, codes.to(torch.uint8), "pack") is not None
+
+
+def test_moving_keeps_strides() -> None:
+    whole = torch.randn(6, 8)
+    for view in (whole[::2, 1:5], whole.t(), whole[:1].expand(4, 8), whole[:0], torch.randn(3, 1)[:, :1]):
+        moved = parity.moved([(view,), "name", None], "meta")
+        assert moved[1:] == ["name", None] and moved[0][0].device.type == "meta"
+        assert moved[0][0].shape == view.shape and (not view.numel() or moved[0][0].stride() == view.stride())
+
+
 # ---- what stock torch does on other devices; on `meta` nothing is computed ----
 
 
