@@ -45,23 +45,25 @@ INT8_ROWS = RowQuantization(-128, 127, 1e-5)
 INT4_GROUP, _INT4_TILES = 128, 8
 OURS, BF16, INT4, COPY = "hf_bitnet", "torch bfloat16", "torch int4pack", "copy"
 OPERATIONS = ("packed_linear",)
-SHARE_BAR, ROW_BAR, MANY_BAR, MANY_ROWS = 0.7, 4.0, 1.3, 4096
-# graphs of small products need no more matrices than this: many rows keep the caches busy with themselves
+SHARE_BAR, ROW_BAR, MANY_BAR, BAR_ROWS = 0.7, 4.0, 1.3, (4096, 32)
+# up to so many rows a product is a matter of bandwidth
+FEW_ROWS = 16
+# graphs of larger products need no more matrices than this: many rows keep the caches busy with themselves
 _FEW_MATRICES = 8
+_COLUMNS = ("GB/s", "of copy", "TOPS", "x bfloat16", "x int4pack")
 
 
 class Sizes(NamedTuple):
-    """Attributes: shapes: (outputs, inputs). ring: bytes of all matrices of one arm."""
+    """Attributes: shapes: (outputs, inputs). rows: what has a bar first. ring: bytes of all matrices of one arm."""
 
     shapes: tuple[tuple[int, int], ...]
     rows: tuple[int, ...]
-    many: tuple[int, ...]
     ring: int
     rounds: int
 
 
-FULL = Sizes(((4096, 4096), (14336, 4096)), (1, 16, 2, 4, 8), (4096, 512, 8192), GIB, 9)
-SMOKE = Sizes(((128, 256),), (1, 2), (32,), 1 << 16, 1)
+FULL = Sizes(((4096, 4096), (14336, 4096)), (1, 4096, 16, 512, 2, 4, 8, 8192), GIB, 9)
+SMOKE = Sizes(((128, 256),), (1, 32, 2), 1 << 16, 1)
 
 
 class Ring:
@@ -120,12 +122,12 @@ def arms(ring: Ring, m: int, n: int, k: int, bits: int, settings: Settings) -> d
     return {OURS: Arm(ours(x, LAYOUTS[bits]), ring.packed(n, k, bits)), **found}
 
 
-def measure_cell(ring: Ring, m: int, n: int, k: int, bits: int, sizes: Sizes, most: int, settings: Settings) -> list[Row]:
+def measure_cell(ring: Ring, m: int, n: int, k: int, bits: int, sizes: Sizes, settings: Settings) -> list[Row]:
     """All arms of one shape, in turn: a row each."""
     copy, moved = copy_arm(settings, sizes.ring)
     graphs: Arms = {COPY: copy}
     failed: dict[str, str] = {}
-    used = arms(ring, m, n, k, bits, settings)
+    used, most = arms(ring, m, n, k, bits, settings), _FEW_MATRICES if m > FEW_ROWS else None
     for name, (call, weights) in used.items():
         chosen = over(call, weights[:most])
         graph, wrong = attempt(name, lambda chosen=chosen: captured(chosen, settings.device), settings.device)
@@ -144,42 +146,39 @@ def measure_cell(ring: Ring, m: int, n: int, k: int, bits: int, sizes: Sizes, mo
             row |= {"us": each[name] * 1e6, "GB/s": bandwidth / 1e9, "of copy": bandwidth * seconds[COPY] / moved}
             row |= {"TOPS": 2 * m * n * k / each[name] / 1e12}
             row |= {"x bfloat16": ratio(each, BF16, name) or "-", "x int4pack": ratio(each, INT4, name) or "-"}
-        columns = ("GB/s", "of copy", "TOPS", "x bfloat16", "x int4pack")
-        rows.append({**row, **{key: row.get(key, "-") for key in columns}})
+        rows.append(dict.fromkeys((*row, *_COLUMNS), "-") | row)
     return rows
 
 
-def measure_rows(ring: Ring, rows: tuple[int, ...], sizes: Sizes, most: int, settings: Settings) -> list[Row]:
+def measure_cells(ring: Ring, sizes: Sizes, settings: Settings) -> list[Row]:
     """Every cell; one that fails is one row."""
     found: list[Row] = []
-    for m, bits, (n, k) in itertools.product(rows, LAYOUTS, sizes.shapes):
-        reason = settings.why_not(*OPERATIONS)
-        say(f"  packed product: {m} rows, {bits} bits, {n}x{k}" + (f": {reason}" if reason else ""))
-        cell, wrong = reason is None, reason
-        if cell:
-            call = lambda m=m, n=n, k=k, bits=bits: measure_cell(ring, m, n, k, bits, sizes, most, settings)  # noqa: E731
+    for m, bits, (n, k) in itertools.product(sizes.rows, LAYOUTS, sizes.shapes):
+        cell, wrong = None, settings.why_not(*OPERATIONS)
+        say(f"  packed product: {m} rows, {bits} bits, {n}x{k}" + (f": {wrong}" if wrong else ""))
+        if wrong is None:
+            call = lambda m=m, n=n, k=k, bits=bits: measure_cell(ring, m, n, k, bits, sizes, settings)  # noqa: E731
             cell, wrong = attempt("all arms", call, settings.device)
         row: Row = {"rows": m, "shape": f"{n}x{k}", "bits": bits, "arm": OURS, "us": wrong}
-        found += cell or [row | dict.fromkeys(("GB/s", "of copy", "TOPS", "x bfloat16", "x int4pack"), "-")]
+        found += cell or [row | dict.fromkeys(_COLUMNS, "-")]
     return found
 
 
 def measure(settings: Settings) -> Section:
     sizes = SMOKE if settings.smoke else FULL
-    section, ring = Section(), Ring(settings, sizes.ring)
-    few = measure_rows(ring, sizes.rows, sizes, 1 << 30, settings)
-    many = measure_rows(ring, sizes.many, sizes, _FEW_MATRICES, settings)
-    section.tables["packed products, few rows"] = few
-    section.tables["packed products, many rows"] = many
-    for row in few:
-        if row["rows"] == 1 and row["arm"] == OURS and row["bits"] < 8:
-            name = f"one row, {row['bits']} bits, {row['shape']}"
-            section.bar(f"{name}: of copy", _figure(row, "of copy"), SHARE_BAR, at_least=True)
-            section.bar(f"{name}: x bfloat16", _figure(row, "x bfloat16"), ROW_BAR, at_least=True)
-    for row in many:
-        if row["rows"] in (MANY_ROWS, *SMOKE.many) and row["arm"] == OURS and row["bits"] < 8:
-            name = f"{row['rows']} rows, {row['bits']} bits, {row['shape']}: x bfloat16"
-            section.bar(name, _figure(row, "x bfloat16"), MANY_BAR, at_least=True)
+    section = Section()
+    rows = measure_cells(Ring(settings, sizes.ring), sizes, settings)
+    section.tables["packed products, few rows"] = [row for row in rows if row["rows"] <= FEW_ROWS]
+    section.tables["packed products, many rows"] = [row for row in rows if row["rows"] > FEW_ROWS]
+    for row in rows:
+        name = f"{row['bits']} bits, {row['shape']}"
+        if row["arm"] != OURS or row["bits"] == 8:
+            continue
+        if row["rows"] == 1:
+            section.bar(f"one row, {name}: of copy", _figure(row, "of copy"), SHARE_BAR, at_least=True)
+            section.bar(f"one row, {name}: x bfloat16", _figure(row, "x bfloat16"), ROW_BAR, at_least=True)
+        elif row["rows"] in BAR_ROWS:
+            section.bar(f"{row['rows']} rows, {name}: x bfloat16", _figure(row, "x bfloat16"), MANY_BAR, at_least=True)
     return section
 
 

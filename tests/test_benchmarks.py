@@ -252,6 +252,19 @@ def test_a_section_whose_process_dies_has_failed(monkeypatch: pytest.MonkeyPatch
     assert gpu.run_in_a_process("step", Settings(), limit=60.0).failed == []
 
 
+def test_what_comes_after_a_broken_gpu_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(operation: str, *_: Any) -> str | None:
+        return "illegal memory access" if operation == "pack" else None
+
+    monkeypatch.setattr(gpu_parity, "compare", compare)
+    monkeypatch.setattr(gpu_parity, "is_broken", lambda device: True)
+    results = gpu_parity.work(Settings(smoke=True), ["quantize_rows", "pack", "unpack"], 0, 1)
+    rows = {row["operation"]: row for row in gpu_parity.operations_rows(results, Settings().device)}
+    assert (rows["quantize_rows"]["cases"], rows["quantize_rows"]["wrong"]) == (1, 0) and rows["quantize_rows"]["left out"]
+    assert rows["pack"]["wrong"] == 1 and "illegal memory access" in rows["pack"]["first"]
+    assert rows["unpack"]["first"] == "never checked"
+
+
 def test_bars_say_whether_they_are_met() -> None:
     section = Section()
     section.bar("time", 0.9, 1.0, at_least=False)
