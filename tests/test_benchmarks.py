@@ -265,6 +265,25 @@ def test_what_comes_after_a_broken_gpu_is_not_blamed(monkeypatch: pytest.MonkeyP
     assert rows["unpack"]["first"] == "never checked"
 
 
+def test_a_configuration_too_large_for_the_gpu_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutOfResources(Exception):
+        pass
+
+    calls: list[str] = []
+
+    def large_at_first(*args: Any) -> Any:
+        calls.append("call")
+        if len(calls) == 1:
+            raise OutOfResources
+        return gpu_parity.reference.int_matmul(*args)
+
+    body = dispatch.Body("triton", large_at_first, lambda device: None)
+    monkeypatch.setattr(gpu_parity, "serving", lambda operation, device: body)
+    _, args = next(gpu_parity.cases.CASES["int_matmul"]())
+    assert gpu_parity.compare("int_matmul", args, Settings().device, lambda: calls.append("forget")) is None
+    assert calls == ["call", "forget", "call"]
+
+
 def test_bars_say_whether_they_are_met() -> None:
     section = Section()
     section.bar("time", 0.9, 1.0, at_least=False)
