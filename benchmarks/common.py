@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 import time
@@ -77,7 +78,7 @@ def machine() -> dict[str, Any]:
     except OSError:
         pass
     versions = {}
-    for package in ("torch", "transformers", "accelerate", "torchao"):
+    for package in ("torch", "triton", "transformers", "accelerate", "torchao", "onebitllms"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -87,18 +88,30 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        **gpu(),
         "python": platform.python_version(),
         "versions": versions,
         "commit": commit(),
     }
 
 
+def gpu() -> dict[str, Any]:
+    """Name, memory and CUDA of the GPU in use; nothing where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    memory, cache = properties.total_memory / 2**30, getattr(properties, "L2_cache_size", 0) / 2**20
+    return {"gpu": properties.name, "gpu_memory_gib": round(memory, 1), "gpu_l2_mib": cache, "cuda": torch.version.cuda}
+
+
 def commit() -> str:
-    """The checkout's commit, with "+" when files differ from it."""
+    """The checkout's commit, with "+" when files differ from it; "unknown" where there is no git or no checkout."""
 
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
+    if not shutil.which("git") or not git("rev-parse", "--git-dir"):
+        return "unknown"
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 

@@ -20,6 +20,10 @@ from benchmarks import (
     export_llama_cpp,
     export_speed,
     generate,
+    gpu,
+    gpu_generate,
+    gpu_parity,
+    gpu_step,
     monitor_overhead,
     ptq_table,
     saved_memory,
@@ -29,7 +33,9 @@ from benchmarks import (
     train_step,
     vocabulary,
 )
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, commit
+from benchmarks.gpu_common import Section, Settings
+from hf_bitnet.kernels import dispatch
 from hf_bitnet.kernels.cpu import library
 
 Captured = pytest.CaptureFixture[str]
@@ -164,6 +170,139 @@ def _check_generate(folder: Path, capsys: Captured) -> None:
     generate.main(["--folder", str(folder), "--smoke", "--layers", "2", "--rounds", "1", "--tokens", "4", "--prompt", "8"])
     out = capsys.readouterr().out
     assert "decode_tokens_per_s" in out and "decoder layers, a call each" in out and "norms" in out
+
+
+# ---- on GPUs: the same code at tiny sizes on the CPU ----
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The definitions' losses, too; compiling is left to the slow test."""
+    here = Settings(smoke=True).device
+    monkeypatch.setattr(gpu_parity, "losses_of_the_definitions", lambda steps, smoke: gpu_parity.losses(steps, here))
+    monkeypatch.setattr(gpu_step, "SMOKE", gpu_step.SMOKE._replace(backend="eager", layers=1))
+    monkeypatch.setattr(gpu_generate, "SMOKE", gpu_generate.SMOKE._replace(tokens=2))
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_gpu(capsys: Captured) -> None:
+    assert gpu.main(["--smoke"]) == 0
+    out = capsys.readouterr().out
+    for title in (
+        "parity: operations",
+        "parity: losses",
+        "training step",
+        "packed products, few rows",
+        "products",
+        "quantization",
+    ):
+        assert f"\n{title}\n" in out
+    assert "generate, one sequence" in out and "skipped: needs CUDA" in out and "\nbars\n" in out
+    mistakes = [line for line in out.splitlines() if "Error" in line or "not timed" in line]
+    assert not mistakes
+
+
+@pytest.mark.slow
+def test_gpu_in_processes(capsys: Captured) -> None:
+    assert gpu.main(["--smoke"]) == 0
+    section = gpu.run_in_a_process("parity", Settings(seconds=1.0), limit=300.0)
+    checked = section.tables["parity: operations"]
+    assert {row["operation"] for row in checked} == set(gpu_parity.OPERATIONS)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_gpu_times_nothing_that_is_wrong(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = gpu_parity.serving
+
+    def wrong(operation: str, device: Any) -> dispatch.Body:
+        body = serving(operation, device)
+        if operation != "packed_linear":
+            return body
+        return dispatch.Body("wrong", lambda *args: body.function(*args) + 1, body.why_unavailable)
+
+    monkeypatch.setattr(gpu_parity, "serving", wrong)
+    assert gpu.main(["--smoke", "--only", "packed"]) == 1
+    out = capsys.readouterr().out
+    assert "WRONG RESULTS: packed_linear" in out and "not timed: parity failed for packed_linear" in out
+    assert "torch bfloat16" not in out
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_gpu_goes_on_after_an_arm_that_cannot(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(stack: gpu_step.Stack) -> Any:
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setitem(gpu_step.ARMS, gpu_step.TORCHAO, broken)
+    assert gpu.main(["--smoke", "--only", "step"]) == 0
+    out = capsys.readouterr().out
+    assert "RuntimeError: out of memory " in out and "and more" not in out
+
+
+def test_gpu_wants_a_gpu(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "torch sees no GPU here; --smoke runs" in capsys.readouterr().err
+
+
+def test_a_section_whose_process_dies_has_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu.sys, "executable", "false")
+    section = gpu.run_in_a_process("parity", Settings(), limit=60.0)
+    assert "exit code 1" in section.tables["parity"][0]["wrong"] and set(section.failed) > set(gpu_parity.OPERATIONS)
+    assert gpu.run_in_a_process("step", Settings(), limit=60.0).failed == []
+
+
+def test_what_comes_after_a_broken_gpu_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(operation: str, *_: Any) -> str | None:
+        return "illegal memory access" if operation == "pack" else None
+
+    monkeypatch.setattr(gpu_parity, "compare", compare)
+    monkeypatch.setattr(gpu_parity, "is_broken", lambda device: True)
+    results = gpu_parity.work(Settings(smoke=True), ["quantize_rows", "pack", "unpack"], 0, 1)
+    rows = {row["operation"]: row for row in gpu_parity.operations_rows(results, Settings().device)}
+    assert (rows["quantize_rows"]["cases"], rows["quantize_rows"]["wrong"]) == (1, 0) and rows["quantize_rows"]["left out"]
+    assert rows["pack"]["wrong"] == 1 and "illegal memory access" in rows["pack"]["first"]
+    assert rows["unpack"]["first"] == "never checked"
+
+
+def test_a_configuration_too_large_for_the_gpu_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutOfResources(Exception):
+        pass
+
+    calls: list[str] = []
+
+    def large_at_first(*args: Any) -> Any:
+        calls.append("call")
+        if len(calls) == 1:
+            raise OutOfResources
+        return gpu_parity.reference.int_matmul(*args)
+
+    body = dispatch.Body("triton", large_at_first, lambda device: None)
+    monkeypatch.setattr(gpu_parity, "serving", lambda operation, device: body)
+    _, args = next(gpu_parity.cases.CASES["int_matmul"]())
+    assert gpu_parity.compare("int_matmul", args, Settings().device, lambda: calls.append("forget")) is None
+    assert calls == ["call", "forget", "call"]
+
+
+def test_bars_say_whether_they_are_met() -> None:
+    section = Section()
+    section.bar("time", 0.9, 1.0, at_least=False)
+    section.bar("time", 1.1, 1.0, at_least=False)
+    section.bar("speed", 3.0, 4.0, at_least=True)
+    section.bar("speed", None, 4.0, at_least=True)
+    assert [bar["met"] for bar in section.bars] == ["yes", "no", "no", "-"]
+
+
+def test_losses_that_differ_are_seen() -> None:
+    same = [5.0 - 0.01 * step for step in range(200)]
+    assert gpu_parity.compare_losses(same, same)["means differ by (1e-3)"] == 0
+    off = [loss * (1.002 if step > 100 else 1) for step, loss in enumerate(same)]
+    assert gpu_parity.compare_losses(off, same)["means differ by (1e-3)"] == pytest.approx(2.0, rel=1e-3)
+
+
+def test_commit_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert commit() == "unknown"
 
 
 needs_kernels = pytest.mark.skipif(library.why_unavailable() is not None, reason="there are no CPU kernels to measure")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_bitnet import kernels
-from hf_bitnet.kernels import cases, dispatch, eager, reference
+from hf_bitnet.kernels import cases, dispatch, eager, parity, reference
 from hf_bitnet.kernels.cpu import library
 from hf_bitnet.quantizers import WEIGHT_SCHEMES
 
@@ -23,33 +23,12 @@ BODIES = [(operation, body) for operation in OPERATIONS for body in dispatch.bod
 each_body = pytest.mark.parametrize(("operation", "body"), BODIES, ids=[f"{o}-{b.name}" for o, b in BODIES])
 # those that work in blocks of rows or are made of such
 CUT = [(operation, body) for operation, body in BODIES if body.name in ("blocked", "onednn", "float32")]
-# of the root mean square: float32 sums against float64 ones, and one rounding to bfloat16
-_RATIO = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 5e-4}
-
-# operations on gradients may round their operands, too
-_ON_GRADIENTS = ("fixed_matmul",)
-_ROUNDED = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-# operations that round what was summed: in another order a code at a tie is another code
-_TIES = ("norm_quantize_rows",)
 
 
 def _assert_equal(found: Any, expected: Any, case: str, operation: str = "") -> None:
-    """Integers equal (a few may be one off in `_TIES`); floats by the ratio of root mean squares."""
-    if isinstance(expected, tuple | list):
-        assert len(found) == len(expected)
-        for a, b in zip(found, expected, strict=True):
-            _assert_equal(a, b, case, operation)
-        return
-    assert found.dtype == expected.dtype and found.shape == expected.shape, case
-    if not expected.is_floating_point() and operation in _TIES:
-        off = (found.int() - expected.int()).abs()
-        assert off.sum() <= max(1, 1e-3 * off.numel()), case
-    elif not expected.is_floating_point():
-        assert torch.equal(found, expected), case
-    elif expected.numel():
-        error = (found.double() - expected.double()).square().mean().sqrt()
-        limit = (_ROUNDED if operation in _ON_GRADIENTS else _RATIO)[expected.dtype]
-        assert error <= limit * expected.double().square().mean().sqrt(), case
+    """Integers equal (a few may be one off where sums are rounded); floats by the ratio of root mean squares."""
+    wrong = parity.difference(found, expected, operation)
+    assert wrong is None, f"{case}: {wrong}"
 
 
 def _serve(body: dispatch.Body) -> Callable[..., Any]:
@@ -115,6 +94,41 @@ def test_fresh_memory_is_never_read(operation: str, body: dispatch.Body) -> None
             _assert_equal(function(*args), definition(*args), case, operation)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# ---- the comparison itself ----
+
+
+def test_differences_are_seen() -> None:
+    codes, floats = torch.arange(8), torch.linspace(1, 2, 8)
+    for same in (codes, floats, torch.empty(0), (codes, floats)):
+        assert parity.difference(same, same) is None
+    off = codes.clone()
+    off[3] += 2
+    assert parity.difference(off, codes) == "1 of 8 integers differ, by 2 at most"
+    assert "error" in str(parity.difference(floats * 1.00001, floats))
+    assert "error" in str(parity.difference(floats.clone().fill_(float("nan")), floats))
+    assert "not torch.float32 (8,)" in str(parity.difference(floats.double(), floats))
+    assert "1 results, not 2" in str(parity.difference((codes,), (codes, floats)))
+    assert parity.difference((floats, off), (floats, codes)) is not None
+
+
+def test_a_sum_in_another_order_may_move_one_code() -> None:
+    codes = torch.zeros(8, dtype=torch.int8)
+    one, two = codes.clone(), codes.clone()
+    one[0], two[:2] = 1, 1
+    assert parity.difference(one, codes, "norm_quantize_rows") is None
+    assert parity.difference(two, codes, "norm_quantize_rows") is not None
+    assert parity.difference(one, codes, "quantize_rows") is not None
+    assert parity.difference(codes + 255, codes.to(torch.uint8), "pack") is not None
+
+
+def test_moving_keeps_strides() -> None:
+    whole = torch.randn(6, 8)
+    for view in (whole[::2, 1:5], whole.t(), whole[:1].expand(4, 8), whole[:0], torch.randn(3, 1)[:, :1]):
+        moved = parity.moved([(view,), "name", None], "meta")
+        assert moved[1:] == ["name", None] and moved[0][0].device.type == "meta"
+        assert moved[0][0].shape == view.shape and (not view.numel() or moved[0][0].stride() == view.stride())
 
 
 # ---- what stock torch does on other devices; on `meta` nothing is computed ----

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_bitnet import BitNetQuantizationConfig, kernels, pack_model, quantize_model
-from hf_bitnet.kernels import Layout, RowQuantization, cases, dispatch, reference
+from hf_bitnet.kernels import Layout, RowQuantization, cases, dispatch, parity, reference
 from hf_bitnet.kernels.triton import support
 from hf_bitnet.kernels.triton.operators import OPERATIONS
 from hf_bitnet.modules import functional
@@ -37,11 +37,7 @@ EVERY = {"packed_linear": 9, "packed_linears": 5, "packed_int_linear": 4, "quant
 
 
 def _moved(value: Any, device: str = DEVICE) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if type(value) in (list, tuple):
-        return type(value)(_moved(each, device) for each in value)
-    return value
+    return parity.moved(value, device)
 
 
 def _check(operation: str, every: int, seed: int = 0) -> None:
