@@ -210,6 +210,7 @@ OPERATORS: dict[str, tuple[Any, ...]] = {
     "packed_int_linear": (CODES, SCALES, SCALES, *ONE[1:], *TERNARY, torch.float32),
     "fixed_matmul": (ONE[0].repeat(2, 1), None, CODES.t(), 0.0, None, torch.float32),
     "quantize_rows": (ONE[0], *INT8),
+    "quantize_columns": (ONE[0], None, *INT8),
     "norm_quantize_rows": (ONE[0], torch.ones(64), 1e-6, *INT8),
     "mean_magnitudes": (ONE[0],),
     "quantize_weight": (ONE[0], SCALES[:1], -0.5, -2, 1, torch.int8),

@@ -83,6 +83,7 @@ def call_everything() -> None:
     call = OPERATIONS
     for rows in (x, x.t(), wide):
         call["quantize_rows"](rows, *INT8)
+    call["quantize_columns"](x, x_scale, *INT8)
     call["norm_quantize_rows"](x, torch.ones(k, dtype=out), 1e-6, *INT8)
     call["norm_quantize_rows"](wide, torch.ones(20000), 1e-6, *INT8)
     call["scale_rows"](codes, x_scale, out)

@@ -99,6 +99,15 @@ def row_cases(seed: int = 0) -> Iterator[tuple[str, Tensor]]:
     yield "batched", torch.randn(2, 3, 4, 8, generator=generator)
 
 
+def quantize_columns_cases(seed: int = 0) -> Iterator[Case]:
+    """x, factor, qmin, qmax, eps. Of gradients, which may be small; there is a token at least."""
+    for name, rows, factor in _flat_rows(seed):
+        if not rows.shape[0]:
+            continue
+        yield name, (rows, None, -127, 127, 1e-30)
+        yield f"times a factor, {name}", (rows * 1e-12 if rows.dtype != torch.float16 else rows, factor, -127, 127, 1e-30)
+
+
 def _flat_rows(seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, rows (R, n), scale (R, 1)): what weights are reshaped to."""
     generator = torch.Generator().manual_seed(seed + 1)
@@ -317,6 +326,7 @@ CASES: dict[str, Callable[..., Iterator[Case]]] = {
     "packed_int_linear": packed_int_linear_cases,
     "quantize_pack": quantize_pack_cases,
     "sign_pack": sign_pack_cases,
+    "quantize_columns": quantize_columns_cases,
     "norm_quantize_rows": norm_quantize_rows_cases,
     "rms_norm": rms_norm_cases,
     "rotate": rotate_cases,

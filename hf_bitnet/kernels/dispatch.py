@@ -101,6 +101,7 @@ _BODIES: dict[str, list[Body]] = {
     "packed_int_linear": _products("packed_int_linear", eager.make_packed_int_linear),
     "fixed_matmul": _compiled("fixed_matmul", Body("float", eager.fixed_matmul, _always)),
     "quantize_rows": _blocked("quantize_rows"),
+    "quantize_columns": _compiled("quantize_columns"),
     "norm_quantize_rows": _blocked("norm_quantize_rows"),
     "mean_magnitudes": _compiled("mean_magnitudes"),
     "quantize_weight": _blocked("quantize_weight"),
@@ -229,6 +230,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 def quantize_rows(x: Tensor, qmin: int, qmax: int, eps: float) -> tuple[Tensor, Tensor]:
     """float (..., K) -> int8 codes (..., K), float32 scale (..., 1)."""
     return _body("quantize_rows", x)(x, qmin, qmax, eps)
+
+
+def quantize_columns(x: Tensor, factor: Tensor | None, qmin: int, qmax: int, eps: float) -> tuple[Tensor, Tensor]:
+    """float (M, N), row factors float32 (M, 1) or None -> int8 codes (N, M), float32 scale (N, 1)."""
+    return _body("quantize_columns", x)(x, factor, qmin, qmax, eps)
 
 
 def norm_quantize_rows(

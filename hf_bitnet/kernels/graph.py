@@ -178,6 +178,13 @@ _define(
 _define(f"quantize_rows(Tensor x, {_ROWS}) -> (Tensor, Tensor)", _coded_rows)
 _define(f"norm_quantize_rows(Tensor x, Tensor norm_weight, float norm_eps, {_ROWS}) -> (Tensor, Tensor)", _coded_rows)
 _define(
+    f"quantize_columns(Tensor x, Tensor? factor, {_ROWS}) -> (Tensor, Tensor)",
+    lambda x, *_: (
+        x.new_empty(x.shape[1], x.shape[0], dtype=torch.int8),
+        x.new_empty(x.shape[1], 1, dtype=torch.float32),
+    ),
+)
+_define(
     "mean_magnitudes(Tensor rows) -> Tensor",
     lambda rows: rows.new_empty(rows.shape[0], 1, dtype=torch.float32),
 )

@@ -74,6 +74,19 @@ def quantize_rows(x: Tensor, qmin: int, qmax: int, eps: float) -> tuple[Tensor, 
     return codes, inverse.reciprocal()
 
 
+def quantize_columns(x: Tensor, factor: Tensor | None, qmin: int, qmax: int, eps: float) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of the transpose of `x * factor`, multiplied in float32: gradients, for a sum over tokens.
+
+    Args:
+        x: float (M, N), M > 0. factor: float32 (M, 1) or None.
+
+    Returns:
+        codes int8 (N, M), scale float32 (N, 1).
+    """
+    x = x.float()
+    return quantize_rows((x if factor is None else x * factor).t(), qmin, qmax, eps)
+
+
 def quantize_weight(
     rows: Tensor, scale: Tensor, zero_point: float, qmin: int, qmax: int, dtype: torch.dtype = torch.int8
 ) -> Tensor:

@@ -108,7 +108,7 @@ def value_gradient(grad: Tensor, x: Tensor, x_scale: Tensor | None, x_zero: Tens
     """float (M, N), int8 activation codes (M, K) -> (N, K) in `dtype`; None where the exact product has to serve."""
     if x_scale is None or x_zero is not None or not _fits(grad, terms=grad.shape[0]):
         return None
-    codes, step = _rows((grad * x_scale).t())
+    codes, step = kernels.quantize_columns(grad, x_scale, -127, 127, SMALLEST_RANGE)
     return kernels.int_linear(codes, step, None, x.t(), _one(x_scale), 0.0, None, dtype)
 
 

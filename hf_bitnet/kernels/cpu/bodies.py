@@ -75,6 +75,11 @@ def mean_magnitudes(rows: Tensor) -> Tensor:
     return sums.div_(rows.shape[1]).float()
 
 
+def quantize_columns(x: Tensor, factor: Tensor | None, qmin: int, qmax: int, eps: float) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_columns`."""
+    return quantize_rows((x if factor is None else x.float() * factor).t(), qmin, qmax, eps)
+
+
 def quantize_weight(
     rows: Tensor, scale: Tensor, zero_point: float, qmin: int, qmax: int, dtype: torch.dtype = torch.int8
 ) -> Tensor:

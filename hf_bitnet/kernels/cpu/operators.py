@@ -22,7 +22,7 @@ def _fusible(body: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..
     return call
 
 
-_ELEMENTWISE = ("quantize_rows", "quantize_weight", "quantize_sign", "mean_magnitudes", "scale_rows")
+_ELEMENTWISE = ("quantize_rows", "quantize_columns", "quantize_weight", "quantize_sign", "mean_magnitudes", "scale_rows")
 _BYTES = ("quantize_pack", "sign_pack", "pack", "unpack", "pack_trits", "unpack_trits")
 _BODIES: dict[str, Callable[..., Any]] = {
     **{name: getattr(products, name) for name in ("int_matmul", "int_linear", "packed_int_linear")},
