@@ -262,9 +262,14 @@ def test_compiles_for_a_gpu_that_is_not_there() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["cuda:80", "cuda:89", "cuda:90", "cuda:100", "hip:gfx942", "hip:gfx1100"])
-def test_every_configuration_compiles_for(target: str) -> None:
-    assert len(_compiled(target, "all")) >= 13
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:89", "cuda:100", "hip:gfx942", "hip:gfx1100"])
+def test_compiles_for_other_gpus(target: str) -> None:
+    assert len(_compiled(target)) >= 13  # without dp4a there is no row-vector form
+
+
+@pytest.mark.slow
+def test_every_configuration_compiles() -> None:
+    assert len(_compiled("cuda:90", "all")) == 14
 
 
 TRAINING = """
