@@ -97,6 +97,8 @@ def row_cases(seed: int = 0) -> Iterator[tuple[str, Tensor]]:
     yield "halves", torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]])
     yield "transposed", torch.randn(5, 11, generator=generator).t()
     yield "batched", torch.randn(2, 3, 4, 8, generator=generator)
+    yield "batched, turned", torch.randn(6, 2, 5, generator=generator).permute(1, 2, 0)
+    yield "a batch of one, turned", torch.randn(1, 6, 5, generator=generator).transpose(1, 2)
 
 
 def quantize_columns_cases(seed: int = 0) -> Iterator[Case]:

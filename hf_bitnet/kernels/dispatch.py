@@ -214,7 +214,7 @@ def fixed_matmul(
     a: Tensor, a_scale: Tensor | None, codes: Tensor, zero_point: float, scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """float (M, K), scaled by a_scale (K), x int8 (K, N) -> (M, N) in `dtype`; see `reference.fixed_matmul`."""
-    if a.dtype == torch.bfloat16 and _FLOAT_BFLOAT16:
+    if a.dtype == torch.bfloat16 and _FLOAT_BFLOAT16 and a.is_cpu:
         return eager.fixed_matmul(a, a_scale, codes, zero_point, scale, dtype)
     return _body("fixed_matmul", a)(a, a_scale, codes, zero_point, scale, dtype)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..fits import check_gain, check_scale
 from ..reference import Layout
 from .common import DTYPES, FLOATS, as_float, as_float32, as_rows, check, require_cpu
 from .library import functions
@@ -41,8 +42,7 @@ def norm_quantize_rows(
     require_cpu(norm_weight)
     rows, gain = as_rows(x), norm_weight.contiguous()
     m, k = rows.shape
-    if gain.shape != (k,):
-        raise ValueError(f"a norm of shape {tuple(gain.shape)} fits no rows of {k}")
+    check_gain(gain, k)
     codes = torch.empty(x.shape, dtype=torch.int8)
     scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32)
     given = rows.data_ptr(), FLOATS[rows.dtype], m, k, rows.stride(0), gain.data_ptr(), FLOATS[gain.dtype], norm_eps
@@ -111,9 +111,7 @@ def quantize_sign(rows: Tensor, threshold: Tensor, dtype: torch.dtype = torch.in
 def _grouped(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """A weight (N, K) and the scales of its groups as the library reads them. Raises ValueError when they do not fit."""
     require_cpu(scale)
-    n, k = weight.shape
-    if scale.dim() != 2 or scale.shape[0] not in (1, n) or scale.shape[1] < 1 or k % scale.shape[1]:
-        raise ValueError(f"a scale of shape {tuple(scale.shape)} fits no weight of {n} outputs and {k} inputs")
+    check_scale(scale, *weight.shape)
     return as_float(weight).contiguous(), as_float32(scale)
 
 

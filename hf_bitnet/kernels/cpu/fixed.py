@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import eager
+from ..fits import check_levels
 from .common import FLOATS, as_float32, as_rows, check, require_cpu
 from .library import functions
 
@@ -31,8 +32,7 @@ def fixed_matmul(
     if m * k * n < _WORTH_IT or a.dtype not in FLOATS or dtype not in FLOATS:
         return eager.fixed_matmul(a, a_scale, codes, zero_point, scale, dtype)
     require_cpu(a_scale, codes, scale)
-    if codes.dtype != torch.int8 or codes.shape[0] != k or (a_scale is not None and a_scale.numel() != k):
-        raise ValueError(f"codes of {codes.dtype} {tuple(codes.shape)} fit no left operand of shape {tuple(a.shape)}")
+    check_levels(a, a_scale, codes)
     factor = 1.0 if scale is None else scale.item()
     if k <= _SUMMED_AT_ONCE:
         return _call(a, a_scale, codes, zero_point, factor, dtype)

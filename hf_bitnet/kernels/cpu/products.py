@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..fits import check_codes, check_input, check_matrix, check_weight
 from ..reference import CODES_PER_BYTE, Layout, PackedWeight, RowQuantization
 from .common import DTYPES, FLOATS, as_float, as_float32, as_rows, check, require_cpu
 from .library import functions
@@ -98,16 +99,8 @@ def _usable(weight: PackedWeight, k: int, width: int) -> PackedWeight:
     """The same numbers in a form that the library reads. Raises ValueError when they do not belong together."""
     codes, scale, bias = weight
     require_cpu(*weight)
-    if codes.dim() != 2 or codes.shape[1] != width:
-        raise ValueError(f"a weight of shape {tuple(codes.shape)}; {k} inputs need (outputs, {width})")
-    n = codes.shape[0]
-    if scale.dim() != 2 or scale.shape[0] not in (1, n) or scale.shape[1] < 1 or k % scale.shape[1]:
-        raise ValueError(f"a scale of shape {tuple(scale.shape)} fits no weight of {n} outputs and {k} inputs")
-    if bias is not None:
-        if bias.shape != (n,):
-            raise ValueError(f"a bias of shape {tuple(bias.shape)} fits no weight of {n} outputs")
-        bias = as_float(bias).contiguous()
-    return as_rows(codes), as_float32(scale), bias
+    check_weight(codes, scale, bias, k, width)
+    return as_rows(codes), as_float32(scale), None if bias is None else as_float(bias).contiguous()
 
 
 def _packed_grid(layout: Layout, k: int) -> tuple[_Grid, int]:
@@ -148,8 +141,7 @@ def _traits(codes: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Any, ...
 def _make(x: Tensor, weights: Sequence[PackedWeight], spec: tuple[Any, ...]) -> tuple[_Block, Tensor, Sequence[PackedWeight]]:
     """The block of this call, and the tensors that have to live until it was made."""
     _, _, layout, rows, dtype = spec
-    if x.dim() != 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}, a matrix (rows, inputs) is needed")
+    check_matrix(x)
     k = x.shape[1]
     grid, width = _packed_grid(layout, k)
     read = as_rows(as_float(x))
@@ -224,9 +216,7 @@ def packed_linears(
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """`reference.int_matmul`."""
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or a.dtype != torch.int8 or b.dtype != torch.int8:
-        found = f"{a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}"
-        raise ValueError(f"an integer product takes int8 (M, K) and int8 (N, K), not {found}")
+    check_codes(a, b)
     require_cpu(a, b)
     a, b = as_rows(a), as_rows(b)
     (m, k), n = a.shape, b.shape[0]
@@ -239,9 +229,8 @@ def _of_codes(
     x_codes: Tensor, x_scale: Tensor, x_zero: Tensor | None, grid: _Grid, weight: PackedWeight, width: int, dtype: torch.dtype
 ) -> Tensor:
     require_cpu(x_codes, x_scale, x_zero)
+    check_input(x_codes, x_scale, x_zero)
     m, k = x_codes.shape
-    if x_codes.dtype != torch.int8 or any(t is not None and t.numel() != m for t in (x_scale, x_zero)):
-        raise ValueError("the input of an integer product is int8 (M, K), with a scale (and zero point) float32 (M, 1)")
     x, scale = as_rows(x_codes), as_float32(x_scale)
     zero = None if x_zero is None else as_float32(x_zero)
     usable = _usable(weight, k, width)

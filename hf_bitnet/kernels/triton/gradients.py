@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..fits import check_levels
 from .rows import scaled
 
 
@@ -16,6 +17,7 @@ def fixed_matmul(
     a: Tensor, a_scale: Tensor | None, codes: Tensor, zero_point: float, scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """`reference.fixed_matmul` in the dtype of `a`. Factors go where the smaller operand is, or, one for all, outside."""
+    check_levels(a, a_scale, codes)
     if a.dtype == torch.float64:
         levels = codes.double() - zero_point
         y = (a if a_scale is None else a * a_scale.reshape(1, -1)) @ levels

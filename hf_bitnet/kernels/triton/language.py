@@ -50,7 +50,8 @@ def inverse_of(top, nans, qmax, eps):
 
 @triton.jit
 def coded(values, low, high):
-    """float32 -> int8: clamped to whole numbers, then rounded, which is rounded and then clamped."""
+    """float32 -> int8: clamped to whole numbers, then rounded, which is rounded and then clamped. NaN becomes 0."""
+    values = tl.where(values == values, values, 0.0)
     return rounded(tl.minimum(tl.maximum(values, low), high)).to(tl.int8)
 
 

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..fits import check_matrix, check_weight
 from ..reference import CODES_PER_BYTE, Layout, PackedWeight, RowQuantization
 from . import products
 from .language import EXACT, INTERPRETED, narrowed
@@ -262,7 +263,9 @@ def packed_int_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """`reference.packed_int_linear`: the weight is unpacked by one kernel and multiplied by another."""
-    codes = unpack(packed, layout.bits, layout.lowest, layout.step, x_codes.shape[-1])
+    k = x_codes.shape[-1]
+    check_weight(packed, scale, bias, k, -(-k // CODES_PER_BYTE[layout.bits]))
+    codes = unpack(packed, layout.bits, layout.lowest, layout.step, k)
     return products.int_linear(x_codes, x_scale, x_zero, codes, scale, layout.zero_point, bias, dtype)
 
 
@@ -270,7 +273,10 @@ def packed_linears(
     x: Tensor, weights: Sequence[PackedWeight], layout: Layout, rows: RowQuantization, dtype: torch.dtype
 ) -> list[Tensor]:
     """`reference.packed_linears`: x is quantized once."""
+    check_matrix(x)
     (m, k), per = x.shape, CODES_PER_BYTE[layout.bits]
+    for weight in weights:
+        check_weight(*weight, k, -(-k // per))
     if m > _MANY_ROWS or not k or not all(_fits_tiles(packed, scale, k, per) for packed, scale, _ in weights):
         codes, x_scale = quantize_rows(x, *rows)
         return [packed_int_linear(codes, x_scale, None, *weight, layout, dtype) for weight in weights]

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..fits import check_gain
 from .language import EXACT, coded, inverse_of, largest, narrowed, tile
 from .support import as_matrix, on_device_of, power_of_two
 
@@ -73,7 +74,8 @@ def _quantize_rows_kernel(
     codes_ptr += row[:, None] * padded
     sums = tl.zeros((ROWS,), dtype=tl.int32)
     if WHOLE:
-        values = tl.load(x_ptr + column * x_column, mask=exists & (column < columns), other=0.0).to(tl.float32)
+        at = column.to(tl.int64)
+        values = tl.load(x_ptr + at * x_column, mask=exists & (at < columns), other=0.0).to(tl.float32)
         top, nans = largest(values)
         inverse = inverse_of(top, nans, high, eps)
         codes = coded(values * inverse[:, None], low, high)
@@ -123,9 +125,10 @@ def _quantized(x: Tensor, plane: int, per: int, sums: Tensor | None, low: int, h
 def quantize_rows(x: Tensor, qmin: int, qmax: int, eps: float) -> tuple[Tensor, Tensor]:
     """`reference.quantize_rows`: x is read once, or, where its rows lie across memory, as often as its columns are."""
     matrix = as_matrix(x)
-    if matrix.stride(0) == 1 and matrix.stride(1) > 1:
-        return quantize_columns(matrix.t(), None, qmin, qmax, eps)
-    codes, scale = _quantized(matrix, matrix.shape[1], 1, None, qmin, qmax, eps)
+    if matrix.stride(0) == 1 and matrix.stride(1) > 1 and matrix.shape[1]:
+        codes, scale = quantize_columns(matrix.t(), None, qmin, qmax, eps)
+    else:
+        codes, scale = _quantized(matrix, matrix.shape[1], 1, None, qmin, qmax, eps)
     return codes.view(x.shape), scale.view(*x.shape[:-1], 1)
 
 
@@ -295,6 +298,7 @@ def norm_quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     """`reference.norm_quantize_rows`; the sum of squares is added in another order."""
     matrix = as_matrix(x)
+    check_gain(norm_weight, matrix.shape[1])
     if matrix.dtype == torch.float64:  # no kernel computes in it
         matrix, norm_weight = matrix.float(), norm_weight.float()
     m, k = matrix.shape

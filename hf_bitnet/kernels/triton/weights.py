@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..fits import check_scale
 from ..reference import CODES_PER_BYTE, Layout
 from .language import EXACT, coded, narrowed, tile
 from .support import as_matrix, on_device_of, power_of_two
@@ -43,8 +44,9 @@ def _mean_kernel(sums_ptr, out_ptr, rows, parts, count, ROWS: tl.constexpr, BLOC
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     part = tl.arange(0, BLOCK)[None, :]
     sums = tl.load(sums_ptr + row * parts + part, mask=(row < rows) & (part < parts), other=0.0)
-    mean = tl.sum(sums, axis=1)[:, None] / count.to(tl.float64)
-    tl.store(out_ptr + row, mean.to(tl.float32), mask=row < rows)
+    sums = tl.sum(sums, axis=1)[:, None]
+    # not count.to(float64): a count of 1 is a constant to the compiler, and has no such method
+    tl.store(out_ptr + row, (sums / (tl.zeros_like(sums) + count)).to(tl.float32), mask=row < rows)
 
 
 def mean_magnitudes(rows: Tensor) -> Tensor:
@@ -90,8 +92,11 @@ def _codes_kernel(
     row, column, exists = tile(rows, columns, ROWS, BLOCK)
     values = tl.load(x_ptr + row * x_row + column.to(tl.int64) * x_column, mask=exists, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr + row * scale_row + column * scale_column, mask=exists, other=1.0)
-    codes = _codes(values, scale, zero, low, high, SIGN)
-    tl.store(out_ptr + row * columns + column, narrowed(codes.to(tl.float32), out_ptr.dtype.element_ty), mask=exists)
+    codes = _codes(values, scale, zero, low, high, SIGN).to(tl.float32)
+    if not SIGN and not out_ptr.dtype.element_ty.is_int():
+        units = values * tl.div_rn(tl.zeros_like(scale) + 1.0, scale)
+        codes = tl.where(units == units, codes, units)  # NaN, which integers cannot say
+    tl.store(out_ptr + row * columns + column, narrowed(codes, out_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -208,11 +213,13 @@ def _packed(x: Tensor, scale: Tensor | None, layout: Layout, sign: bool = False,
 
 def quantize_pack(weight: Tensor, scale: Tensor, qmin: int, qmax: int, layout: Layout) -> Tensor:
     """`reference.quantize_pack` in one pass."""
+    check_scale(scale, *weight.shape)
     return _packed(weight, scale, layout, False, qmin, qmax)
 
 
 def sign_pack(weight: Tensor, threshold: Tensor) -> Tensor:
     """`reference.sign_pack` in one pass."""
+    check_scale(threshold, *weight.shape)
     return _packed(weight, threshold, Layout(1, -1, 2), True)
 
 
@@ -244,6 +251,8 @@ def _unpack_kernel(
 
 def unpack(packed: Tensor, bits: int, lowest: int, step: int, in_features: int) -> Tensor:
     """`reference.unpack` in one pass."""
+    if packed.shape[-1] * CODES_PER_BYTE[bits] < in_features:
+        raise ValueError(f"{packed.shape[-1]} bytes hold no {in_features} codes of {bits} bits")
     matrix = as_matrix(packed)
     out = torch.empty(*packed.shape[:-1], in_features, dtype=torch.int8, device=packed.device)
     if out.numel():

@@ -1,0 +1,58 @@
+"""Whether the operands of an operation belong together: compiled kernels read memory by sizes that they are told. Own.
+
+Every function raises ValueError with the shapes that came; none waits for a device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_codes(a: Tensor, b: Tensor) -> None:
+    """int8 (M, K) and int8 (N, K)."""
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or a.dtype != torch.int8 or b.dtype != torch.int8:
+        found = f"{a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}"
+        raise ValueError(f"an integer product takes int8 (M, K) and int8 (N, K), not {found}")
+
+
+def check_input(x_codes: Tensor, x_scale: Tensor, x_zero: Tensor | None) -> None:
+    """int8 (M, K), with a scale and perhaps a zero point of each row."""
+    m = x_codes.shape[0]
+    if x_codes.dim() != 2 or x_codes.dtype != torch.int8 or any(t is not None and t.numel() != m for t in (x_scale, x_zero)):
+        raise ValueError("the input of an integer product is int8 (M, K), with a scale (and zero point) float32 (M, 1)")
+
+
+def check_matrix(x: Tensor) -> None:
+    """A matrix of rows."""
+    if x.dim() != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, a matrix (rows, inputs) is needed")
+
+
+def check_weight(weight: Tensor, scale: Tensor, bias: Tensor | None, k: int, width: int) -> None:
+    """(N, width) for k inputs, scale (1, 1), (N, 1) or (N, G), bias (N,) or None."""
+    if weight.dim() != 2 or weight.shape[1] != width:
+        raise ValueError(f"a weight of shape {tuple(weight.shape)}; {k} inputs need (outputs, {width})")
+    n = weight.shape[0]
+    check_scale(scale, n, k)
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"a bias of shape {tuple(bias.shape)} fits no weight of {n} outputs")
+
+
+def check_scale(scale: Tensor, n: int, k: int) -> None:
+    """(1, 1), (N, 1) or (N, G) of a weight (N, K)."""
+    if scale.dim() != 2 or scale.shape[0] not in (1, n) or scale.shape[1] < 1 or k % scale.shape[1]:
+        raise ValueError(f"a scale of shape {tuple(scale.shape)} fits no weight of {n} outputs and {k} inputs")
+
+
+def check_gain(gain: Tensor, k: int) -> None:
+    """The gain (K,) of a norm."""
+    if gain.shape != (k,):
+        raise ValueError(f"a norm of shape {tuple(gain.shape)} fits no rows of {k}")
+
+
+def check_levels(a: Tensor, a_scale: Tensor | None, codes: Tensor) -> None:
+    """float (M, K) and int8 (K, N), a_scale of K elements or None."""
+    k = a.shape[1]
+    if codes.dtype != torch.int8 or codes.shape[0] != k or (a_scale is not None and a_scale.numel() != k):
+        raise ValueError(f"codes of {codes.dtype} {tuple(codes.shape)} fit no left operand of shape {tuple(a.shape)}")
