@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ def test_columns_quantized_where_they_lie() -> None:
         assert torch.equal(found.cpu(), expected)
 
 
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow):RuntimeWarning")
 def test_nan_reaches_the_output() -> None:
     x = torch.ones(3, 8)
     x[1, 5] = torch.nan
@@ -122,6 +124,97 @@ def test_nan_reaches_the_output() -> None:
     packed = torch.full((4, 2), 0b10101010, dtype=torch.uint8)
     y = OPERATIONS["packed_linear"](*_moved((x, packed, torch.ones(1, 1), None, Layout(2, -1), INT8, torch.float32)))
     assert y.isnan().all(dim=1).tolist() == [False, True, False] and not y[0].isnan().any()
+
+
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow):RuntimeWarning")  # numpy's, in the interpreter
+def test_what_is_no_number_gets_the_codes_of_the_definition() -> None:
+    """NaN, infinities, and 0 / 0: code 0, or NaN where a float can say it."""
+    x = torch.tensor([[torch.nan, 1.0, -2.0, 0.0], [torch.inf, 1.0, -2.0, 0.0], [-torch.inf, torch.nan, 5.0, 0.0]])
+    scale, none = torch.tensor([[1.0], [0.5], [2.0]]), torch.zeros(3, 1)
+    for args in ((x, scale, 0.0, -1, 1), (x, none, 0.0, -1, 1), (x, scale, -0.5, -2, 1)):
+        assert torch.equal(OPERATIONS["quantize_weight"](*_moved(args), torch.int8).cpu(), reference.quantize_weight(*args))
+        found = OPERATIONS["quantize_weight"](*_moved(args), torch.float32).cpu()
+        torch.testing.assert_close(found, reference.quantize_weight(*args, torch.float32), equal_nan=True, rtol=0, atol=0)
+    args = x, scale, -1, 1, Layout(2, -1)
+    assert torch.equal(OPERATIONS["quantize_pack"](*_moved(args)).cpu(), reference.quantize_pack(*args))
+    for found, expected in zip(OPERATIONS["quantize_rows"](_moved(x), *INT8), reference.quantize_rows(x, *INT8), strict=True):
+        torch.testing.assert_close(found.cpu(), expected, equal_nan=True, rtol=0, atol=0)
+
+
+_CODES, _ONE, _FLOAT = torch.ones(3, 16, dtype=torch.int8), torch.ones(1, 1), torch.float32
+_PACKED, _EACH, _TERNARY = torch.zeros(5, 4, dtype=torch.uint8), torch.ones(3, 1), Layout(2, -1)
+MISFITS: dict[str, tuple[str, tuple[Any, ...], str]] = {
+    "inputs": ("int_matmul", (_CODES, _CODES[:, :8]), r"int8 \(M, K\) and int8 \(N, K\)"),
+    "scale of x": ("int_linear", (_CODES, _ONE, None, _CODES, _ONE, 0.0, None, _FLOAT), "with a scale"),
+    "groups": ("int_linear", (_CODES, _EACH, None, _CODES, torch.ones(3, 3), 0.0, None, _FLOAT), r"scale of shape \(3, 3\)"),
+    "bias": ("int_linear", (_CODES, _EACH, None, _CODES, _ONE, 0.0, torch.ones(1), _FLOAT), "bias of shape"),
+    "bytes": ("packed_linear", (torch.ones(2, 32), _PACKED, _ONE, None, _TERNARY, INT8, _FLOAT), r"\(outputs, 8\)"),
+    "bytes of codes": (
+        "packed_int_linear",
+        (_CODES, _EACH, None, _PACKED[:, :3], _ONE, None, _TERNARY, _FLOAT),
+        r"\(outputs, 4\)",
+    ),
+    "unpacked": ("unpack", (_PACKED, 2, -1, 1, 17), "4 bytes hold no 17 codes"),
+    "scales to pack": ("quantize_pack", (torch.ones(3, 8), torch.ones(2, 1), -1, 1, _TERNARY), r"scale of shape \(2, 1\)"),
+    "thresholds to pack": ("sign_pack", (torch.ones(3, 8), torch.ones(3, 3)), r"scale of shape \(3, 3\)"),
+    "gain": ("norm_quantize_rows", (torch.ones(2, 8), torch.ones(4), 1e-6, *INT8), r"norm of shape \(4,\)"),
+    "gradient": ("fixed_matmul", (torch.ones(2, 3), torch.ones(2), _CODES, 0.0, None, _FLOAT), "fit no left operand"),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_operands_that_do_not_fit_are_refused(misfit: str) -> None:
+    """They would be read beyond their ends."""
+    operation, args, said = MISFITS[misfit]
+    with pytest.raises(ValueError, match=said):
+        OPERATIONS[operation](*_moved(args))
+
+
+# ---- tuning ----
+
+
+class _Tuner:
+    """What of Triton's tuner `_guarded` touches; it is in one call at a time, as that."""
+
+    def __init__(self) -> None:
+        self.cache: dict[str, str] = {}
+        self.cache_results, self.nargs = True, None
+
+    def _bench(self, config: str) -> float:
+        return {"slow": 2.0, "fast": 1.0}[config]
+
+    def run(self, key: str, wait: threading.Event | None = None) -> str:
+        assert self.nargs is None, "another thread is in the middle of a call"
+        self.nargs = key
+        if wait is not None:
+            wait.wait(0.05)
+        if key not in self.cache:
+            self.cache[key] = min(("slow", "fast"), key=lambda config: self._bench(config=config))
+        self.nargs = None
+        return self.cache[key]
+
+
+def test_threads_tune_one_after_the_other() -> None:
+    from hf_bitnet.kernels.triton import tuning
+
+    tuner, found = tuning._guarded(_Tuner()), []
+    threads = [threading.Thread(target=lambda: found.append(tuner.run("key", threading.Event()))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["fast"] * 4
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_bitnet.kernels.triton import tuning
+
+    tuner = tuning._guarded(_Tuner())
+    with monkeypatch.context() as capture:
+        capture.setattr(torch.cuda, "is_available", lambda: True)
+        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert tuner.run("new") == "slow"  # the first
+    assert tuner.cache_results and tuner.run("new") == "fast"
 
 
 def test_mean_of_a_long_row_is_summed_in_parts() -> None:
@@ -144,6 +237,22 @@ def test_reasons_why_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why("mps") == "Triton has no compiler for mps"
     monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: None)
     assert why("cuda") == "the package triton is not installed; pip install triton"
+    assert support.describe() == "Triton is not installed"
+
+
+@pytest.mark.parametrize(
+    ("version", "served"), [("3.3.1", False), ("3.5.0", True), ("4.0.0+git1234", True), ("nightly", False)]
+)
+def test_old_versions_of_triton_are_told(version: str, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support.metadata, "version", lambda name: version)
+    why = support.why_unavailable.__wrapped__("cpu", True)
+    assert why is None if served else (why or "").startswith(f"Triton {version} is older than 3.5; install a newer torch")
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_absent_devices_are_told(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.get_device_module(device), "is_available", lambda: False)
+    assert support.why_unavailable.__wrapped__(device) == "torch sees no such device here"
 
 
 def test_old_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +282,7 @@ def test_numbers_of_rows_share_their_configuration() -> None:
     assert [support.bucket(rows) for rows in (1, 5, 8, 4095, 4096, 4097, 10**6)] == [1, 8, 8, 4096, 4096, 8192, 16384]
 
 
-# ---- graphs, on a GPU that only pretends: nothing is computed, and what waited for the device would raise ----
+# ---- graphs, on a GPU that only pretends: operators' fakes run, and code around them that asks for a number raises ----
 
 
 class _Recorder(TorchDispatchMode):
@@ -215,7 +324,7 @@ def _on_gpu(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_forward_waits_for_nothing_and_is_made_of_operators(gpu: None, packed: bool) -> None:
+def test_a_forward_is_made_of_operators_and_asks_for_no_number(gpu: None, packed: bool) -> None:
     with FakeTensorMode(), torch.no_grad():
         block = _fake_model(packed).model.layers[0].mlp
         with _Recorder() as recorder:
@@ -226,7 +335,7 @@ def test_a_forward_waits_for_nothing_and_is_made_of_operators(gpu: None, packed:
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
-def test_a_backward_waits_for_nothing_and_is_made_of_operators(gpu: None, granularity: str) -> None:
+def test_a_backward_is_made_of_operators_and_asks_for_no_number(gpu: None, granularity: str) -> None:
     quantizer = make_weight_quantizer("ternary", granularity=granularity)
     with FakeTensorMode(), torch.no_grad(), _Recorder() as recorder:
         weight, grad = torch.empty(24, 16, device="cuda"), torch.empty(8, 24, device="cuda", dtype=torch.bfloat16)
@@ -235,6 +344,14 @@ def test_a_backward_waits_for_nothing_and_is_made_of_operators(gpu: None, granul
         assert functional._input_gradient(grad, w, grad.dtype).shape == (8, 16)
         assert functional._value_gradient(grad, x_codes, x_scale, None, torch.float32).shape == weight.shape
     assert recorder.seen == {"mean_magnitudes", "quantize_weight", "fixed_matmul"}
+
+
+def test_a_processor_with_amx_decides_nothing_for_a_gpu(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_FLOAT_BFLOAT16", True)
+    with FakeTensorMode(), torch.no_grad(), _Recorder() as recorder:
+        a, codes = torch.empty(8, 24, device="cuda", dtype=torch.bfloat16), torch.empty(24, 16, device="cuda", dtype=torch.int8)
+        kernels.fixed_matmul(a, None, codes, 0.0, None, a.dtype)
+    assert recorder.seen == {"fixed_matmul"}
 
 
 # ---- in processes of their own ----

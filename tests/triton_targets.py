@@ -98,6 +98,14 @@ def call_everything() -> None:
         for rows in (1, 4, 16):
             for scale in (tensor, group):
                 call["packed_linear"](x[:rows], stored, scale, None, layout, INT8, out)
+    one, codes_one = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.int8)  # arguments of 1 are constants to the compiler
+    call["quantize_rows"](one, *INT8)
+    call["quantize_columns"](one, one, *INT8)
+    call["mean_magnitudes"](one)
+    call["quantize_weight"](one, one, 0.0, -1, 1, torch.int8)
+    call["quantize_pack"](one, one, -1, 1, LAYOUTS[1])
+    call["int_linear"](codes_one, one, one, codes_one, one, -0.5, one[0], out)
+    call["packed_linear"](one, codes_one.view(torch.uint8), one, None, LAYOUTS[1], INT8, out)
     call["sign_pack"](w, tensor)
     call["packed_linear"](x, stored, tensor, None, layout, INT8, out)
     call["int_matmul"](codes, w_codes)

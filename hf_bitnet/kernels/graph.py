@@ -1,8 +1,8 @@
 """The operators `torch.ops.hf_bitnet.*`: what a graph of torch.compile or torch.export holds in place of a kernel. Own.
 
 An operator has a schema, a fake implementation and one body per device; the folders of the bodies register those. It is the
-same operator on every device, so that a graph that was exported on one runs on another. Eager calls go straight to the body:
-an operator's way through torch's dispatcher would cost more than a decoded row's product. While calls are recorded or
+same operator on the CPU and on GPUs, so that a graph that was exported on one runs on the other. Eager calls go straight to the
+body: an operator's way through torch's dispatcher would cost more than a decoded row's product. While calls are recorded or
 transformed rather than computed, and for tensors that only pretend (FakeTensor and other subclasses), `served` takes the
 operator.
 

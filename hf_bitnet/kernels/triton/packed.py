@@ -8,7 +8,8 @@ at one place of the bytes are multiplied with neighbours in memory and nothing h
 At most `_MOST_ROWS` rows: a shift and a mask take one code out of each byte of a 32-bit word, and one instruction (dp4a)
 multiplies and adds the four; that leaves time for nothing but reading the weights. More rows, and GPUs of other makers: tiles
 of levels for the matrix units.
-Many rows: a weight that is unpacked once costs less than one that each tile unpacks anew.
+Many rows: a weight that is unpacked once costs less than one that each tile unpacks anew. Sums of scaled groups are float32 and
+added in the order of the tiles that tuning chose: two machines may differ in the last bits, as they do in any float product.
 """
 
 # kernels are another language in Python's clothes: launches take options, and constants are of a type of their own

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from importlib import metadata
@@ -19,6 +20,9 @@ from torch import Tensor
 _SMALLEST_CAPABILITY = (8, 0)
 # devices that Triton has a compiler for; ROCm calls itself cuda
 _SERVED = ("cuda", "xpu")
+# what torch's builds for different devices call it; and the first version that has all that the kernels use
+_DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "triton-windows")
+_OLDEST = (3, 5)
 _INTERPRETABLE = (
     "Triton compiles for GPUs; TRITON_INTERPRET=1 with HF_BITNET_KERNELS=triton interprets the kernels here, slowly, for tests"
 )
@@ -37,14 +41,28 @@ def why_unavailable(device: str, interpreted: bool = False) -> str | None:
         return f"Triton has no compiler for {device}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; pip install triton"
-    if device == "cuda":
-        return _why_no_cuda()
+    if (found := _version()) is not None and _numbers(found) < _OLDEST:
+        return f"Triton {found} is older than {'.'.join(map(str, _OLDEST))}; install a newer torch, which brings its own"
+    if device != "cpu" and not torch.get_device_module(device).is_available():
+        return "torch sees no such device here"
+    return _why_old_gpu() if device == "cuda" else None
+
+
+def _version() -> str | None:
+    """The version of Triton, None where there is none or it is not known."""
+    for name in _DISTRIBUTIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
     return None
 
 
-def _why_no_cuda() -> str | None:
-    if not torch.cuda.is_available():
-        return "torch sees no such device here"
+def _numbers(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version, (0,) for what has none."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return tuple(map(int, found.groups())) if found else (0,)
+
+
+def _why_old_gpu() -> str | None:
     if torch.version.hip is None and (capability := torch.cuda.get_device_capability()) < _SMALLEST_CAPABILITY:
         found, needed = (".".join(map(str, each)) for each in (capability, _SMALLEST_CAPABILITY))
         return f"this GPU has compute capability {found}, its integer products need {needed}"
@@ -53,12 +71,10 @@ def _why_no_cuda() -> str | None:
 
 def describe() -> str:
     """One line: the version of Triton, or that there is none."""
-    try:
-        return (
-            f"Triton {metadata.version('triton')}, compiled and tuned at the first call of a shape, kept in its cache on disk"
-        )
-    except metadata.PackageNotFoundError:
+    if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    version = _version() or "of unknown version"
+    return f"Triton {version}, compiled and tuned at the first call of a shape, kept in its cache on disk"
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
