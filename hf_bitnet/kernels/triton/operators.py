@@ -18,7 +18,8 @@ _FILES = {
     "products": ("int_matmul", "int_linear"),
     "packed": ("packed_int_linear", "packed_linears", "packed_linear"),
     "gradients": ("fixed_matmul",),
-    "rows": ("quantize_rows", "quantize_columns", "norm_quantize_rows", "scale_rows"),
+    "columns": ("quantize_columns",),
+    "rows": ("quantize_rows", "norm_quantize_rows", "scale_rows"),
     "weights": ("mean_magnitudes", "quantize_weight", "quantize_sign", "quantize_pack", "sign_pack", "pack", "unpack"),
 }
 _KEYS = ("CUDA", "XPU")
