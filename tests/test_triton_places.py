@@ -72,6 +72,7 @@ def test_old_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_table_names_them() -> None:
     table = kernels.explain("mps")
     assert "triton: Triton has no compiler for mps" in table
+    assert table.splitlines()[-1] == "GPU kernels: none serve: Triton has no compiler for mps"
     assert set(OPERATIONS) <= set(dispatch._BODIES)
 
 

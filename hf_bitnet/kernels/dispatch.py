@@ -328,5 +328,7 @@ def explain(device: str = "cpu") -> str:
         lines.append(f"{operation:<18} {serving:<10} {others or '-'}")
     if device == "cpu" and _FLOAT_BFLOAT16:
         lines.append("fixed_matmul of bfloat16: the float body; AMX multiplies bfloat16 as fast as two int8 products")
-    own = f"CPU kernels: {library.describe()}" if device == "cpu" else f"GPU kernels: {support.describe()}"
-    return "\n".join([*lines, own])
+    if device == "cpu":
+        return "\n".join([*lines, f"CPU kernels: {library.describe()}"])
+    reason = _why_no_triton(device)
+    return "\n".join([*lines, f"GPU kernels: {f'none serve: {reason}' if reason else support.describe()}"])
