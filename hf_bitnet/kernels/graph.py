@@ -32,18 +32,18 @@ class Operator(NamedTuple):
 
     Attributes:
         call: the overload, which graphs call, with flat arguments.
-        tuples: position and type of each tuple among the arguments of the function in `reference.py`.
+        runs: runs of the schema's arguments that are one for the function in `reference.py`: its position there, how many
+            they are, and what makes it of them.
     """
 
     call: Callable[..., Any]
-    tuples: tuple[tuple[int, type[Any]], ...]
+    runs: tuple[tuple[int, int, Callable[..., Any]], ...]
 
     def gather(self, flat: Sequence[Any]) -> list[Any]:
         """The arguments of the function in `reference.py` from those of the schema."""
         args = list(flat)
-        for position, kind in self.tuples:
-            end = position + len(kind._fields)
-            args[position:end] = [kind(*args[position:end])]
+        for position, count, make in self.runs:
+            args[position : position + count] = [make(*args[position : position + count])]
         return args
 
 
@@ -121,16 +121,15 @@ def served_linears(
     return linears, linear
 
 
-def weights_of(packed: Sequence[Tensor], scale: Sequence[Tensor], bias: Sequence[Tensor | None]) -> list[PackedWeight]:
-    """The weights of `packed_linears` from the three lists of its schema."""
+def _weights(packed: Sequence[Tensor], scale: Sequence[Tensor], bias: Sequence[Tensor | None]) -> list[PackedWeight]:
     return list(zip(packed, scale, bias, strict=True))
 
 
-def _define(schema: str, fake: Callable[..., Any], *tuples: tuple[int, type[Any]]) -> None:
+def _define(schema: str, fake: Callable[..., Any], *runs: tuple[int, int, Callable[..., Any]]) -> None:
     """Makes an operator. `fake` has the signature of the function in `reference.py`, as every body."""
     name = schema.split("(")[0]
     LIBRARY.define(schema)
-    operator = Operator(getattr(getattr(torch.ops, NAMESPACE), name).default, tuples)
+    operator = Operator(getattr(getattr(torch.ops, NAMESPACE), name).default, runs)
     OPERATORS[name] = operator
     torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *flat: fake(*operator.gather(flat)), lib=LIBRARY)
 
@@ -158,15 +157,16 @@ _define(
 _define(
     f"packed_linears(Tensor x, Tensor[] packed, Tensor[] scale, Tensor?[] bias, {_LAYOUT}, {_ROWS}, ScalarType dtype)"
     " -> Tensor[]",
-    lambda x, packed, scale, bias, layout, rows, dtype: [x.new_empty(x.shape[0], w.shape[0], dtype=dtype) for w in packed],
-    (4, Layout),
-    (5, RowQuantization),
+    lambda x, weights, layout, rows, dtype: [x.new_empty(x.shape[0], packed.shape[0], dtype=dtype) for packed, _, _ in weights],
+    (1, 3, _weights),
+    (2, 4, Layout),
+    (3, 3, RowQuantization),
 )
 _define(
     "packed_int_linear(Tensor x_codes, Tensor x_scale, Tensor? x_zero, Tensor packed, Tensor scale, Tensor? bias, "
     f"{_LAYOUT}, ScalarType dtype) -> Tensor",
     lambda x, x_scale, x_zero, packed, scale, bias, layout, dtype: x.new_empty(x.shape[0], packed.shape[0], dtype=dtype),
-    (6, Layout),
+    (6, 4, Layout),
 )
 _define(
     "fixed_matmul(Tensor a, Tensor? a_scale, Tensor codes, float zero_point, Tensor? scale, ScalarType dtype) -> Tensor",
@@ -208,7 +208,7 @@ _define(
     lambda weight, scale, qmin, qmax, layout: weight.new_empty(
         weight.shape[0], _bytes(weight.shape[1], layout.bits), dtype=torch.uint8
     ),
-    (4, Layout),
+    (4, 4, Layout),
 )
 _define(
     "sign_pack(Tensor weight, Tensor threshold) -> Tensor",

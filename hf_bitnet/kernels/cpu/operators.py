@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import reference
-from ..graph import implement, is_traced, served, served_linears, weights_of
+from ..graph import implement, is_traced, served, served_linears
 from . import bodies, decode, fixed, products
 
 
@@ -30,15 +30,7 @@ _BODIES: dict[str, Callable[..., Any]] = {
     **{name: getattr(bodies, name) for name in ("norm_quantize_rows", *_ELEMENTWISE, *_BYTES)},
 }
 
-implement("CPU", _BODIES)
-implement(
-    "CPU",
-    {
-        "packed_linears": lambda x, packed, scale, bias, *rest: products.packed_linears(
-            x, weights_of(packed, scale, bias), *rest
-        )
-    },
-)
+implement("CPU", {**_BODIES, "packed_linears": products.packed_linears})
 
 # operation -> body with the signature of `reference.py`
 OPERATIONS: dict[str, Callable[..., Any]] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import eager
 from ..fits import check_levels
 from .rows import scaled
 
@@ -18,10 +19,8 @@ def fixed_matmul(
 ) -> Tensor:
     """`reference.fixed_matmul` in the dtype of `a`. Factors go where the smaller operand is, or, one for all, outside."""
     check_levels(a, a_scale, codes)
-    if a.dtype == torch.float64:
-        levels = codes.double() - zero_point
-        y = (a if a_scale is None else a * a_scale.reshape(1, -1)) @ levels
-        return (y if scale is None else y * scale.reshape(())).to(dtype)
+    if a.dtype == torch.float64:  # no kernel computes in it
+        return eager.fixed_matmul(a, a_scale, codes, zero_point, scale, dtype)
     if scale is not None and a.dtype == torch.float16:  # sums of 8-bit levels overflow float16
         a_scale, scale = scale.reshape(1) if a_scale is None else a_scale.reshape(-1) * scale.reshape(()), None
     to_codes = a_scale is None or (a_scale.numel() == codes.shape[0] and codes.shape[1] <= a.shape[0])

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from .. import reference
-from ..graph import implement, served, served_linears, weights_of
+from ..graph import implement, served, served_linears
 
 _FILES = {
     "products": ("int_matmul", "int_linear"),
@@ -34,14 +34,10 @@ def _late(file: str, name: str) -> Callable[..., Any]:
     return lambda *args: _found(file, name)(*args)
 
 
-def _several(x: Any, *args: Any) -> Any:
-    return _LATE["packed_linears"](x, weights_of(*args[:3]), *args[3:])
-
-
 _LATE = {name: _late(file, name) for file, names in _FILES.items() for name in names}
 _SERVED = [name for name in _LATE if not name.startswith("packed_linear")]
 for _key in _KEYS:
-    implement(_key, {**{name: _LATE[name] for name in _SERVED}, "packed_linears": _several})
+    implement(_key, {name: _LATE[name] for name in (*_SERVED, "packed_linears")})
 
 # operation -> body with the signature of `reference.py`
 OPERATIONS: dict[str, Callable[..., Any]] = {name: served(name, _LATE[name]) for name in _SERVED}

@@ -247,10 +247,10 @@ def _has_dp4a(tensor: Tensor) -> bool:
     return INTERPRETED.value or (tensor.is_cuda and torch.version.hip is None)
 
 
-def _fits_tiles(packed: Tensor, scale: Tensor, k: int, per: int) -> bool:
+def _fits_tiles(scale: Tensor, k: int, per: int) -> bool:
     """Whether each group of inputs is a run of whole bytes."""
     groups = scale.shape[1]
-    return groups == 1 or (k % groups == 0 and (k // groups) % per == 0)
+    return groups == 1 or (k // groups) % per == 0
 
 
 def packed_int_linear(
@@ -278,7 +278,7 @@ def packed_linears(
     (m, k), per = x.shape, CODES_PER_BYTE[layout.bits]
     for weight in weights:
         check_weight(*weight, k, -(-k // per))
-    if m > _MANY_ROWS or not k or not all(_fits_tiles(packed, scale, k, per) for packed, scale, _ in weights):
+    if m > _MANY_ROWS or not k or not all(_fits_tiles(scale, k, per) for _, scale, _ in weights):
         codes, x_scale = quantize_rows(x, *rows)
         return [packed_int_linear(codes, x_scale, None, *weight, layout, dtype) for weight in weights]
     plane = -(-weights[0][0].shape[1] // _WORD) * _WORD
