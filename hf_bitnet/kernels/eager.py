@@ -155,17 +155,27 @@ def _scale_all(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(wide).mul_(scale.reshape(())).to(dtype)
 
 
+def place_factors(
+    a: Tensor, a_scale: Tensor | None, codes: Tensor, scale: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Factors of `fixed_matmul`: of rows of the codes or columns of `a`, whichever is smaller, and of the whole product."""
+    if scale is not None and a.dtype == torch.float16:  # sums of 8-bit levels overflow float16
+        a_scale, scale = scale.reshape(1) if a_scale is None else a_scale * scale.reshape(()), None
+    if a_scale is not None and a_scale.numel() == codes.shape[0] and codes.shape[1] <= a.shape[0]:
+        return a_scale, None, scale
+    return None, a_scale, scale
+
+
 def fixed_matmul(
     a: Tensor, a_scale: Tensor | None, codes: Tensor, zero_point: float, scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """`reference.fixed_matmul` in the dtype of `a`. Factors go where the smaller operand is, or, one for all, outside."""
-    if scale is not None and a.dtype == torch.float16:  # sums of 8-bit levels overflow float16
-        a_scale, scale = scale.reshape(1) if a_scale is None else a_scale * scale.reshape(()), None
+    """`reference.fixed_matmul` in the dtype of `a`."""
+    of_codes, of_a, scale = place_factors(a, a_scale, codes, scale)
     levels = codes if zero_point == 0.0 else codes.to(a.dtype) - zero_point
-    if a_scale is not None and a_scale.numel() == codes.shape[0] and codes.shape[1] <= a.shape[0]:
-        levels = scale_rows(levels, a_scale.reshape(-1, 1), a.dtype)
-    elif a_scale is not None:
-        a = (a * a_scale.reshape(1, -1)).to(a.dtype)
+    if of_codes is not None:
+        levels = scale_rows(levels, of_codes.reshape(-1, 1), a.dtype)
+    if of_a is not None:
+        a = (a * of_a.reshape(1, -1)).to(a.dtype)
     with torch.autocast(a.device.type, enabled=False):  # it would round a float32 product to bfloat16
         y = a @ levels.to(a.dtype)
     return y.to(dtype) if scale is None else _scale_all(y, scale, dtype)
