@@ -30,10 +30,10 @@ def test_study_of(arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(study_run, "RESULTS", tmp_path)
     monkeypatch.setattr(study_run, "UNREAD", 1)
     study_run.text_of.cache_clear()
-    row = study_run.execute(Run("ternary", arm, 1e-3, 0), batch=2, limit=1, tokens=1024)
+    row = study_run.execute(Run("ternary", arm, 1e-3, 0), batch=2, limit=2, tokens=1024)
     study_run.text_of.cache_clear()
     assert Run("ternary", arm, 1e-3, 0).is_row(row)
-    assert row["ratio"] > 0.5 and row["tuning perplexity"] > 1
+    assert len(row["ratios"]) == 2 and min(row["ratios"]) > 0.5 and min(row["perplexities"]) > 1
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -44,17 +44,26 @@ def test_arms_fit_their_study(name: str) -> None:
             BitNetQuantizationConfig(**{**STUDIES[name].quantization, **arm.quantization})
 
 
-def _row(arm: str, rate: float, seed: int, ratio: float, tuning: float = 9.0) -> dict[str, Any]:
-    return {**vars(Run("channel", arm, rate, seed)), "ratio": ratio, "tuning perplexity": tuning}
+def _row(arm: str, rate: float, seed: int, *ratios: float) -> dict[str, Any]:
+    return {**vars(Run("channel", arm, rate, seed)), "ratios": ratios if len(ratios) == 2 else ratios * 2}
 
 
 def test_study_tries_rates_then_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rate is chosen where the tuning text says so, whatever the reported ratio is."""
     monkeypatch.setitem(STUDIES, "channel", dataclasses.replace(STUDIES["channel"], arms=("plain",), seeds=3, rates=(1.0, 2.0)))
     assert missing("channel", []) == [Run("channel", "plain", 1.0, 0), Run("channel", "plain", 2.0, 0)]
-    rows = [_row("plain", 1.0, 0, 1.1, tuning=8.0), _row("plain", 2.0, 0, 1.0, tuning=9.0)]
+    rows = [_row("plain", 1.0, 0, 1.1), _row("plain", 2.0, 0, 1.2)]
     assert missing("channel", rows) == [Run("channel", "plain", 1.0, 1), Run("channel", "plain", 1.0, 2)]
     assert missing("channel", [*rows, _row("plain", 1.0, 1, 1.2), _row("plain", 1.0, 2, 1.3)]) == []
+
+
+def test_study_reports_each_half_at_the_rate_of_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STUDIES, "channel", dataclasses.replace(STUDIES["channel"], arms=("plain",), seeds=2, rates=(1.0, 2.0)))
+    rows = [_row("plain", 1.0, 0, 1.1, 1.4), _row("plain", 2.0, 0, 1.3, 1.2)]
+    assert missing("channel", rows) == [Run("channel", "plain", 2.0, 1), Run("channel", "plain", 1.0, 1)]
+    (line,) = table_of("channel", rows)
+    assert line["rate"] == "2 and 1" and line["ratio"] == pytest.approx((1.3 * 1.4) ** 0.5)
+    (line,) = table_of("channel", [*rows, _row("plain", 1.0, 1, 1.0, 1.1)])
+    assert line["seeds"] == 1  # the second seed has only one of the two rates
 
 
 def test_study_table_pairs_seeds(monkeypatch: pytest.MonkeyPatch) -> None:

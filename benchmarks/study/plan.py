@@ -115,8 +115,8 @@ def missing(name: str, rows: list[dict[str, Any]], arms: list[str] | None = None
         grid = [Run(name, arm, rate, 0) for rate in rates_of(study, arm)]
         open_ones = [run for run in grid if not any(run.is_row(row) for row in rows)]
         if not open_ones:
-            best = best_rate(name, arm, rows)
-            seeds = [Run(name, arm, best, seed) for seed in range(1, study.seeds)]
+            rates = dict.fromkeys(best_rates(name, arm, rows))
+            seeds = [Run(name, arm, rate, seed) for rate in rates for seed in range(1, study.seeds)]
             open_ones = [run for run in seeds if not any(run.is_row(row) for row in rows)]
         found += open_ones
     return found
@@ -126,7 +126,8 @@ def rates_of(study: Study, arm: str) -> tuple[float, ...]:
     return study.rates or ARMS[arm].rates
 
 
-def best_rate(name: str, arm: str, rows: list[dict[str, Any]]) -> float:
-    """The rate with the lowest perplexity on the text it is chosen on, seed 0."""
+def best_rates(name: str, arm: str, rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """For each half of the text that is reported, the rate that does best on the other half, seed 0."""
     tried = [row for row in rows if row["study"] == name and row["arm"] == arm and row["seed"] == 0]
-    return min(tried, key=lambda row: row["tuning perplexity"])["rate"]
+    first, second = (min(tried, key=lambda row: row["ratios"][half])["rate"] for half in range(2))
+    return second, first

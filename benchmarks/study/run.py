@@ -16,40 +16,39 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import hf_bitnet as hb
-from benchmarks import common
 from benchmarks.common import RESULTS, machine, model_and_windows
 from benchmarks.study import peers
 from benchmarks.study.arms import ARMS, COMMON, Arm
 from benchmarks.study.plan import STUDIES, Run, Study
 from benchmarks.train_step import transformers_arm
 
-LENGTH, TUNING_WINDOWS, MOST_DRAWN = 256, 256, 4096
+LENGTH, MOST_DRAWN = 256, 4096
 UNREAD = 128
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
 class Text:
-    """Windows of text (`tuning` of Wikipedia), and the perplexity of the pretrained model on `valid`."""
+    """Windows of text: the training text, and the two halves of `valid.txt` with the pretrained model's perplexity of each."""
 
     train: Tensor
-    tuning: Tensor
-    valid: Tensor
-    full: float
+    halves: tuple[Tensor, Tensor]
+    full: tuple[float, float]
 
 
 @functools.cache
 def text_of(model: str, limit: int | None = None) -> Text:
     """The text in tokens of `model`; `limit` takes no more windows of each part."""
     full, windows = model_and_windows(model, train=None, valid=limit)
-    tokenizer = tf.AutoTokenizer.from_pretrained(common.SHARED / "models" / model)
-    tuning = hb.text_windows(
-        tokenizer, common.SHARED / "data" / "wikitext-2" / "valid.txt", max_windows=limit or TUNING_WINDOWS
-    )
-    # the last 128 windows were once the tuning text; without them runs of then and now read the same
+    # kept back for what is not measured here: text that the pretrained models know and students do not
     train = windows["train"][:-UNREAD]
-    perplexity = hb.perplexity(full.to(DEVICE), windows["valid"], progress=False)  # type: ignore[arg-type]
-    return Text(train, tuning, windows["valid"], perplexity)
+    halves = windows["valid"].tensor_split(2)
+    return Text(train, halves, perplexities(full.to(DEVICE), halves))  # type: ignore[arg-type]
+
+
+def perplexities(model: Any, halves: tuple[Tensor, ...]) -> tuple[float, float]:
+    first, second = (hb.perplexity(model, half, progress=False) for half in halves)
+    return first, second
 
 
 def drawn_text(name: str, starts: Tensor) -> tuple[Tensor, float]:
@@ -143,14 +142,13 @@ def execute(run: Run, batch: int | None = None, limit: int | None = None, tokens
             model = tf.AutoModelForCausalLM.from_pretrained(f"{folder}/packed")
             model.to(DEVICE)
         model.eval()
-        valid, tuning = (hb.perplexity(model, part, progress=False) for part in (text.valid, text.tuning))
+        found = perplexities(model, text.halves)
     here = machine()
     return {
         **vars(run),
         "tokens": steps * fields["per_device_train_batch_size"] * LENGTH + arm.fit * LENGTH,
-        "perplexity": valid,
-        "ratio": valid / text.full,
-        "tuning perplexity": tuning,
+        "perplexities": found,
+        "ratios": [own / full for own, full in zip(found, text.full, strict=True)],
         "seconds": round(seconds, 1),
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else here["processor"],
         "commit": here["commit"],

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from math import sqrt
 from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.study.arms import ARMS
-from benchmarks.study.plan import STUDIES, best_rate, missing
+from benchmarks.study.plan import STUDIES, best_rates, missing
 
 
 def table_of(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each arm that has been tried, the best first.
 
-    "ratio" is the mean over seeds at the chosen rate, of perplexity over full precision; "spread" its standard deviation;
-    "tried" how many rates were; "difference" the mean paired difference to the first arm, with its standard error. "-" where
-    there are too few seeds.
+    "rate" is the chosen one: of both halves of the text, or of the first and of the second. "ratio" is the mean over seeds, at
+    that rate, of perplexity over full precision; "spread" its standard deviation; "tried" how many rates were; "difference" the
+    mean paired difference to the first arm, with its standard error. "-" where there are too few seeds.
     """
     study, lines = STUDIES[name], []
     chosen = {arm: _chosen(name, arm, rows) for arm in study.arms}
@@ -24,10 +25,11 @@ def table_of(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         ratios = list(runs.values())
         pairs = [ratio - first[seed] for seed, ratio in runs.items() if seed in first]
+        rates = " and ".join(f"{rate:g}" for rate in dict.fromkeys(best_rates(name, arm, rows)))
         lines.append(
             {
                 "arm": arm,
-                "rate": f"{best_rate(name, arm, rows):g}" + ("" if not _open_rates(name, arm, rows) else " (not all tried)"),
+                "rate": rates + ("" if not _open_rates(name, arm, rows) else " (not all tried)"),
                 "tried": len({row["rate"] for row in rows if row["study"] == name and row["arm"] == arm}),
                 "seeds": len(ratios),
                 "ratio": mean(ratios),
@@ -40,12 +42,16 @@ def table_of(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _chosen(name: str, arm: str, rows: list[dict[str, Any]]) -> dict[int, float]:
-    """Ratio by seed, at the chosen rate."""
+    """Ratio of the whole text by seed: each half at the rate that the other half has chosen."""
     tried = [row for row in rows if row["study"] == name and row["arm"] == arm]
     if not any(row["seed"] == 0 for row in tried):
         return {}
-    rate = best_rate(name, arm, rows)
-    return {row["seed"]: row["ratio"] for row in tried if row["rate"] == rate}
+    # halves are equally long: the ratio of the whole is their geometric mean
+    first, second = (
+        {row["seed"]: row["ratios"][half] for row in tried if row["rate"] == rate}
+        for half, rate in enumerate(best_rates(name, arm, rows))
+    )
+    return {seed: sqrt(first[seed] * second[seed]) for seed in first if seed in second}
 
 
 def _open_rates(name: str, arm: str, rows: list[dict[str, Any]]) -> bool:
