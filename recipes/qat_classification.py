@@ -16,8 +16,9 @@
 
 Files are .tsv, .csv (two columns, text and label, without a header; or any columns with one) or folders of
 `datasets.Dataset.save_to_disk`. What happens: fine-tune in full precision (unless --fine_tuned has it), accuracy; quantize,
-accuracy; train (W1.58A8, see --preset), accuracy; save; pack; reload; accuracy again. out/packed is the model to deploy,
-out/results.json has every figure. Nothing is chosen by looking at the validation data: the last weights are those measured.
+accuracy; train (W1.58A8, see --preset; in the way of the training preset task_encoder), accuracy; save; pack; reload; accuracy
+again. out/packed is the model to deploy, out/results.json has every figure. Nothing is chosen by looking at the validation
+data: the last weights are those measured.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -55,20 +57,14 @@ from hf_bitnet import (
     quantize_model,
 )
 
-# own choice, for encoders of some 20 M parameters: small models want rates ten times as high as large ones
-DEFAULTS: dict[str, Any] = {
-    "learning_rate": 5e-4,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.1,
-    "weight_decay": 0.0,
-    "num_train_epochs": 5.0,
+# what has nothing to do with how the model learns
+_ANY_RUN: dict[str, Any] = {
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
     "save_strategy": "no",
     "logging_steps": 50,
 }
-# what of these has nothing to do with how the model learns
-_ANY_RUN = ("per_device_train_batch_size", "per_device_eval_batch_size", "save_strategy", "logging_steps")
+_PRESET = "task_encoder"
 _TEXT_COLUMNS, _LABEL_COLUMNS = ("text", "sentence"), ("label",)
 _MAX_LABELS = 1000
 _PACKED_AGREEMENT = 0.99
@@ -96,9 +92,10 @@ class ModelArguments:
     full_precision_learning_rate: float = field(default=5e-5, metadata={"help": "Its learning rate."})
     teacher: str | None = field(
         default=None,
-        metadata={
-            "help": "'self' (the fine-tuned model), 'none', or another classifier. Default: the training preset's, or self."
-        },
+        metadata={"help": "'self' (the fine-tuned model), 'none', or another classifier. Default: the training preset's."},
+    )
+    dropout: float = field(
+        default=0.0, metadata={"help": "Dropout rates of the model while it is trained quantized: rounding is noise enough."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace what an earlier run left in output_dir."})
 
@@ -288,17 +285,29 @@ def read(data: DataArguments, tokenizer: Any) -> tuple[list[Any], list[Any], lis
 
 
 def full_precision(job: Classification, models: ModelArguments, names: list[str]) -> Any:
-    """The fine-tuned classifier with float32 weights; it is made here unless --fine_tuned or a stopped run has it."""
+    """The fine-tuned classifier with float32 weights; it is made here unless --fine_tuned or a stopped run has it.
+
+    Its dropout rates are those of the quantized training.
+    """
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
     load = partial(AutoModelForSequenceClassification.from_pretrained, dtype=torch.float32, **labels)
     if models.fine_tuned is not None:
-        return load(models.fine_tuned)
+        return load(models.fine_tuned, **dropout_rates(models.fine_tuned, models.dropout))
     own = job.run.folder / FULL_PRECISION
     if not (job.run.resumes and own.exists()):
         # the head of an encoder that knew other labels is made anew
         fresh = load(models.model_name_or_path, ignore_mismatched_sizes=True)
         job.fine_tune(fresh, models.full_precision_epochs, models.full_precision_learning_rate)
-    return load(own)  # what is saved: what was trained may be in shards
+    # what is saved: what was trained may be in shards
+    return load(own, **dropout_rates(own, models.dropout))
+
+
+def dropout_rates(path: str | Path, rate: float) -> dict[str, float]:
+    """Every dropout rate that the configuration has, as `rate`. Raises ValueError when it is no rate."""
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"--dropout {rate:g} is no rate; legal: 0 (none) up to, not including, 1")
+    fields = AutoConfig.from_pretrained(path).to_dict()
+    return {name: rate for name, value in fields.items() if "dropout" in name and isinstance(value, float | int)}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -306,14 +315,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     usage = "qat_classification.py --model_name_or_path MODEL --train_file T --validation_file V --output_dir FOLDER [options]"
     parser = HfArgumentParser(groups, usage=usage, description=__doc__, formatter_class=HelpFormatter)  # type: ignore[arg-type]
     named = command_line_defaults(argv)
-    of_run = {name: DEFAULTS[name] for name in _ANY_RUN}
-    parser.set_defaults(**{**named, **of_run} if "training_preset" in named else DEFAULTS)
+    chosen = named if "training_preset" in named else TRAINING_PRESETS.get(_PRESET).training()
+    parser.set_defaults(**{**chosen, **_ANY_RUN})
     models, data, quantization, training = parser.parse_args_into_dataclasses(args=argv)
     base = models.fine_tuned or models.model_name_or_path
     if base is None:
         raise ValueError("which model? Give --model_name_or_path (to be fine-tuned) or --fine_tuned")
-    preset, config = training.training_preset, quantization.config()
-    teacher = models.teacher or ("self" if preset is None else TRAINING_PRESETS.get(preset).teacher or "none")
+    config = quantization.config()
+    teacher = models.teacher or TRAINING_PRESETS.get(training.training_preset).teacher or "none"
+    if teacher == "none":
+        training.distillation = None
     folder = Path(training.output_dir).resolve()
     if models.fine_tuned is not None and folder in Path(models.fine_tuned).resolve().parents:
         raise ValueError(
@@ -344,9 +355,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     }
     more = {"recipe": "qat_classification", "fine_tuning": fine_tuning}
     # these also where they are the defaults
-    chosen = {name: getattr(training, name) for name in ("training_preset", "num_train_epochs", "max_steps")}
-    chosen["teacher"] = Path(teacher).name
-    return run.finish(trainer, packed, config, base_model=models.base_name or base, data=rows, training=chosen, **more)
+    settings = {name: getattr(training, name) for name in ("training_preset", "num_train_epochs", "max_steps")}
+    settings |= {"teacher": Path(teacher).name, "dropout": models.dropout}
+    return run.finish(trainer, packed, config, base_model=models.base_name or base, data=rows, training=settings, **more)
 
 
 if __name__ == "__main__":

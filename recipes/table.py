@@ -53,7 +53,13 @@ def _setting(result: dict[str, Any]) -> tuple[str, ...]:
     model = str(result["base_model"] or "from scratch")
     rate = f"{training['learning_rate']:g}"
     recipe = result.get("recipe", "qat_causal_lm")  # what `convert` writes does not name it
-    return (recipe, model, f"{data['train']}, {amount}", weights, training["teacher"], rate, length)
+    return (recipe, model, f"{data['train']}, {amount}", weights, _teacher(training), rate, length)
+
+
+def _teacher(training: dict[str, Any]) -> str:
+    """Who it is, and what beside its outputs is learned from it."""
+    inner = [what for what in ("hidden", "relations") if (training.get("distillation") or {}).get(what)]
+    return ", ".join([training["teacher"], *inner]) if training["teacher"] != "none" else "none"
 
 
 def _line(cells: Any) -> str:

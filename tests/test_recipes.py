@@ -116,8 +116,24 @@ def test_classification_without_teacher_from_the_fine_tuned(
     )
     alone = load("qat_classification").main(arguments)
     assert alone["accuracy"]["full_precision"] == results["accuracy"]["full_precision"]
-    assert (alone["training"]["training_preset"], alone["base_model"]) == (None, "full_precision")
+    assert (alone["training"]["training_preset"], alone["base_model"]) == ("task_encoder", "full_precision")
     assert alone["training"]["teacher"] == "none" and "fine_tune" not in alone["seconds"]
+    assert alone["training"].get("distillation") is None
+
+
+def test_classification_as_it_comes(classified: tuple[Path, dict[str, Any]], encoder: Path, tmp_path: Path) -> None:
+    """The preset for encoders, hidden states of every layer, no dropout."""
+    out, _ = classified
+    named = {"model_name_or_path": None, "fine_tuned": out / "full_precision", "learning_rate": None, "dropout": None}
+    results = load("qat_classification").main(classification(encoder, tmp_path / "out", **named))
+    training = results["training"]
+    assert (training["training_preset"], training["teacher"], training["learning_rate"]) == ("task_encoder", "self", 5e-4)
+    assert training["distillation"]["hidden"]["weight"] == 2.0 and training["dropout"] == 0.0
+    rates = tf.AutoConfig.from_pretrained(tmp_path / "out" / "packed")
+    assert rates.hidden_dropout_prob == rates.attention_probs_dropout_prob == 0.0
+    assert tf.AutoConfig.from_pretrained(out / "full_precision").hidden_dropout_prob == 0.1
+    with pytest.raises(ValueError, match="--dropout 1 is no rate; legal: 0"):
+        load("qat_classification").main(classification(encoder, tmp_path / "no", **{**named, "dropout": 1}))
 
 
 def test_classification_rows(tmp_path: Path) -> None:
