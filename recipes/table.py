@@ -20,6 +20,7 @@ _KINDS = {
     "accuracy": ("Accuracy, per cent", ("full_precision", "before_training", "trained", "packed"), 100.0),
     "perplexity": ("Perplexity", ("full_precision", "before_training", "trained", "packed"), 1.0),
 }
+_SETTING = ("recipe", "model", "trained on", "measured on", "weights", "teacher", "learning rate", "steps or epochs")
 _HEAD = "# Results of the recipes\n\nWritten by `python recipes/table.py` from `recipes/results/*.json`. Means over seeds.\n"
 
 
@@ -33,7 +34,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 groups[_setting(result)].append(result)
         if not groups:
             continue
-        names = ("recipe", "model", "trained on", "weights", "teacher", "learning rate", "steps or epochs", "seeds", *steps)
+        names = (*_SETTING, "seeds", *steps)
         parts += [f"## {title}\n", _line(names), _line(["---"] * len(names))]
         for setting, found in sorted(groups.items()):
             seeds = ", ".join(str(seed) for seed in sorted(result["training"]["seed"] for result in found))
@@ -53,7 +54,7 @@ def _setting(result: dict[str, Any]) -> tuple[str, ...]:
     model = str(result["base_model"] or "from scratch")
     rate = f"{training['learning_rate']:g}"
     recipe = result.get("recipe", "qat_causal_lm")  # what `convert` writes does not name it
-    return (recipe, model, f"{data['train']}, {amount}", weights, _teacher(training), rate, length)
+    return (recipe, model, f"{data['train']}, {amount}", data["validation"], weights, _teacher(training), rate, length)
 
 
 def _teacher(training: dict[str, Any]) -> str:

@@ -354,15 +354,22 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = {
         "recipe": "qat_classification",
         "base_model": "encoder",
-        "data": {"train": "train.tsv", "train_rows": 1000},
+        "data": {"train": "train.tsv", "train_rows": 1000, "validation": "dev.tsv"},
         "quantization": {"weight": "ternary", "granularity": "tensor"},
-        "training": {"teacher": "self", "learning_rate": 5e-4, "num_train_epochs": 2.0},
+        "training": {
+            "teacher": "self",
+            "learning_rate": 5e-4,
+            "num_train_epochs": 2.0,
+            "distillation": {"hidden": {"weight": 2.0}, "relations": None},
+        },
     }
     for seed, accuracy in ((1, 0.5), (2, 0.75)):
         made = {**result, "training": {**result["training"], "seed": seed}, "accuracy": {"packed": accuracy}}
         (tmp_path / "results" / f"{seed}.json").write_text(json.dumps(made))
     assert table.main(["--check"], tmp_path) == 1 and "run: python recipes/table.py" in capsys.readouterr().err
     assert table.main([], tmp_path) == 0 and table.main(["--check"], tmp_path) == 0
-    setting = "qat_classification | encoder | train.tsv, 1,000 rows | ternary, tensor | self | 0.0005 | 2 epochs"
+    setting = (
+        "qat_classification | encoder | train.tsv, 1,000 rows | dev.tsv | ternary, tensor | self, hidden | 0.0005 | 2 epochs"
+    )
     row = f"| {setting} | 1, 2 |  |  |  | 62.50 |"
     assert row in (tmp_path / "RESULTS.md").read_text()
