@@ -54,6 +54,14 @@ def test_help_and_wrong_command_lines_load_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_commands_that_train_nothing_load_no_trainer() -> None:
+    modules = " ".join(f"hf_bitnet.cli.{name}" for name in COMMANDS if name not in ("train", "presets", "demo"))
+    script = f"import importlib, sys; [importlib.import_module(name) for name in '{modules}'.split()]; "
+    script += "assert not {'hf_bitnet.training', 'transformers.trainer', 'datasets'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_version(capsys: Captured) -> None:
     assert run(capsys, "--version")[:2] == (0, f"hf-bitnet {hb.__version__}\n")
 

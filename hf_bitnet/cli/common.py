@@ -9,18 +9,20 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
-from .. import TRAINING_PRESETS, BitNetQuantizationConfig
+from .. import BitNetQuantizationConfig
 from ..hub import without_bars
 from ..publish.opening import naming
-from ..training import TrainingPreset
 from .options import UsageError, quantization_fields
+
+if TYPE_CHECKING:
+    from ..training import TrainingPreset
 
 Command = Callable[[argparse.Namespace], Any]
 
@@ -127,7 +129,11 @@ def config_from(arguments: argparse.Namespace, form: str) -> BitNetQuantizationC
 
 def training_preset(arguments: argparse.Namespace) -> TrainingPreset | None:
     name = getattr(arguments, "training_preset", None)
-    return None if name is None else TRAINING_PRESETS.get(name)
+    if name is None:
+        return None
+    from ..training import TRAINING_PRESETS  # a second that commands which train nothing need not wait
+
+    return TRAINING_PRESETS.get(name)
 
 
 def summary(config: BitNetQuantizationConfig) -> dict[str, Any]:
