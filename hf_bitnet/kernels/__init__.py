@@ -1,6 +1,9 @@
 """Floor 1: operations on plain tensors. `reference` defines them, `dispatch` picks a body, `cpu/` has the C++ ones."""
 
 from .cpu.decoder import Described as DescribedLayer
+from .cpu.decoder import Place as CachePlace
+from .cpu.decoder import decode_layers
+from .cpu.decoder import place_of as cache_place
 from .decoder import DecoderLayer, decode_layer
 from .dispatch import (
     autocast_dtype,
@@ -33,6 +36,7 @@ from .graph import is_recording
 from .reference import Layout, PackedWeight, RowQuantization
 
 __all__ = [
+    "CachePlace",
     "DecoderLayer",
     "DescribedLayer",
     "Layout",
@@ -40,7 +44,9 @@ __all__ = [
     "RowQuantization",
     "autocast_dtype",
     "bodies",
+    "cache_place",
     "decode_layer",
+    "decode_layers",
     "describe_layer",
     "explain",
     "fixed_matmul",

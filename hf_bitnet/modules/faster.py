@@ -90,9 +90,13 @@ class FasterNorm(Faster):
 
 
 def epsilon(norm: Any) -> float:
-    """What a norm of transformers adds to the mean square; it goes by two names."""
-    values = norm.__dict__
-    return values["variance_epsilon"] if "variance_epsilon" in values else values["eps"]
+    """What a norm of transformers adds to the mean square. Raises KeyError where there is no such attribute."""
+    return norm.__dict__[epsilon_name(norm)]
+
+
+def epsilon_name(norm: Any) -> str:
+    """It goes by two names."""
+    return "variance_epsilon" if "variance_epsilon" in norm.__dict__ else "eps"
 
 
 class FasterAttention(Faster):

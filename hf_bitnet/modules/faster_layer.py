@@ -4,26 +4,28 @@ For anything else (prompts, gradients, masks, hooks, other caches) a layer keeps
 what the modules compute is not read off names: the first time a layer could use it, both are run on random numbers, and where
 they differ the layer never uses it.
 
-Keys and values then live in buffers with room to grow, of which the cache holds views, instead of being copied for each token.
+Leaves out: which layers share a call (`faster_ahead.py`), where keys and values are kept (`faster_cache.py`).
 """
 
 from __future__ import annotations
 
 import weakref
+from itertools import repeat
+from operator import contains, is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from .. import kernels
-from .faster import Faster, epsilon
+from . import faster_ahead
+from .faster import Faster, epsilon, epsilon_name
 from .packed_linear import PackedBitLinear
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
-_TOKENS = 64  # a cache grows by so many at least
 # of the difference between two ways of rounding, relative to the largest output
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.04, torch.float16: 0.04}
 
@@ -32,33 +34,35 @@ class _Plan(NamedTuple):
     """A layer as one call, and what must still be there for it to be the layer.
 
     Attributes:
-        modules: per module the dict of its parent, its name, and the module.
-        tensors: per tensor the dict of its module, its name, and the tensor or None.
-        settings: the numbers and schemes that went into it.
+        owners, names, parts: modules, tensors, numbers and schemes that went into it, each with the dict it is in.
+        hooks: the dicts of all hooks on its modules. own: the dicts of the modules' attributes.
+        attention: whose dropout is for training.
     """
 
     described: kernels.DescribedLayer
-    modules: list[tuple[dict[str, Any], str, nn.Module]]
-    tensors: list[tuple[dict[str, Any], str, Tensor | None]]
-    settings: tuple[Any, ...]
+    owners: tuple[dict[str, Any], ...]
+    names: tuple[str, ...]
+    parts: tuple[Any, ...]
+    hooks: tuple[dict[Any, Any], ...]
+    own: tuple[dict[str, Any], ...]
+    attention: nn.Module
 
-    def holds(self, module: nn.Module) -> bool:
-        same = all(parent.get(name) is part for parent, name, part in (*self.modules, *self.tensors))
-        return same and self.described.is_current() and self.settings == _settings(module)
+    def holds(self) -> bool:
+        # sixty comparisons a layer and token: loops that the interpreter does not run
+        return all(map(is_, map(dict.get, self.owners, self.names), self.parts)) and self.described.is_current()
+
+    def is_watched(self) -> bool:
+        """Whether the calls of the parts have to happen."""
+        return (
+            any(self.hooks)
+            or any(map(contains, self.own, repeat("forward")))
+            or _drops_out(self.attention)
+            or _is_every_module_watched()
+        )
 
 
 # not on the modules: addresses must not be copied or pickled with them
 _PLANS: weakref.WeakKeyDictionary[nn.Module, _Plan | None] = weakref.WeakKeyDictionary()
-
-
-class _Buffers(NamedTuple):
-    keys: Tensor
-    values: Tensor
-    # what the cache holds of them; any other tensor there means that somebody else has changed the cache
-    present: tuple[Tensor, Tensor]
-
-
-_BUFFERS: weakref.WeakKeyDictionary[DynamicLayer, _Buffers] = weakref.WeakKeyDictionary()
 
 
 class FasterLayer(Faster):
@@ -87,7 +91,9 @@ class FasterLayer(Faster):
             and not torch.is_grad_enabled()
             and not kwargs.get("output_attentions")
         ):
-            y = _decode(self, hidden_states, past_key_values, position_embeddings)  # type: ignore[arg-type]
+            y = faster_ahead.taken(self, hidden_states, past_key_values, position_embeddings)
+            if y is None:
+                y = _decode(self, hidden_states, past_key_values, position_embeddings)  # type: ignore[arg-type]
             if y is not None:
                 return y
         return super().forward(  # type: ignore[misc]
@@ -104,6 +110,7 @@ class FasterLayer(Faster):
 def forget(module: nn.Module) -> None:
     """Drops what is known of a layer: it will be looked at anew."""
     _PLANS.pop(module, None)
+    faster_ahead.forget(module)
 
 
 def is_decoder_layer(module: nn.Module) -> bool:
@@ -121,25 +128,17 @@ def _linears(module: Any) -> list[Any]:
 
 
 def _decode(module: nn.Module, x: Tensor, cache: DynamicCache, angles: tuple[Tensor, Tensor]) -> Tensor | None:
-    plan = _plan_of(module) if x.is_cpu and not torch.is_autocast_enabled("cpu") else None
-    if plan is None:
+    """The layer's result, by a call that computes the layers behind it too."""
+    if not x.is_cpu or torch.is_autocast_enabled("cpu"):
         return None
-    size = plan.described.layer.head_dim
-    if any(angle.dim() != 3 or angle.shape[0] not in (1, x.shape[0]) or angle.shape[-1] != size for angle in angles):
-        return None
-    layer = _layer_of(cache, module.self_attn.layer_idx)  # type: ignore[union-attr]
-    described = plan.described
-    if layer is None or not x.dtype == angles[0].dtype == angles[1].dtype == layer.dtype == described.dtype:
-        return None
-    assert layer.keys is not None
-    if layer.keys.shape[0] != x.shape[0]:
-        return None
-    keys, values = _with_room(layer)
-    length = layer.keys.shape[2]
-    y = described.decode(x, *angles, keys, values, length)
-    layer.keys, layer.values = keys[:, :, : length + 1], values[:, :, : length + 1]
-    _BUFFERS[layer] = _Buffers(keys, values, (layer.keys, layer.values))
-    return y
+    steps: list[faster_ahead.Step] = []
+    for each in faster_ahead.row_from(module):
+        plan = _plan_of(each)
+        step = None if plan is None else faster_ahead.step_of(each, plan.described, x, cache, angles, steps)
+        if step is None:
+            break
+        steps.append(step)
+    return faster_ahead.compute(steps, x, cache, angles) if steps else None
 
 
 def _plan_of(module: nn.Module) -> _Plan | None:
@@ -147,8 +146,8 @@ def _plan_of(module: nn.Module) -> _Plan | None:
     plan = _PLANS.get(module)
     if plan is None and module in _PLANS:
         return None
-    if plan is not None and plan.holds(module):
-        return None if _is_watched(module) else plan
+    if plan is not None and plan.holds():
+        return None if plan.is_watched() else plan
     # nothing is remembered of a layer that is unpacked or watched just now: the proof would call the watchers
     if not is_decoder_layer(module) or _is_watched(module):
         return None
@@ -156,47 +155,27 @@ def _plan_of(module: nn.Module) -> _Plan | None:
     return plan
 
 
+def _modules_of(module: Any) -> list[nn.Module]:
+    """The layer's norms, attention and MLP, and what is in the last two."""
+    attention, mlp = module._modules["self_attn"], module._modules["mlp"]
+    parts = (*(module._modules[name] for name in _NORMS), attention, mlp, *attention._modules.values(), *mlp._modules.values())
+    return [part for part in parts if part is not None]
+
+
 def _is_watched(module: Any) -> bool:
     """Whether the calls of the parts have to happen: hooks see them, instances have forwards of their own, dropout is on."""
+    parts = _modules_of(module)
+    watched = any(part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in parts)
+    return watched or _drops_out(module._modules["self_attn"]) or _is_every_module_watched()
+
+
+def _drops_out(attention: nn.Module) -> bool:
+    return attention.training and bool(getattr(attention, "attention_dropout", 0.0))
+
+
+def _is_every_module_watched() -> bool:
     everywhere = nn.modules.module
-    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
-        return True
-    attention, mlp = module._modules["self_attn"], module._modules["mlp"]
-    if attention.training and getattr(attention, "attention_dropout", 0.0):
-        return True
-    parts = (attention, mlp, *(module._modules[name] for name in _NORMS), *attention._modules.values(), *mlp._modules.values())
-    return any(
-        part is not None and (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__) for part in parts
-    )
-
-
-def _settings(module: Any) -> tuple[Any, ...]:
-    attention, norms = module._modules["self_attn"], [module._modules[name] for name in _NORMS]
-    schemes = tuple((each.activation, each.layout, each.sub_norm is None) for each in _linears(module))
-    return (*(epsilon(norm) for norm in norms), norms[0].weight.dtype, attention.scaling, attention.head_dim, schemes)
-
-
-def _layer_of(cache: DynamicCache, index: int) -> DynamicLayer | None:
-    """The part of the cache that belongs to a layer, if it holds past tokens in the plain manner."""
-    layer = cache.layers[index] if index < len(cache.layers) else None
-    if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys is None or not layer.keys.numel():
-        return None
-    return layer if layer.keys.is_cpu else None
-
-
-def _with_room(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
-    """Buffers that hold the cache's keys and values and have a place for one more."""
-    now = layer.keys, layer.values
-    held = _BUFFERS.get(layer)
-    assert now[0] is not None and now[1] is not None
-    length = now[0].shape[2]
-    if held is not None and held.present[0] is now[0] and held.present[1] is now[1] and held.keys.shape[2] > length:
-        return held.keys, held.values
-    batch, heads, _, size = now[0].shape
-    capacity = length + max(_TOKENS, length // 2)
-    keys, values = (tensor.new_empty(batch, heads, capacity, size) for tensor in (now[0], now[1]))
-    keys[:, :, :length], values[:, :, :length] = now[0], now[1]
-    return keys, values
+    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
 
 
 def _make(module: Any) -> _Plan | None:
@@ -210,15 +189,28 @@ def _make(module: Any) -> _Plan | None:
     described = _describe(module, operands, layout, activation.rows)
     if described is None or not _agrees(module, described):
         return None
-    attention, mlp = module.self_attn._modules, module.mlp._modules
-    modules = [(module._modules, name, module._modules[name]) for name in (*_NORMS, "self_attn", "mlp")]
-    modules += [(attention, name, attention[name]) for name in _ATTENTION]
-    modules += [(mlp, name, part) for name, part in mlp.items() if part is not None]
-    tensors: list[tuple[dict[str, Any], str, Tensor | None]]
-    tensors = [(norm._parameters, "weight", norm.weight) for norm in (module._modules[name] for name in _NORMS)]
-    for each, parts in zip(linears, operands, strict=True):
-        tensors += [(each._parameters, key, part) for key, part in zip(_OPERANDS, parts, strict=True)]
-    return _Plan(described, modules, tensors, _settings(module))
+    found = _ingredients(module, linears)
+    parts = _modules_of(module)
+    hooks = tuple(hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks))
+    owners, names = (tuple(column) for column in zip(*found, strict=True))
+    now = tuple(map(dict.get, owners, names))
+    return _Plan(described, owners, names, now, hooks, tuple(part.__dict__ for part in parts), module.self_attn)
+
+
+def _ingredients(module: Any, linears: list[PackedBitLinear]) -> list[tuple[dict[str, Any], str]]:
+    """The dict and the name of everything that a plan is made from."""
+    attention, mlp = module.self_attn, module.mlp
+    norms = [module._modules[name] for name in _NORMS]
+    found = [(module._modules, name) for name in (*_NORMS, "self_attn", "mlp")]
+    found += [(attention._modules, name) for name in _ATTENTION]
+    found += [(mlp._modules, name) for name, part in mlp._modules.items() if part is not None]
+    for norm in norms:
+        found += [(norm._parameters, "weight"), (norm.__dict__, epsilon_name(norm))]
+    found += [(attention.__dict__, name) for name in ("scaling", "head_dim")]
+    for each in linears:
+        found += [(each._parameters, key) for key in _OPERANDS]
+        found += [(each.__dict__, key) for key in ("activation", "layout", "sub_norm")] + [(each._modules, "sub_norm")]
+    return found
 
 
 def _describe(

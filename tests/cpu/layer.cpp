@@ -1,4 +1,4 @@
-// Random calls of hb_decode_layer, against the same layer made of the library's single operations and a plain attention. Own.
+// Random calls of hb_decode_layers, against the same layer made of the library's single operations and a plain attention. Own.
 #include "hf_bitnet_decode.h"
 #include "fuzz.h"
 
@@ -34,7 +34,7 @@ void fuzz_decode_layer(Random& random) {
     const int64_t batch = random.between(1, 10), d = 2 * random.between(1, 20), kv = random.between(1, 3);
     const int64_t heads = kv * random.between(1, 4), hidden = d + random.between(0, 90), ffn = random.between(1, 150);
     const int64_t length = random.between(0, 40), places = length + 1 + random.between(0, 3), wide = heads * d, narrow = kv * d;
-    describe("hb_decode_layer batch=%lld hidden=%lld heads=%lld/%lld of %lld ffn=%lld length=%lld", ll(batch), ll(hidden), ll(heads),
+    describe("hb_decode_layers batch=%lld hidden=%lld heads=%lld/%lld of %lld ffn=%lld length=%lld", ll(batch), ll(hidden), ll(heads),
              ll(kv), ll(d), ll(ffn), ll(length));
     const bool biased = random.one_in(2);
     Matrix q(random, wide, hidden, biased, dtype), k(random, narrow, hidden, biased, dtype), v(random, narrow, hidden, biased, dtype);
@@ -49,8 +49,8 @@ void fuzz_decode_layer(Random& random) {
                           -128, 127, 1e-5f, {2, 1, -1, 1, 0}, 0, {q.weight, k.weight, v.weight}, o.weight,
                           {gate.weight, up.weight}, down.weight};
     const int64_t head_stride = places * d, batch_stride = kv * head_stride;
-    expect_ok(hb_decode_layer(&l, batch, x.data(), cos.data(), sin.data(), 0, keys.data(), values.data(), batch_stride, head_stride, d,
-                              length, out.data()));
+    const hb_decode_step step = {&l, keys.data(), values.data(), batch_stride, head_stride, d, length, out.data()};
+    expect_ok(hb_decode_layers(&step, 1, batch, x.data(), cos.data(), sin.data(), 0));
 
     Array normed(random, dtype, batch * hidden), queries(random, dtype, batch * wide), turned(random, dtype, batch * wide);
     Array attended(random, dtype, batch * wide), sum(random, dtype, batch * hidden), part(random, dtype, batch * hidden);

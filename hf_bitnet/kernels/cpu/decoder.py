@@ -1,12 +1,15 @@
-"""`decoder.decode_layer` in one call of the C++ library (`src/decode_layer.cpp`). Own.
+"""`decoder.decode_layer` for one layer after another, in one call of the C++ library (`src/decode_layer.cpp`). Own.
 
 The description of a layer is made once and holds addresses; it keeps the tensors they belong to, and says whether they are
-still where they were.
+still where they were. So does a place, which is where a layer's keys and values go.
 """
 
 from __future__ import annotations
 
+import ctypes
 import struct
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +18,33 @@ from ..decoder import DecoderLayer, fits
 from .common import FLOATS, check
 from .library import functions
 
-# hb_decoder_layer of src/hf_bitnet_decode.h
+# hb_decoder_layer and hb_decode_step of src/hf_bitnet_decode.h
 _SIZES = struct.Struct("@6qPPffffffiiiifi")
 _WEIGHT = struct.Struct("@PqqPqqPqPq")
+_STEP = struct.Struct("@PPP4qP")
+
+
+class Place(NamedTuple):
+    """Buffers (batch, heads, positions, size) of a layer's keys and values, as the library reads them."""
+
+    keys: Tensor
+    values: Tensor
+    dtype: torch.dtype
+    batch: int
+    heads: int
+    positions: int
+    size: int
+    numbers: tuple[int, ...]
+
+
+def place_of(keys: Tensor, values: Tensor) -> Place:
+    """Checks buffers, once for all tokens that fit in. Raises ValueError when they do not belong together."""
+    *strides, last = keys.stride()
+    alike = values.stride() == keys.stride() and values.shape == keys.shape and values.dtype == keys.dtype
+    if not alike or keys.dim() != 4 or last != 1 or not keys.is_cpu or not values.is_cpu:
+        raise ValueError("keys and values need equal shapes, dtypes and strides, the last of them 1, on the CPU")
+    batch, heads, positions, size = keys.shape
+    return Place(keys, values, keys.dtype, batch, heads, positions, size, (keys.data_ptr(), values.data_ptr(), *strides))
 
 
 class Described:
@@ -35,41 +62,65 @@ class Described:
         if groups != {1}:
             raise ValueError("a decoder layer is decoded in one call only with scales of tensors or channels, not of groups")
         self.layer, self.dtype = layer, dtype
-        self.addresses = [tensor.data_ptr() for tensor in _tensors(layer)]
-        hidden, ffn = layer.input_norm.shape[0], layer.gate_up[0][0].shape[0]
-        self.bytes = _SIZES.pack(
-            *(FLOATS[dtype], hidden, layer.heads, layer.kv_heads, layer.head_dim, ffn),
+        self._tensors = tuple(_tensors(layer))
+        self._addresses = self._find()
+        self.hidden, ffn = layer.input_norm.shape[0], layer.gate_up[0][0].shape[0]
+        self._bytes = _SIZES.pack(
+            *(FLOATS[dtype], self.hidden, layer.heads, layer.kv_heads, layer.head_dim, ffn),
             *(layer.input_norm.data_ptr(), layer.post_norm.data_ptr()),
             *(layer.input_eps, layer.post_eps, layer.scaling, *layer.rows),
             *(layer.layout.bits, 1, layer.layout.lowest, layer.layout.step, layer.layout.zero_point, 0),
         ) + b"".join(_pack(*weight) for weight in _weights(layer))
+        self.address = ctypes.cast(ctypes.c_char_p(self._bytes), ctypes.c_void_p).value
+
+    def _find(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self._tensors))
 
     def is_current(self) -> bool:
         """Whether every tensor is still at its address."""
-        return self.addresses == [tensor.data_ptr() for tensor in _tensors(self.layer)]
+        return self._addresses == self._find()
 
     def decode(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
-        """`decoder.decode_layer`; x, cos and sin without gaps, keys and values of equal strides."""
-        batch_stride, head_stride, position_stride, last = keys.stride()
-        batch, _, hidden = x.shape
-        one = (batch, self.layer.kv_heads, self.layer.head_dim)
-        same = x.dtype == cos.dtype == sin.dtype == keys.dtype == values.dtype == self.dtype
-        if not same or last != 1 or values.stride() != keys.stride() or keys.shape[2] <= length or values.shape != keys.shape:
-            raise ValueError("keys and values need equal strides, the dtype of the layer and a place for the token")
-        if hidden != self.layer.input_norm.shape[0] or (keys.shape[0], keys.shape[1], keys.shape[3]) != one:
-            raise ValueError(f"x {tuple(x.shape)} and keys {tuple(keys.shape)} are not of this layer")
-        if cos.shape != sin.shape or cos.shape[-1] != one[2] or cos.shape[0] not in (1, batch) or cos.shape[-2] != 1:
-            raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} are not those of one token")
-        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-        out = torch.empty_like(x)
-        angle_stride = 0 if cos.shape[0] == 1 else one[2]
-        check(
-            functions().hb_decode_layer(
-                *(self.bytes, batch, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), angle_stride),
-                *(keys.data_ptr(), values.data_ptr(), batch_stride, head_stride, position_stride, length, out.data_ptr()),
-            )
-        )
-        return out
+        """`decoder.decode_layer`."""
+        return decode_layers([(self, place_of(keys, values), length)], x, cos, sin)[0]
+
+
+def decode_layers(steps: Sequence[tuple[Described, Place, int]], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`decoder.decode_layer` of each layer on the result of the one before it.
+
+    Args:
+        steps: layers, where their keys and values go, and how many past positions are there.
+        x, cos, sin: of `decode_layer`; all of the layers' dtype.
+
+    Returns:
+        (layers, B, 1, hidden), every layer's result.
+
+    Raises:
+        ValueError: the parts do not belong together, or a buffer is full.
+    """
+    batch, _, hidden = x.shape
+    size, dtype = cos.shape[-1], x.dtype
+    if cos.shape != sin.shape or cos.shape[0] not in (1, batch) or cos.shape[-2] != 1:
+        raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} are not those of one token")
+    if not dtype == cos.dtype == sin.dtype:
+        raise ValueError(f"x, cos and sin need one dtype, not {dtype}, {cos.dtype} and {sin.dtype}")
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    out = torch.empty((len(steps), *x.shape), dtype=dtype)
+    to, part, packed = out.data_ptr(), x.numel() * x.element_size(), []
+    for described, place, length in steps:
+        layer = described.layer
+        if (hidden, size, dtype) != (described.hidden, layer.head_dim, described.dtype):
+            raise ValueError(f"x {tuple(x.shape)} of {dtype} and angles of {size} are not of this layer")
+        if (place.batch, place.heads, place.size, place.dtype) != (batch, layer.kv_heads, size, dtype):
+            raise ValueError(f"keys {tuple(place.keys.shape)} of {place.dtype} are not of this layer")
+        if length >= place.positions:
+            raise ValueError(f"keys and values need a place for the token behind {length}, and have {place.positions}")
+        packed.append(_STEP.pack(described.address, *place.numbers, length, to))
+        to += part
+    angle_stride = 0 if cos.shape[0] == 1 else size
+    given = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), angle_stride
+    check(functions().hb_decode_layers(b"".join(packed), len(packed), batch, *given))
+    return out
 
 
 def _weights(layer: DecoderLayer) -> list[tuple[Tensor, Tensor, Tensor | None]]:

@@ -1,4 +1,4 @@
-// hb_decode_layer: a whole decoder layer for one token in one call. Own.
+// hb_decode_layers: whole decoder layers for one token in one call. Own.
 //
 // Between the products of one token a framework spends more time on calling than on computing: thirty operations and as many
 // modules a layer. Here they are seven kernels in a row; the parts are those that also exist as single operations.
@@ -89,20 +89,15 @@ bool sound(const hb_decoder_layer& l, int64_t batch, int64_t length) {
            l.head_dim >= 2 && l.head_dim % 2 == 0 && l.head_dim <= l.hidden && l.ffn >= 1;
 }
 
-}  // namespace
-}  // namespace hb
-
-extern "C" int hb_decode_layer(const hb_decoder_layer* layer, int64_t batch, const void* x, const void* cos, const void* sin,
-                               int64_t angle_stride, void* keys, void* values, int64_t batch_stride, int64_t head_stride,
-                               int64_t position_stride, int64_t length, void* out) {
-    using namespace hb;
-    const hb_decoder_layer& l = *layer;
+int decode_one(const hb_decode_step& step, int64_t batch, const void* x, const void* cos, const void* sin, int64_t angle_stride) {
+    const hb_decoder_layer& l = *step.layer;
     Space space;
-    if (!sound(l, batch, length)) return HB_ERROR_ARGUMENT;
+    if (!sound(l, batch, step.length)) return HB_ERROR_ARGUMENT;
     if (!lay_out(l, batch, &space)) return HB_ERROR_MEMORY;
     const int dtype = int(l.dtype);
     const int64_t hidden = batch * l.hidden, ffn = batch * l.ffn;
-    const Cache cache = {static_cast<char*>(keys), static_cast<char*>(values), batch_stride, head_stride, position_stride, length};
+    const Cache cache = {static_cast<char*>(step.keys), static_cast<char*>(step.values), step.batch_stride,
+                         step.head_stride, step.position_stride, step.length};
 
     int error = hb_rms_norm(x, dtype, batch, l.hidden, l.hidden, l.input_norm, l.input_eps, space.normed);
     char* const qkv[3] = {space.q, space.k, space.v};
@@ -120,6 +115,20 @@ extern "C" int hb_decode_layer(const hb_decoder_layer* layer, int64_t batch, con
     if (error) return error;
     decode().gate(space.gates, space.ups, dtype, ffn, space.gates);
     error = product(l, batch, space.gates, l.ffn, &l.down, 1, &space.attended);
-    if (!error) decode().add(space.sum, space.attended, dtype, hidden, out);
+    if (!error) decode().add(space.sum, space.attended, dtype, hidden, step.out);
     return error;
+}
+
+}  // namespace
+}  // namespace hb
+
+extern "C" int hb_decode_layers(const hb_decode_step* steps, int64_t count, int64_t batch, const void* x, const void* cos,
+                                const void* sin, int64_t angle_stride) {
+    for (int64_t i = 0; i < count; ++i) {
+        const bool fits = steps[i].layer->hidden == steps[0].layer->hidden && steps[i].layer->dtype == steps[0].layer->dtype &&
+                          steps[i].layer->head_dim == steps[0].layer->head_dim;
+        const int error = fits ? hb::decode_one(steps[i], batch, i ? steps[i - 1].out : x, cos, sin, angle_stride) : int(HB_ERROR_ARGUMENT);
+        if (error) return error;
+    }
+    return HB_OK;
 }

@@ -35,13 +35,22 @@ typedef struct {
     hb_weight qkv[3], attention_out, gate_up[2], down;
 } hb_decoder_layer;
 
-// The layer for one new token of each of `batch` sequences: x and out (batch, hidden); cos and sin (batch, head_dim) with
-// `angle_stride` between sequences. Keys and values of the token are written to position `length` of the buffers (batch, kv_heads,
-// positions, head_dim), whose strides are in elements, and it attends to positions 0 .. length. Roundings are those of eager
-// code; attention rounds once, at its end.
-HB_API int hb_decode_layer(const hb_decoder_layer* layer, int64_t batch, const void* x, const void* cos, const void* sin,
-                           int64_t angle_stride, void* keys, void* values, int64_t batch_stride, int64_t head_stride,
-                           int64_t position_stride, int64_t length, void* out);
+// One layer's part in decoding a token: its description, the buffers (batch, kv_heads, positions, head_dim) of its keys and values
+// with their strides in elements, the number of past positions they hold, and the result (batch, hidden).
+typedef struct {
+    const hb_decoder_layer* layer;
+    void* keys;
+    void* values;
+    int64_t batch_stride, head_stride, position_stride, length;
+    void* out;
+} hb_decode_step;
+
+// Layers that follow each other, for one new token of each of `batch` sequences: x (batch, hidden) is the input of the first, `out`
+// of each that of the next; cos and sin (batch, head_dim) with `angle_stride` between sequences. Keys and values of the token are
+// written to position `length` of each layer's buffers, and it attends to positions 0 .. length. Roundings are those of eager code;
+// attention rounds once, at its end. After an error the results are those of no layer from the one that failed on.
+HB_API int hb_decode_layers(const hb_decode_step* steps, int64_t count, int64_t batch, const void* x, const void* cos,
+                            const void* sin, int64_t angle_stride);
 
 #ifdef __cplusplus
 }
