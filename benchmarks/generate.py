@@ -172,7 +172,7 @@ def profile_generation(model: Any, ids: Tensor, tokens: int) -> dict[str, float]
         if name.startswith(whole_layers):  # a clock on a part would make the layer call its parts
             continue
         whole = f"{name}." in whole_layers
-        kind = "decoder layers, a call each" if whole else _kind(name, module)
+        kind = "decoder layers, one call" if whole else _kind(name, module)
         handles.append(module.register_forward_pre_hook(lambda *_, k=kind: clock.enter(k)))
         handles.append(module.register_forward_hook(lambda *_: clock.leave()))
     generated_in(model, ids, 2)

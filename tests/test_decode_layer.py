@@ -21,7 +21,7 @@ LAYOUT, ROWS = kernels.Layout(2, -1, 1, 0.0), kernels.RowQuantization(-128, 127,
 
 
 def made_layer(
-    hidden: int, ffn: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype, bias: bool = False
+    hidden: int, ffn: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype, bias: bool = False, norms: bool = False
 ) -> kernels.DecoderLayer:
     generator = torch.Generator().manual_seed(hidden + heads)
 
@@ -30,15 +30,20 @@ def made_layer(
         some = torch.randn(outputs, generator=generator).to(dtype) if bias else None
         return kernels.pack(codes, 2, -1, 1), torch.full((1, 1), inputs**-0.5), some
 
-    norm, post = (torch.rand(hidden, generator=generator).to(dtype) + 0.5 for _ in range(2))
+    def norm(features: int, eps: float = 1e-5, once: bool = False) -> kernels.Norm:
+        return kernels.Norm(torch.rand(features, generator=generator).to(dtype) + 0.5, eps, once)
+
     wide, narrow = heads * size, kv_heads * size
+    more = {"q_norm": norm(size), "k_norm": norm(size, 1e-4), "out_norm": norm(wide, once=True), "down_norm": norm(ffn)}
+    more |= {"activation": "relu2"}
     return kernels.DecoderLayer(
-        *(norm, post, 1e-5, 1e-6),
+        *(norm(hidden), norm(hidden, 1e-6)),
         (weight(wide, hidden), weight(narrow, hidden), weight(narrow, hidden)),
         weight(hidden, wide),
         (weight(ffn, hidden), weight(ffn, hidden)),
         weight(hidden, ffn),
         *(LAYOUT, ROWS, heads, kv_heads, size, size**-0.5),
+        **(more if norms else {}),  # type: ignore[arg-type]
     )
 
 
@@ -48,8 +53,11 @@ def made_layer(
     [((64, 96, 4, 2, 16), 1, 0), ((64, 96, 4, 2, 16), 2, 5), ((48, 40, 4, 4, 12), 3, 37), ((128, 256, 8, 2, 16), 1, 100)],
 )
 @pytest.mark.parametrize("bias", [False, True])
-def test_one_call_is_the_definition(dtype: torch.dtype, shape: tuple[int, ...], batch: int, length: int, bias: bool) -> None:
-    layer = made_layer(*shape, dtype, bias=bias)  # type: ignore[arg-type]
+@pytest.mark.parametrize("norms", [False, True])
+def test_one_call_is_the_definition(
+    dtype: torch.dtype, shape: tuple[int, ...], batch: int, length: int, bias: bool, norms: bool
+) -> None:
+    layer = made_layer(*shape, dtype, bias=bias, norms=norms)  # type: ignore[arg-type]
     hidden, _, _, kv_heads, size = shape
     generator = torch.Generator().manual_seed(3)
     x, cos, sin = (torch.randn(*of, generator=generator).to(dtype) for of in ((batch, 1, hidden), (1, 1, size), (1, 1, size)))
@@ -114,6 +122,51 @@ def test_other_families_generate_the_same(family: str) -> None:
     settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     before = model.generate(prompt, **settings)
     assert torch.equal(before, hb.optimize_for_generation(model).generate(prompt, **settings))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "bitnet"])
+def test_families_that_take_the_one_call(family: str) -> None:
+    """Among them norms of heads, norms in front of projections and another activation, with gains that are not 1."""
+    model = tiny.tiny(family)[0].eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.copy_(torch.rand(parameter.shape) + 0.5)
+    hb.quantize_model(model, hb.BitNetQuantizationConfig.bitnet_b158(), progress=False)
+    hb.pack_model(model, progress=False)
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    before = model.generate(torch.tensor([[5, 40, 21]]), **settings)
+    assert torch.equal(before, hb.optimize_for_generation(model).generate(torch.tensor([[5, 40, 21]]), **settings))
+    assert all(plans(model)), "no layer took the one call"
+
+
+@torch.no_grad()
+def test_own_sub_norms_take_the_one_call_when_they_are_whole() -> None:
+    model = LlamaForCausalLM(packed_llama().config).eval()
+    config = hb.BitNetQuantizationConfig.bitnet_b158(sub_norm=["o_proj", "down_proj"])
+    hb.quantize_model(model, config, progress=False)
+    for name, parameter in model.named_parameters():
+        if "sub_norm" in name:
+            parameter.copy_(torch.rand(parameter.shape) + 0.5)
+    hb.pack_model(model, progress=False)
+    prompt, settings = (
+        torch.tensor([[5, 90, 41]]),
+        {"max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0, "do_sample": False},
+    )
+
+    def logits(of: LlamaForCausalLM) -> torch.Tensor:
+        return torch.stack(of.generate(prompt, output_logits=True, return_dict_in_generate=True, **settings).logits)
+
+    plain = copy.deepcopy(model)
+    hb.optimize_for_generation(model)
+    for blend, taken in ((1.0, True), (0.5, False), (1.0, False)):
+        for each in (model, plain):
+            hb.set_norm_blend(each, blend)
+        torch.testing.assert_close(logits(model), logits(plain), rtol=2e-4, atol=2e-4)
+        assert [plan is not None for plan in plans(model)] == [taken] * 2
+    hb.optimize_for_generation(model)
+    logits(model)
+    assert all(plans(model)), "asked again, they are looked at anew"
 
 
 @torch.no_grad()

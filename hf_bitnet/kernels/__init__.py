@@ -4,7 +4,7 @@ from .cpu.decoder import Described as DescribedLayer
 from .cpu.decoder import Place as CachePlace
 from .cpu.decoder import decode_layers
 from .cpu.decoder import place_of as cache_place
-from .decoder import DecoderLayer, decode_layer
+from .decoder import ACTIVATIONS, DecoderLayer, Norm, decode_layer
 from .dispatch import (
     autocast_dtype,
     bodies,
@@ -36,10 +36,12 @@ from .graph import is_recording
 from .reference import Layout, PackedWeight, RowQuantization
 
 __all__ = [
+    "ACTIVATIONS",
     "CachePlace",
     "DecoderLayer",
     "DescribedLayer",
     "Layout",
+    "Norm",
     "PackedWeight",
     "RowQuantization",
     "autocast_dtype",

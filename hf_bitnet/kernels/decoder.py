@@ -6,29 +6,53 @@ modules costs more than computing them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import relu, scaled_dot_product_attention, silu
 
 from .reference import Layout, PackedWeight, RowQuantization, packed_linear, packed_linears, rms_norm, rotate
 
 
-class DecoderLayer(NamedTuple):
-    """A pre-norm layer with rotary embedding, grouped attention and a gated SiLU (Llama, Mistral, ...), as packed weights.
+class Norm(NamedTuple):
+    """An RMS norm.
 
     Attributes:
-        input_norm, post_norm: weights (hidden,) of the RMS norms, in the dtype of the activations.
-        input_eps, post_eps: what the norms add to the mean square.
-        qkv, attention_out, gate_up, down: packed weights; all share `layout`, and their inputs are quantized by `rows`.
-        heads, kv_heads, head_dim: of the attention. scaling: factor of its scores.
+        weight: (features,) in the dtype of the activations. eps: what it adds to the mean square.
+        once: whether it rounds after the weight only, in place of before and after, as transformers' do.
     """
 
-    input_norm: Tensor
-    post_norm: Tensor
-    input_eps: float
-    post_eps: float
+    weight: Tensor
+    eps: float
+    once: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """float (..., features) -> the same."""
+        if not self.once:
+            return rms_norm(x, self.weight, self.eps)
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu, "relu2": lambda x: relu(x).square()}
+
+
+class DecoderLayer(NamedTuple):
+    """A pre-norm layer with rotary embedding, grouped attention and a gated MLP (Llama, Qwen3, BitNet, ...), as packed weights.
+
+    Attributes:
+        input_norm, post_norm: in front of attention and MLP.
+        qkv, attention_out, gate_up, down: packed weights; all share `layout`, and their inputs are quantized by `rows`.
+        heads, kv_heads, head_dim: of the attention. scaling: factor of its scores.
+        activation: of the gate, in `ACTIVATIONS`.
+        q_norm, k_norm: of each head, before the rotary embedding; None for none.
+        out_norm, down_norm: in front of the projections out of attention and MLP; None for none.
+    """
+
+    input_norm: Norm
+    post_norm: Norm
     qkv: tuple[PackedWeight, PackedWeight, PackedWeight]
     attention_out: PackedWeight
     gate_up: tuple[PackedWeight, PackedWeight]
@@ -39,6 +63,19 @@ class DecoderLayer(NamedTuple):
     kv_heads: int
     head_dim: int
     scaling: float
+    activation: str = "silu"
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    out_norm: Norm | None = None
+    down_norm: Norm | None = None
+
+    @property
+    def norms(self) -> dict[str, Norm | None]:
+        """All of them, in the order of the library."""
+        return {name: getattr(self, name) for name in _NORM_NAMES}
+
+
+_NORM_NAMES = ("input_norm", "post_norm", "q_norm", "k_norm", "out_norm", "down_norm")
 
 
 def decode_layer(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
@@ -57,34 +94,39 @@ def decode_layer(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, keys:
     def linear(value: Tensor, weight: PackedWeight) -> Tensor:
         return packed_linear(value.reshape(batch, -1), *weight, layer.layout, layer.rows, dtype).view(batch, 1, -1)
 
-    normed = rms_norm(x, layer.input_norm, layer.input_eps).view(batch, -1)
+    normed = layer.input_norm(x).view(batch, -1)
     heads = (
         y.view(batch, 1, -1, layer.head_dim).transpose(1, 2)
         for y in packed_linears(normed, layer.qkv, layer.layout, layer.rows, dtype)
     )
     q, k, v = heads
-    q, k = rotate(q, k, cos, sin)
+    q, k = rotate(_normed(layer.q_norm, q), _normed(layer.k_norm, k), cos, sin)
     keys[:, :, length : length + 1], values[:, :, length : length + 1] = k, v
     present = slice(0, length + 1)
     q = q.reshape(batch, layer.kv_heads, layer.heads // layer.kv_heads, layer.head_dim)
     attended = scaled_dot_product_attention(
         q.float(), keys[:, :, present].float(), values[:, :, present].float(), scale=layer.scaling
     )
-    x = x + linear(attended.to(dtype), layer.attention_out)
-    normed = rms_norm(x, layer.post_norm, layer.post_eps)
+    x = x + linear(_normed(layer.out_norm, attended.to(dtype).reshape(batch, -1)), layer.attention_out)
+    normed = layer.post_norm(x)
     gate, up = (linear(normed, weight) for weight in layer.gate_up)
-    return x + linear(silu(gate) * up, layer.down)
+    return x + linear(_normed(layer.down_norm, ACTIVATIONS[layer.activation](gate) * up), layer.down)
+
+
+def _normed(norm: Norm | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
 
 
 def fits(layer: DecoderLayer, dtype: torch.dtype) -> bool:
     """Whether sizes and dtypes of the parts belong together, so that addresses may be handed on."""
-    hidden, wide, narrow = layer.input_norm.shape[0], layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+    hidden, wide, narrow = layer.input_norm.weight.shape[0], layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
     ffn = layer.gate_up[0][0].shape[0]
     shapes = [(wide, hidden), (narrow, hidden), (narrow, hidden), (hidden, wide), (ffn, hidden), (ffn, hidden), (hidden, ffn)]
     weights = [*layer.qkv, layer.attention_out, *layer.gate_up, layer.down]
-    norms = (layer.input_norm, layer.post_norm)
+    features = (hidden, hidden, layer.head_dim, layer.head_dim, wide, ffn)
+    norms = [(norm.weight, size) for norm, size in zip(layer.norms.values(), features, strict=True) if norm is not None]
     return (
-        all(norm.shape == (hidden,) and norm.dtype == dtype and norm.is_contiguous() for norm in norms)
+        all(weight.shape == (size,) and weight.dtype == dtype and weight.is_contiguous() for weight, size in norms)
         and layer.heads % layer.kv_heads == 0
         and layer.head_dim % 2 == 0
         and layer.head_dim <= hidden

@@ -22,6 +22,7 @@ from .. import kernels
 from . import faster_ahead
 from .faster import Faster, epsilon, epsilon_name
 from .packed_linear import PackedBitLinear
+from .sub_norm import SubNorm
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -35,6 +36,7 @@ class _Plan(NamedTuple):
 
     Attributes:
         owners, names, parts: modules, tensors, numbers and schemes that went into it, each with the dict it is in.
+        blends, versions: of sub-norms, whose values went into it.
         hooks: the dicts of all hooks on its modules. own: the dicts of the modules' attributes.
         attention: whose dropout is for training.
     """
@@ -43,13 +45,16 @@ class _Plan(NamedTuple):
     owners: tuple[dict[str, Any], ...]
     names: tuple[str, ...]
     parts: tuple[Any, ...]
+    blends: tuple[Tensor, ...]
+    versions: tuple[int, ...]
     hooks: tuple[dict[Any, Any], ...]
     own: tuple[dict[str, Any], ...]
     attention: nn.Module
 
     def holds(self) -> bool:
         # sixty comparisons a layer and token: loops that the interpreter does not run
-        return all(map(is_, map(dict.get, self.owners, self.names), self.parts)) and self.described.is_current()
+        same = all(map(is_, map(dict.get, self.owners, self.names), self.parts)) and self.described.is_current()
+        return same and all(blend._version == version for blend, version in zip(self.blends, self.versions, strict=True))
 
     def is_watched(self) -> bool:
         """Whether the calls of the parts have to happen."""
@@ -156,10 +161,11 @@ def _plan_of(module: nn.Module) -> _Plan | None:
 
 
 def _modules_of(module: Any) -> list[nn.Module]:
-    """The layer's norms, attention and MLP, and what is in the last two."""
+    """The layer's norms, attention and MLP, what is in the last two, and the sub-norms in that."""
     attention, mlp = module._modules["self_attn"], module._modules["mlp"]
     parts = (*(module._modules[name] for name in _NORMS), attention, mlp, *attention._modules.values(), *mlp._modules.values())
-    return [part for part in parts if part is not None]
+    inner = [part._modules.get("sub_norm") for part in parts if part is not None]
+    return [part for part in (*parts, *inner) if part is not None]
 
 
 def _is_watched(module: Any) -> bool:
@@ -182,30 +188,28 @@ def _make(module: Any) -> _Plan | None:
     """The plan of a layer; None where its parts compute something else together. `is_decoder_layer` has to hold."""
     linears: list[PackedBitLinear] = _linears(module)
     layout, activation = linears[0].layout, linears[0].activation
-    same = all(each.layout == layout and each.activation is activation and each.sub_norm is None for each in linears)
-    if activation.rows is None or not same:
-        return None
-    operands = [each.operands() for each in linears]
-    described = _describe(module, operands, layout, activation.rows)
+    same = all(each.layout == layout and each.activation is activation for each in linears)
+    described = _describe(module, linears, layout, activation.rows) if same and activation.rows is not None else None
     if described is None or not _agrees(module, described):
         return None
-    found = _ingredients(module, linears)
-    parts = _modules_of(module)
+    found, parts = _ingredients(module, linears), _modules_of(module)
     hooks = tuple(hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks))
     owners, names = (tuple(column) for column in zip(*found, strict=True))
     now = tuple(map(dict.get, owners, names))
-    return _Plan(described, owners, names, now, hooks, tuple(part.__dict__ for part in parts), module.self_attn)
+    blends = tuple(part.blend for part in parts if isinstance(part, SubNorm))
+    versions = tuple(blend._version for blend in blends)
+    return _Plan(
+        described, owners, names, now, blends, versions, hooks, tuple(part.__dict__ for part in parts), module.self_attn
+    )
 
 
 def _ingredients(module: Any, linears: list[PackedBitLinear]) -> list[tuple[dict[str, Any], str]]:
     """The dict and the name of everything that a plan is made from."""
     attention, mlp = module.self_attn, module.mlp
-    norms = [module._modules[name] for name in _NORMS]
     found = [(module._modules, name) for name in (*_NORMS, "self_attn", "mlp")]
-    found += [(attention._modules, name) for name in _ATTENTION]
-    found += [(mlp._modules, name) for name, part in mlp._modules.items() if part is not None]
-    for norm in norms:
-        found += [(norm._parameters, "weight"), (norm.__dict__, epsilon_name(norm))]
+    found += [(part._modules, name) for part in (attention, mlp) for name, inner in part._modules.items() if inner is not None]
+    for norm in filter(_is_norm, _modules_of(module)):
+        found += [(norm._parameters, "weight"), (norm.__dict__, epsilon_name(norm)), (norm._buffers, "blend")]
     found += [(attention.__dict__, name) for name in ("scaling", "head_dim")]
     for each in linears:
         found += [(each._parameters, key) for key in _OPERANDS]
@@ -213,15 +217,42 @@ def _ingredients(module: Any, linears: list[PackedBitLinear]) -> list[tuple[dict
     return found
 
 
+def _is_norm(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 1 and epsilon_name(module) in module.__dict__
+
+
+def _norm(module: Any) -> kernels.Norm | None:
+    """An RMS norm in the terms of the kernels; None for none. Raises ValueError for one that is half the identity."""
+    if isinstance(module, SubNorm) and float(module.blend) != 1.0:
+        raise ValueError("the kernel knows whole norms only")
+    return None if module is None else kernels.Norm(module.weight, epsilon(module), isinstance(module, SubNorm))
+
+
+def _in_front(linear: PackedBitLinear, other: nn.Module | None) -> kernels.Norm | None:
+    """The norm in front of a linear map: one of ours, or one that the model has there. Raises ValueError for both."""
+    if linear.sub_norm is not None and other is not None:
+        raise ValueError("the kernel knows one norm in front of a linear map")
+    return _norm(other if linear.sub_norm is None else linear.sub_norm)
+
+
 def _describe(
-    module: Any, operands: list[kernels.PackedWeight], layout: kernels.Layout, rows: kernels.RowQuantization
+    module: Any, linears: list[PackedBitLinear], layout: kernels.Layout, rows: kernels.RowQuantization
 ) -> kernels.DescribedLayer | None:
-    """A layer in the terms of the kernels; None where it lacks what they need, or where no kernel takes it."""
-    attention, norms = module.self_attn, [module._modules[name] for name in _NORMS]
-    q, k, v, out, gate, up, down = operands
+    """A layer in the terms of the kernels; None where it lacks what they need, or where no kernel takes it.
+
+    Whether its norms by these names stand where the kernel has them, and compute what it computes, the proof shows.
+    """
+    attention, mlp = module.self_attn, module.mlp
+    q, k, v, out, gate, up, down = (each.operands() for each in linears)
+    if any(each.sub_norm is not None for each in (*linears[:3], *linears[4:6])):
+        return None
     try:
+        input_norm, post_norm = (_norm(module._modules[name]) for name in _NORMS)
+        if input_norm is None or post_norm is None:
+            return None
         layer = kernels.DecoderLayer(
-            *(norms[0].weight, norms[1].weight, epsilon(norms[0]), epsilon(norms[1])),
+            *(input_norm, post_norm),
             qkv=(q, k, v),
             attention_out=out,
             gate_up=(gate, up),
@@ -232,10 +263,25 @@ def _describe(
             kv_heads=attention.k_proj.out_features // attention.head_dim,
             head_dim=attention.head_dim,
             scaling=float(attention.scaling),
+            activation=_activation(mlp.act_fn),
+            q_norm=_norm(attention._modules.get("q_norm")),
+            k_norm=_norm(attention._modules.get("k_norm")),
+            out_norm=_in_front(linears[3], attention._modules.get("attn_sub_norm")),
+            down_norm=_in_front(linears[6], mlp._modules.get("ffn_sub_norm")),
         )
         return kernels.describe_layer(layer)
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
+
+
+def _activation(function: Any) -> str:
+    """The name by which the kernel knows an activation function. Raises ValueError for others."""
+    line = torch.linspace(-6.0, 6.0, 49)
+    found = function(line)
+    for name, known in kernels.ACTIVATIONS.items():
+        if torch.allclose(found, known(line), atol=1e-6):
+            return name
+    raise ValueError("the kernel does not know this activation function")
 
 
 _OPERANDS = ("weight", "weight_scale", "bias")
@@ -250,14 +296,8 @@ def _agrees(module: Any, described: kernels.DescribedLayer) -> bool:
     def random(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator).to(dtype)
 
-    line = torch.linspace(-6.0, 6.0, 49)
-    try:
-        if not torch.allclose(module.mlp.act_fn(line), torch.nn.functional.silu(line), atol=1e-6):
-            return False
-    except Exception:  # no activation function by that name, or another kind of one
-        return False
     # small, so that the residual does not hide what the parts add to it
-    x = random(2, 1, shape.input_norm.shape[0]) * 0.05
+    x = random(2, 1, described.hidden) * 0.05
     angle = random(1, 1, shape.head_dim // 2).float().repeat(1, 1, 2)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     keys, values = random(2, shape.kv_heads, 4, shape.head_dim), random(2, shape.kv_heads, 4, shape.head_dim)

@@ -45,8 +45,17 @@ void fuzz_decode_layer(Random& random) {
     Array keys(random, dtype, batch * kv * places * d), values(random, dtype, batch * kv * places * d);
     for (Array* each : {&norm, &post, &x, &cos, &sin, &keys, &values})
         for (int64_t i = 0; i < each->count(); ++i) each->set(i, random.uniform(-1, 1));
-    hb_decoder_layer l = {dtype, hidden, heads, kv, d, ffn, norm.data(), post.data(), 1e-5f, 1e-6f, float(1 / sqrt(double(d))),
-                          -128, 127, 1e-5f, {2, 1, -1, 1, 0}, 0, {q.weight, k.weight, v.weight}, o.weight,
+    const bool more = random.one_in(2), relu2 = random.one_in(2);
+    Array of_q(random, dtype, d), of_k(random, dtype, d), of_out(random, dtype, wide), of_down(random, dtype, ffn);
+    for (Array* each : {&of_q, &of_k, &of_out, &of_down})
+        for (int64_t i = 0; i < each->count(); ++i) each->set(i, random.uniform(-1, 1));
+    const auto norm_of = [&](Array& weight, int32_t once) { return more ? hb_norm{weight.data(), 1e-3f, once} : hb_norm{}; };
+    const auto apply = [&](Array& weight, int64_t rows, int64_t size, Array& values) {
+        if (more) expect_ok(hb_rms_norm(values.data(), dtype, rows, size, size, weight.data(), 1e-3f, values.data()));
+    };
+    hb_decoder_layer l = {dtype, hidden, heads, kv, d, ffn, {norm.data(), 1e-5f, 0}, {post.data(), 1e-6f, 0},
+                          norm_of(of_q, 0), norm_of(of_k, 1), norm_of(of_out, 0), norm_of(of_down, 1),
+                          float(1 / sqrt(double(d))), -128, 127, 1e-5f, {2, 1, -1, 1, 0}, relu2 ? HB_RELU2 : HB_SILU, {q.weight, k.weight, v.weight}, o.weight,
                           {gate.weight, up.weight}, down.weight};
     const int64_t head_stride = places * d, batch_stride = kv * head_stride;
     const hb_decode_step step = {&l, keys.data(), values.data(), batch_stride, head_stride, d, length, out.data()};
@@ -57,6 +66,7 @@ void fuzz_decode_layer(Random& random) {
     Array gates(random, dtype, batch * ffn), ups(random, dtype, batch * ffn);
     expect_ok(hb_rms_norm(x.data(), dtype, batch, hidden, hidden, norm.data(), 1e-5f, normed.data()));
     multiply(l, normed, hidden, q.weight, queries, batch);
+    apply(of_q, batch * heads, d, queries);
     const hb_heads given = {queries.data(), turned.data(), heads, wide, d, wide, wide, d, wide};
     expect_ok(hb_rotate(&given, 1, dtype, batch, 1, d, cos.data(), sin.data(), 0, d));
     for (int64_t b = 0; b < batch; ++b)
@@ -74,12 +84,17 @@ void fuzz_decode_layer(Random& random) {
                 for (int64_t i = 0; i < d; ++i) sums[size_t(i)] += weights[size_t(s)] / total * values.get(from + s * d + i);
             for (int64_t i = 0; i < d; ++i) attended.set(at + i, sums[size_t(i)]);
         }
+    apply(of_out, batch, wide, attended);
     multiply(l, attended, wide, o.weight, part, batch);
     for (int64_t i = 0; i < sum.count(); ++i) sum.set(i, x.get(i) + part.get(i));
     expect_ok(hb_rms_norm(sum.data(), dtype, batch, hidden, hidden, post.data(), 1e-6f, normed.data()));
     multiply(l, normed, hidden, gate.weight, gates, batch);
     multiply(l, normed, hidden, up.weight, ups, batch);
-    for (int64_t i = 0; i < gates.count(); ++i) gates.set(i, gates.get(i) / (1 + exp(-gates.get(i))) * ups.get(i));
+    for (int64_t i = 0; i < gates.count(); ++i) {
+        const double gate_of = gates.get(i), positive = fmax(gate_of, 0);
+        gates.set(i, (relu2 ? positive * positive : gate_of / (1 + exp(-gate_of))) * ups.get(i));
+    }
+    apply(of_down, batch, ffn, gates);
     multiply(l, gates, ffn, down.weight, part, batch);
     // a tie of the quantizers may fall to either side: one step of a code of each of two products
     double largest = 0;

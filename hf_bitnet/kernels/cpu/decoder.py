@@ -14,12 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..decoder import DecoderLayer, fits
+from ..decoder import ACTIVATIONS, DecoderLayer, Norm, fits
 from .common import FLOATS, check
 from .library import functions
 
 # hb_decoder_layer and hb_decode_step of src/hf_bitnet_decode.h
-_SIZES = struct.Struct("@6qPPffffffiiiifi")
+_SIZES = struct.Struct("@6q")
+_NORM = struct.Struct("@Pfi")
+_NUMBERS = struct.Struct("@ffffiiiifi")
 _WEIGHT = struct.Struct("@PqqPqqPqPq")
 _STEP = struct.Struct("@PPP4qP")
 
@@ -55,8 +57,9 @@ class Described:
     """
 
     def __init__(self, layer: DecoderLayer) -> None:
-        dtype = layer.input_norm.dtype
-        if dtype not in FLOATS or not fits(layer, dtype) or any(not tensor.is_cpu for tensor in _tensors(layer)):
+        dtype = layer.input_norm.weight.dtype
+        known = dtype in FLOATS and layer.activation in ACTIVATIONS
+        if not known or not fits(layer, dtype) or any(not tensor.is_cpu for tensor in _tensors(layer)):
             raise ValueError("the parts of this decoder layer do not belong together; every operation by itself says why")
         groups = {scale.shape[1] for _, scale, _ in _weights(layer)}
         if groups != {1}:
@@ -64,13 +67,19 @@ class Described:
         self.layer, self.dtype = layer, dtype
         self._tensors = tuple(_tensors(layer))
         self._addresses = self._find()
-        self.hidden, ffn = layer.input_norm.shape[0], layer.gate_up[0][0].shape[0]
-        self._bytes = _SIZES.pack(
-            *(FLOATS[dtype], self.hidden, layer.heads, layer.kv_heads, layer.head_dim, ffn),
-            *(layer.input_norm.data_ptr(), layer.post_norm.data_ptr()),
-            *(layer.input_eps, layer.post_eps, layer.scaling, *layer.rows),
-            *(layer.layout.bits, 1, layer.layout.lowest, layer.layout.step, layer.layout.zero_point, 0),
-        ) + b"".join(_pack(*weight) for weight in _weights(layer))
+        self.hidden, ffn = layer.input_norm.weight.shape[0], layer.gate_up[0][0].shape[0]
+        layout = layer.layout
+        self._bytes = b"".join(
+            (
+                _SIZES.pack(FLOATS[dtype], self.hidden, layer.heads, layer.kv_heads, layer.head_dim, ffn),
+                *map(_pack_norm, layer.norms.values()),
+                _NUMBERS.pack(
+                    *(layer.scaling, *layer.rows, layout.bits, 1, layout.lowest, layout.step, layout.zero_point),
+                    list(ACTIVATIONS).index(layer.activation),
+                ),
+                *(_pack(*weight) for weight in _weights(layer)),
+            )
+        )
         self.address = ctypes.cast(ctypes.c_char_p(self._bytes), ctypes.c_void_p).value
 
     def _find(self) -> list[int]:
@@ -128,8 +137,13 @@ def _weights(layer: DecoderLayer) -> list[tuple[Tensor, Tensor, Tensor | None]]:
 
 
 def _tensors(layer: DecoderLayer) -> list[Tensor]:
-    parts = [layer.input_norm, layer.post_norm, *(part for weight in _weights(layer) for part in weight)]
+    parts = [norm.weight for norm in layer.norms.values() if norm is not None]
+    parts += [part for weight in _weights(layer) for part in weight]
     return [part for part in parts if part is not None]
+
+
+def _pack_norm(norm: Norm | None) -> bytes:
+    return _NORM.pack(0, 0.0, 0) if norm is None else _NORM.pack(norm.weight.data_ptr(), norm.eps, norm.once)
 
 
 def _pack(packed: Tensor, scale: Tensor, bias: Tensor | None) -> bytes:

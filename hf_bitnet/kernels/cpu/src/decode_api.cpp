@@ -14,15 +14,7 @@ int64_t grain(int64_t elements) { return elements >= kThreadElements ? 1 : kThre
 
 }  // namespace
 
-const DecodeBodies& decode() { return of_width(decode_portable(), decode_avx2, decode_avx512); }
-
-}  // namespace hb
-
-using namespace hb;
-
-extern "C" int hb_rms_norm(const void* x, int64_t dtype, int64_t rows, int64_t k, int64_t x_stride, const void* weight, float eps,
-                           void* out) {
-    if (!is_float(dtype) || rows < 0 || k < 0) return HB_ERROR_ARGUMENT;
+int norm_rows(const void* x, int dtype, int64_t rows, int64_t k, int64_t x_stride, const hb_norm& norm, void* out) {
     const DecodeBodies& body = decode();
     std::atomic<int> failed{HB_OK};
     for_range(rows, grain(k), [&](int64_t begin, int64_t end) {
@@ -32,9 +24,21 @@ extern "C" int hb_rms_norm(const void* x, int64_t dtype, int64_t rows, int64_t k
             return;
         }
         for (int64_t i = begin; i < end; ++i)
-            body.rms_norm(at(x, dtype, i * x_stride), int(dtype), k, weight, eps, row, at(out, dtype, i * k));
+            body.rms_norm(at(x, dtype, i * x_stride), dtype, k, norm.weight, norm.eps, norm.once != 0, row, at(out, dtype, i * k));
     });
     return failed;
+}
+
+const DecodeBodies& decode() { return of_width(decode_portable(), decode_avx2, decode_avx512); }
+
+}  // namespace hb
+
+using namespace hb;
+
+extern "C" int hb_rms_norm(const void* x, int64_t dtype, int64_t rows, int64_t k, int64_t x_stride, const void* weight, float eps,
+                           void* out) {
+    if (!is_float(dtype) || rows < 0 || k < 0) return HB_ERROR_ARGUMENT;
+    return norm_rows(x, int(dtype), rows, k, x_stride, {weight, eps, 0}, out);
 }
 
 extern "C" int hb_rotate(const hb_heads* tensors, int64_t count, int64_t dtype, int64_t batch, int64_t tokens, int64_t d,

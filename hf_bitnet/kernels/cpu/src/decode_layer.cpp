@@ -38,6 +38,11 @@ int product(const hb_decoder_layer& l, int64_t batch, const void* x, int64_t k, 
     return hb_linear(&input, batch, k, &l.grid, placed, count, int(l.dtype));
 }
 
+// A norm that may not be there, in place.
+int norm_in_place(const hb_decoder_layer& l, const hb_norm& norm, int64_t rows, int64_t k, void* x) {
+    return norm.weight ? norm_rows(x, int(l.dtype), rows, k, k, norm, x) : int(HB_OK);
+}
+
 // The buffers of keys and values.
 struct Cache {
     char *keys, *values;
@@ -86,7 +91,8 @@ int attend_all(const hb_decoder_layer& l, int64_t batch, const Space& space, con
 
 bool sound(const hb_decoder_layer& l, int64_t batch, int64_t length) {
     return is_float(l.dtype) && batch >= 1 && length >= 0 && l.hidden >= 1 && l.kv_heads >= 1 && l.heads % l.kv_heads == 0 &&
-           l.head_dim >= 2 && l.head_dim % 2 == 0 && l.head_dim <= l.hidden && l.ffn >= 1;
+           l.head_dim >= 2 && l.head_dim % 2 == 0 && l.head_dim <= l.hidden && l.ffn >= 1 && l.input_norm.weight && l.post_norm.weight &&
+           (l.activation == HB_SILU || l.activation == HB_RELU2);
 }
 
 int decode_one(const hb_decode_step& step, int64_t batch, const void* x, const void* cos, const void* sin, int64_t angle_stride) {
@@ -99,22 +105,26 @@ int decode_one(const hb_decode_step& step, int64_t batch, const void* x, const v
     const Cache cache = {static_cast<char*>(step.keys), static_cast<char*>(step.values), step.batch_stride,
                          step.head_stride, step.position_stride, step.length};
 
-    int error = hb_rms_norm(x, dtype, batch, l.hidden, l.hidden, l.input_norm, l.input_eps, space.normed);
+    int error = norm_rows(x, dtype, batch, l.hidden, l.hidden, l.input_norm, space.normed);
     char* const qkv[3] = {space.q, space.k, space.v};
     if (!error) error = product(l, batch, space.normed, l.hidden, l.qkv, 3, qkv);
+    if (!error) error = norm_in_place(l, l.q_norm, batch * l.heads, l.head_dim, space.q);
+    if (!error) error = norm_in_place(l, l.k_norm, batch * l.kv_heads, l.head_dim, space.k);
     if (error) return error;
     rotate_and_store(l, batch, space, static_cast<const char*>(cos), static_cast<const char*>(sin), angle_stride, cache);
     error = attend_all(l, batch, space, cache);
+    if (!error) error = norm_in_place(l, l.out_norm, batch, l.heads * l.head_dim, space.attended);
     if (!error) error = product(l, batch, space.attended, l.heads * l.head_dim, &l.attention_out, 1, &space.normed);
     if (error) return error;
     decode().add(x, space.normed, dtype, hidden, space.sum);
 
-    error = hb_rms_norm(space.sum, dtype, batch, l.hidden, l.hidden, l.post_norm, l.post_eps, space.normed);
+    error = norm_rows(space.sum, dtype, batch, l.hidden, l.hidden, l.post_norm, space.normed);
     char* const gate_up[2] = {space.gates, space.ups};
     if (!error) error = product(l, batch, space.normed, l.hidden, l.gate_up, 2, gate_up);
     if (error) return error;
-    decode().gate(space.gates, space.ups, dtype, ffn, space.gates);
-    error = product(l, batch, space.gates, l.ffn, &l.down, 1, &space.attended);
+    decode().gate(space.gates, space.ups, dtype, int(l.activation), ffn, space.gates);
+    error = norm_in_place(l, l.down_norm, batch, l.ffn, space.gates);
+    if (!error) error = product(l, batch, space.gates, l.ffn, &l.down, 1, &space.attended);
     if (!error) decode().add(space.sum, space.attended, dtype, hidden, step.out);
     return error;
 }

@@ -23,15 +23,25 @@ typedef struct {
 HB_API int hb_rotate(const hb_heads* tensors, int64_t count, int64_t dtype, int64_t batch, int64_t tokens, int64_t d, const void* cos,
                      const void* sin, int64_t batch_stride, int64_t token_stride);
 
-// A pre-norm decoder layer with rotary embedding, grouped attention and a gated SiLU, as packed weights: of Llama, Mistral, ...
-// All activations are of `dtype`; `out` and `out_stride` of the weights mean nothing here.
+// An RMS norm: its weight (k), or NULL for none; what it adds to the mean square; whether it rounds once, after the weight, in
+// place of before and after.
+typedef struct {
+    const void* weight;
+    float eps;
+    int32_t once;
+} hb_norm;
+
+enum hb_activation { HB_SILU = 0, HB_RELU2 = 1 };  // x / (1 + e^-x); max(x, 0)^2
+
+// A pre-norm decoder layer with rotary embedding, grouped attention and a gated MLP, as packed weights: of Llama, Mistral, ... In
+// front of both is a norm; there may be others on each head of queries and keys (head_dim), and in front of the projections out of
+// attention (heads * head_dim) and MLP (ffn). All activations are of `dtype`; `out` and `out_stride` of the weights mean nothing here.
 typedef struct {
     int64_t dtype, hidden, heads, kv_heads, head_dim, ffn;
-    const void* input_norm;  // (hidden)
-    const void* post_norm;   // (hidden)
-    float input_eps, post_eps, scaling, qmin, qmax, eps;
+    hb_norm input_norm, post_norm, q_norm, k_norm, out_norm, down_norm;
+    float scaling, qmin, qmax, eps;
     hb_grid grid;
-    int32_t unused;
+    int32_t activation;
     hb_weight qkv[3], attention_out, gate_up[2], down;
 } hb_decoder_layer;
 
