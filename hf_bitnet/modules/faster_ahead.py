@@ -42,13 +42,15 @@ class _Waiting:
     """What one call has computed for several layers.
 
     Attributes:
-        results: (layers, B, 1, hidden), and `version` of them. taken: how many of the layers have handed theirs out.
-        expected: what the last of these handed out.
+        results: of the layers, (B, 1, hidden) each. taken: how many of them have handed theirs out.
+        expected, version: what the last of these handed out, and which version of it.
         modules, keys, lengths: of the layers; the buffers of keys that the token is in behind `length` others.
     """
 
-    def __init__(self, steps: Sequence[Step], results: Tensor, cache: DynamicCache, angles: tuple[Tensor, Tensor]) -> None:
-        self.results, self.version, self.angles, self.taken = results, results._version, angles, 0
+    def __init__(
+        self, steps: Sequence[Step], results: Sequence[Tensor], cache: DynamicCache, angles: tuple[Tensor, Tensor]
+    ) -> None:
+        self.results, self.angles, self.taken, self.version = results, angles, 0, 0
         # what waits for a call that may never come keeps no model and no cache alive
         self.cache = weakref.ref(cache)
         self.modules = [weakref.ref(step.module) for step in steps]
@@ -72,7 +74,7 @@ class _Waiting:
         index, self.taken = self.taken, self.taken + 1
         show(past, held.place, self.lengths[index] + 1)
         y = self.results[index]
-        self.expected = weakref.ref(y)
+        self.expected, self.version = weakref.ref(y), y._version
         return y
 
 
@@ -133,7 +135,7 @@ def compute(steps: Sequence[Step], x: Tensor, cache: DynamicCache, angles: tuple
     results = kernels.decode_layers([(step.described, step.place, step.length) for step in steps], x, *angles)
     past, held = steps[0].past, held_by(steps[0].past)
     assert held is not None
-    if results.is_inference():  # such tensors have no versions, so that a change would not be seen
+    if results[0].is_inference():  # such tensors have no versions, so that a change would not be seen
         show(past, held.place, steps[0].length + 1)
         return results[0]
     _LOCAL.waiting = _Waiting(steps, results, cache, angles)

@@ -32,7 +32,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def optimize_for_generation(model: Model, *, enable: bool = True) -> Model:
     """Gives norms, attention layers and packed decoder layers of transformers faster forwards, in place; returns the model.
 
-    Packed decoder layers in the manner of Llama (`pack_model` first) compute a new token in one kernel call for all of them.
+    Packed decoder layers in the manner of Llama (`pack_model` first; also Mistral, Qwen 2 and 3, BitNet) compute a new token in
+    one kernel call for all of them.
 
     They serve where no gradient is asked for and nothing is compiled; training, saving, `torch.compile` and state-dict keys
     are as before. Calling it again changes nothing; copies of the model stay optimized.

@@ -94,7 +94,7 @@ class Described:
         return decode_layers([(self, place_of(keys, values), length)], x, cos, sin)[0]
 
 
-def decode_layers(steps: Sequence[tuple[Described, Place, int]], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def decode_layers(steps: Sequence[tuple[Described, Place, int]], x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
     """`decoder.decode_layer` of each layer on the result of the one before it.
 
     Args:
@@ -102,7 +102,7 @@ def decode_layers(steps: Sequence[tuple[Described, Place, int]], x: Tensor, cos:
         x, cos, sin: of `decode_layer`; all of the layers' dtype.
 
     Returns:
-        (layers, B, 1, hidden), every layer's result.
+        Every layer's result, (B, 1, hidden) each.
 
     Raises:
         ValueError: the parts do not belong together, or a buffer is full.
@@ -114,9 +114,8 @@ def decode_layers(steps: Sequence[tuple[Described, Place, int]], x: Tensor, cos:
     if not dtype == cos.dtype == sin.dtype:
         raise ValueError(f"x, cos and sin need one dtype, not {dtype}, {cos.dtype} and {sin.dtype}")
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-    out = torch.empty((len(steps), *x.shape), dtype=dtype)
-    to, part, packed = out.data_ptr(), x.numel() * x.element_size(), []
-    for described, place, length in steps:
+    results, packed = [torch.empty_like(x) for _ in steps], []
+    for (described, place, length), result in zip(steps, results, strict=True):
         layer = described.layer
         if (hidden, size, dtype) != (described.hidden, layer.head_dim, described.dtype):
             raise ValueError(f"x {tuple(x.shape)} of {dtype} and angles of {size} are not of this layer")
@@ -124,12 +123,11 @@ def decode_layers(steps: Sequence[tuple[Described, Place, int]], x: Tensor, cos:
             raise ValueError(f"keys {tuple(place.keys.shape)} of {place.dtype} are not of this layer")
         if length >= place.positions:
             raise ValueError(f"keys and values need a place for the token behind {length}, and have {place.positions}")
-        packed.append(_STEP.pack(described.address, *place.numbers, length, to))
-        to += part
+        packed.append(_STEP.pack(described.address, *place.numbers, length, result.data_ptr()))
     angle_stride = 0 if cos.shape[0] == 1 else size
     given = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), angle_stride
     check(functions().hb_decode_layers(b"".join(packed), len(packed), batch, *given))
-    return out
+    return results
 
 
 def _weights(layer: DecoderLayer) -> list[tuple[Tensor, Tensor, Tensor | None]]:
