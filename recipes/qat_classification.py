@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -94,9 +95,7 @@ class ModelArguments:
         default=None,
         metadata={"help": "'self' (the fine-tuned model), 'none', or another classifier. Default: the training preset's."},
     )
-    dropout: float = field(
-        default=0.0, metadata={"help": "Dropout rates of the model while it is trained quantized: rounding is noise enough."}
-    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout rates of the model while it is trained quantized."})
     overwrite: bool = field(default=False, metadata={"help": "Replace what an earlier run left in output_dir."})
 
 
@@ -303,11 +302,12 @@ def full_precision(job: Classification, models: ModelArguments, names: list[str]
 
 
 def dropout_rates(path: str | Path, rate: float) -> dict[str, float]:
-    """Every dropout rate that the configuration has, as `rate`. Raises ValueError when it is no rate."""
+    """Every number of the configuration that is named dropout or pdrop, as `rate`. Raises ValueError when it is no rate."""
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"--dropout {rate:g} is no rate; legal: 0 (none) up to, not including, 1")
     fields = AutoConfig.from_pretrained(path).to_dict()
-    return {name: rate for name, value in fields.items() if "dropout" in name and isinstance(value, float | int)}
+    rates = [name for name, value in fields.items() if isinstance(value, float | int) and not isinstance(value, bool)]
+    return {name: rate for name in rates if "dropout" in name or "pdrop" in name}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -324,6 +324,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = quantization.config()
     teacher = models.teacher or TRAINING_PRESETS.get(training.training_preset).teacher or "none"
     if teacher == "none":
+        if training.distillation is not None and any(word.startswith("--distillation") for word in argv or sys.argv[1:]):
+            raise ValueError("--distillation learns from a teacher, and --teacher none has none; leave one of them out")
         training.distillation = None
     folder = Path(training.output_dir).resolve()
     if models.fine_tuned is not None and folder in Path(models.fine_tuned).resolve().parents:

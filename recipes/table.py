@@ -20,7 +20,7 @@ _KINDS = {
     "accuracy": ("Accuracy, per cent", ("full_precision", "before_training", "trained", "packed"), 100.0),
     "perplexity": ("Perplexity", ("full_precision", "before_training", "trained", "packed"), 1.0),
 }
-_SETTING = ("recipe", "model", "trained on", "measured on", "weights", "teacher", "learning rate", "steps or epochs")
+_SETTING = ("recipe", "model", "trained on", "measured on", "weights", "teacher", "dropout", "learning rate", "steps or epochs")
 _HEAD = "# Results of the recipes\n\nWritten by `python recipes/table.py` from `recipes/results/*.json`. Means over seeds.\n"
 
 
@@ -53,13 +53,15 @@ def _setting(result: dict[str, Any]) -> tuple[str, ...]:
     weights = f"{quantization['weight']}, {quantization.get('granularity') or 'default'}"
     model = str(result["base_model"] or "from scratch")
     rate = f"{training['learning_rate']:g}"
+    dropout = f"{training['dropout']:g}" if "dropout" in training else "the model's"
     recipe = result.get("recipe", "qat_causal_lm")  # what `convert` writes does not name it
-    return (recipe, model, f"{data['train']}, {amount}", data["validation"], weights, _teacher(training), rate, length)
+    return (recipe, model, f"{data['train']}, {amount}", data["validation"], weights, _teacher(training), dropout, rate, length)
 
 
 def _teacher(training: dict[str, Any]) -> str:
     """Who it is, and what beside its outputs is learned from it."""
-    inner = [what for what in ("hidden", "relations") if (training.get("distillation") or {}).get(what)]
+    terms = training.get("distillation") or {}
+    inner = [f"{what} {terms[what]['weight']:g}" for what in ("hidden", "relations") if terms.get(what)]
     return ", ".join([training["teacher"], *inner]) if training["teacher"] != "none" else "none"
 
 

@@ -17,7 +17,7 @@ import hf_bitnet as hb
 from hf_bitnet import kernels
 from hf_bitnet.modules import faster_ahead
 from tests.cpu_kernels import failures_in_threads, needs_cpu_kernels
-from tests.test_decode_layer import packed_llama
+from tests.test_decode_layer import made_layer, packed_llama
 
 pytestmark = needs_cpu_kernels
 LAYERS = 5
@@ -68,21 +68,6 @@ def test_rows_are_learned_and_give_the_same(model: LlamaForCausalLM, rows: list[
     assert rows == [1] * LAYERS + [LAYERS] * 5, "a copy learns its own"
 
 
-def test_every_layer_s_output_is_there(model: LlamaForCausalLM) -> None:
-    decoded(model)
-    cache, plain = DynamicCache(), hb.optimize_for_generation(copy.deepcopy(model), enable=False)
-    with torch.no_grad():
-        for each in (cache, other := DynamicCache()):
-            model(PROMPT, past_key_values=each)
-        token = torch.tensor([[7]])
-        found = model(token, past_key_values=cache, output_hidden_states=True).hidden_states
-        expected = plain(token, past_key_values=other, output_hidden_states=True).hidden_states
-    assert len(found) == LAYERS + 1
-    assert len({y.untyped_storage().data_ptr() for y in found}) == LAYERS + 1, "safetensors refuses tensors that share memory"
-    for a, b in zip(found, expected, strict=True):
-        same(a, b)
-
-
 def _replaced(_: Any, __: Any, y: Tensor) -> Tensor:
     return y * 1.5
 
@@ -91,14 +76,148 @@ def _in_place(_: Any, __: Any, y: Tensor) -> None:
     y.mul_(1.5)
 
 
-@pytest.mark.parametrize("hook", [_replaced, _in_place])
-def test_changes_between_layers_are_seen(model: LlamaForCausalLM, rows: list[int], hook: Callable[..., Any]) -> None:
+def _behind_the_back(_: Any, __: Any, y: Tensor) -> None:
+    y.data.mul_(1.5)
+
+
+@pytest.mark.parametrize("hook", [_replaced, _in_place, _behind_the_back])
+def test_a_hooked_layer_is_computed_alone(model: LlamaForCausalLM, rows: list[int], hook: Callable[..., Any]) -> None:
     decoded(model)
-    model.model.layers[2].register_forward_hook(hook)
+    handle = model.model.layers[2].register_forward_hook(hook)
     rows.clear()
     same(decoded(model), plainly(model))
-    # what was computed in vain once is not computed again
-    assert rows == [LAYERS, 2] + [3, 2] * 5
+    assert rows == [2, 1, 2] * 6
+    handle.remove()
+    decoded(model)
+    rows.clear()
+    same(decoded(model), plainly(model))
+    assert rows == [LAYERS] * 6, "the row is whole again"
+
+
+@torch.no_grad()
+def by_hand(model: LlamaForCausalLM, before: Callable[[int, Any, list[Any]], None]) -> Tensor:
+    """One token through the layers; `before` may change (input, cache, angles) of each of them."""
+    caches = DynamicCache(), DynamicCache()
+    model(PROMPT, past_key_values=caches[0])
+    model(PROMPT.flip(1), past_key_values=caches[1])
+    y = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(0))
+    angles = [model.model.rotary_emb(y, torch.tensor([[position]])) for position in (4, 6)]
+    for index, layer in enumerate(model.model.layers):
+        call = [y, caches, angles]
+        before(index, layer, call)
+        y = layer(call[0], past_key_values=call[1][0], position_embeddings=call[2][0], use_cache=True)
+    return torch.cat([y.flatten(), *(layer.keys.flatten() for cache in caches for layer in cache.layers)])
+
+
+def _other_cache(_: Any, call: list[Any]) -> None:
+    call[1] = call[1][::-1]
+
+
+def _other_angles(_: Any, call: list[Any]) -> None:
+    call[2] = call[2][::-1]
+
+
+def _turned_angles(_: Any, call: list[Any]) -> None:
+    call[2][0][0].mul_(0.5)
+
+
+def _other_input(_: Any, call: list[Any]) -> None:
+    call[0] = call[0] * 2
+
+
+def _input_behind_the_back(_: Any, call: list[Any]) -> None:
+    call[0].data.mul_(2)
+
+
+def _other_weight(layer: Any, _: list[Any]) -> None:
+    layer.mlp.down_proj.weight_scale.mul_(2)
+
+
+def _other_setting(layer: Any, _: list[Any]) -> None:
+    layer.self_attn.scaling = 0.5
+
+
+def _other_past(layer: Any, call: list[Any]) -> None:
+    call[1][0].layers[layer.self_attn.layer_idx].keys.mul_(2)
+
+
+def _shorter_past(layer: Any, call: list[Any]) -> None:
+    call[1][0].layers[layer.self_attn.layer_idx].crop(-1)
+
+
+def _watched(layer: Any, _: list[Any]) -> None:
+    layer.mlp.register_forward_hook(_replaced)
+
+
+CHANGES = (_other_cache, _other_angles, _turned_angles, _other_input, _input_behind_the_back, _other_weight)
+CHANGES += (_other_setting, _other_past, _shorter_past, _watched)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_in_the_middle_of_a_token_are_seen(
+    model: LlamaForCausalLM, rows: list[int], change: Callable[[Any, list[Any]], None]
+) -> None:
+    plain = hb.optimize_for_generation(copy.deepcopy(model), enable=False)
+    decoded(model)
+    rows.clear()
+
+    def third(index: int, layer: Any, call: list[Any]) -> None:
+        if index == 3:
+            change(layer, call)
+
+    with torch.no_grad():
+        same(by_hand(model, third), by_hand(plain, third))
+    assert rows[0] == LAYERS, "all were computed ahead"
+    assert torch.equal(by_hand(model, lambda *_: None), by_hand(model, lambda *_: None))
+
+
+def test_a_layer_that_is_left_out(model: LlamaForCausalLM, rows: list[int]) -> None:
+    plain = hb.optimize_for_generation(copy.deepcopy(model), enable=False)
+    decoded(model)
+    rows.clear()
+    left_out = model.model.layers[2]
+    for each in (model, plain):
+        each.model.layers = torch.nn.ModuleList([layer for index, layer in enumerate(each.model.layers) if index != 2])
+    same(decoded(model), decoded(plain))
+    assert rows == [2, 2] + [4] * 5 and left_out is not None  # the cache has nothing of it
+
+
+def test_outputs_of_all_layers(model: LlamaForCausalLM, rows: list[int]) -> None:
+    plain = hb.optimize_for_generation(copy.deepcopy(model), enable=False)
+    decoded(model)
+    found: dict[int, list[Tensor]] = {}
+    for each in (model, plain):
+        by_hand(each, lambda _, __, call, each=each: found.setdefault(id(each), []).append(call[0]))
+    assert rows[-1] == LAYERS
+    ours, theirs = found[id(model)], found[id(plain)]
+    for a, b in zip(ours, theirs, strict=True):
+        same(a, b)
+    assert len({y.untyped_storage().data_ptr() for y in ours}) == LAYERS, "safetensors refuses tensors that share memory"
+
+
+def test_misses_heal_unless_there_are_many(model: LlamaForCausalLM, rows: list[int]) -> None:
+    decoded(model)
+
+    def change(index: int, layer: Any, call: list[Any]) -> None:
+        if index >= 3:
+            _other_angles(layer, call)
+
+    by_hand(model, change)
+    decoded(model, tokens=2)
+    rows.clear()
+    decoded(model, tokens=2)
+    assert rows == [LAYERS] * 2
+    for _ in range(faster_ahead._MOST_MISSES):
+        by_hand(model, change)
+        decoded(model, tokens=2)
+    rows.clear()
+    decoded(model, tokens=2)
+    assert rows == [3, 2] * 2
+    hb.optimize_for_generation(model)
+    decoded(model, tokens=2)
+    rows.clear()
+    decoded(model, tokens=2)
+    assert rows == [LAYERS] * 2, "asked again, it starts anew"
 
 
 def test_layers_that_are_not_called_keep_their_cache(model: LlamaForCausalLM, rows: list[int]) -> None:
@@ -115,33 +234,6 @@ def test_layers_that_are_not_called_keep_their_cache(model: LlamaForCausalLM, ro
     assert [layer.get_seq_length() for layer in cache.layers] == [7, 7, 4, 4, 4]
     model.model.layers = layers
     same(decoded(model), plainly(model))
-
-
-def test_other_angles_and_another_cache_for_one_layer(model: LlamaForCausalLM) -> None:
-    plain = hb.optimize_for_generation(copy.deepcopy(model), enable=False)
-    decoded(model)
-    x, positions = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([[4]])
-
-    @torch.no_grad()
-    def by_hand(of: LlamaForCausalLM, other_angles: bool, other_cache: bool) -> Tensor:
-        caches = DynamicCache(), DynamicCache()
-        for cache in caches:
-            of(PROMPT, past_key_values=cache)
-        angles = of.model.rotary_emb(x, positions)
-        others = of.model.rotary_emb(x, positions + 2)
-        y = x
-        for index, layer in enumerate(of.model.layers):
-            third = index == 2
-            y = layer(
-                y,
-                past_key_values=caches[third and other_cache],
-                position_embeddings=others if third and other_angles else angles,
-                use_cache=True,
-            )
-        return torch.cat([y.flatten(), *(layer.keys.flatten() for cache in caches for layer in cache.layers)])
-
-    for case in ((True, False), (False, True), (False, False)):
-        same(by_hand(model, *case), by_hand(plain, *case))
 
 
 def test_a_token_that_was_interrupted(model: LlamaForCausalLM) -> None:
@@ -208,10 +300,45 @@ def test_inference_mode(model: LlamaForCausalLM, rows: list[int]) -> None:
     same(found.clone(), plainly(model))
 
 
-def test_threads_do_not_take_each_other_s_results(model: LlamaForCausalLM) -> None:
+def test_threads_do_not_take_each_other_s_results(model: LlamaForCausalLM, rows: list[int]) -> None:
     decoded(model)
     expected = decoded(model)
+    rows.clear()
     assert not failures_in_threads(lambda _: torch.equal(decoded(model), expected), rounds=10)
+    assert set(rows) == {LAYERS}, "no thread ends a row of another"
+
+
+def test_a_kernel_call_for_two_layers_is_two_calls() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layers = [kernels.DescribedLayer(made_layer(64, 96, 4, 2, 16, torch.float32, norms=norms)) for norms in (False, True)]
+    x, cos, sin = (torch.randn(*size, generator=generator) for size in ((2, 1, 64), (1, 1, 16), (1, 1, 16)))
+    buffers = [[torch.randn(2, 2, 9, 16, generator=generator) for _ in range(2)] for _ in layers]
+    twins = [[buffer.clone() for buffer in pair] for pair in buffers]
+    steps = [(layer, kernels.cache_place(*pair), 5) for layer, pair in zip(layers, buffers, strict=True)]
+    first, second = kernels.decode_layers(steps, x, cos, sin)
+    expected = layers[0].decode(x, cos, sin, *twins[0], 5)
+    assert torch.equal(first, expected)
+    assert torch.equal(second, layers[1].decode(expected, cos, sin, *twins[1], 5))
+    assert all(torch.equal(a, b) for pair, twin in zip(buffers, twins, strict=True) for a, b in zip(pair, twin, strict=True))
+
+
+def test_what_is_no_row_is_refused() -> None:
+    layer, narrow = (kernels.DescribedLayer(made_layer(hidden, 96, 4, 2, 16, torch.float32)) for hidden in (64, 48))
+    x, angle = torch.randn(1, 1, 64), torch.randn(1, 1, 16)
+    place = kernels.cache_place(torch.randn(1, 2, 4, 16), torch.randn(1, 2, 4, 16))
+    for steps, given, message in (
+        ([(layer, place, 3), (narrow, place, 3)], (x, angle, angle), "not of this layer"),
+        ([(layer, place, 4)], (x, angle, angle), "need a place for the token behind 4, and have 4"),
+        ([(layer, place, 3)], (x, angle.to("meta"), angle), "need to be on the CPU"),
+        ([(layer, place, 3)], (x, angle.double(), angle), "need one dtype"),
+        ([(layer, place, 3)], (torch.randn(2, 1, 64), angle, angle), "are not of this layer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.decode_layers(steps, *given)
+    with pytest.raises(ValueError, match="equal shapes, dtypes and strides"):
+        kernels.cache_place(torch.randn(1, 2, 4, 16), torch.randn(1, 2, 5, 16))
+    with pytest.raises(TypeError, match="addresses of this process"):
+        copy.deepcopy(layer)
 
 
 def test_nothing_is_kept_alive() -> None:

@@ -132,6 +132,13 @@ def test_classification_as_it_comes(classified: tuple[Path, dict[str, Any]], enc
     rates = tf.AutoConfig.from_pretrained(tmp_path / "out" / "packed")
     assert rates.hidden_dropout_prob == rates.attention_probs_dropout_prob == 0.0
     assert tf.AutoConfig.from_pretrained(out / "full_precision").hidden_dropout_prob == 0.1
+    assert load("qat_classification").dropout_rates(out / "full_precision", 0.3) == {
+        "hidden_dropout_prob": 0.3,
+        "attention_probs_dropout_prob": 0.3,
+    }
+    with pytest.raises(ValueError, match="--distillation learns from a teacher, and --teacher none has none"):
+        wrong = {**named, "teacher": "none", "distillation": '{"alpha": 1.0}'}
+        load("qat_classification").main(classification(encoder, tmp_path / "no", **wrong))
     with pytest.raises(ValueError, match="--dropout 1 is no rate; legal: 0"):
         load("qat_classification").main(classification(encoder, tmp_path / "no", **{**named, "dropout": 1}))
 
@@ -360,6 +367,7 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             "teacher": "self",
             "learning_rate": 5e-4,
             "num_train_epochs": 2.0,
+            "dropout": 0.0,
             "distillation": {"hidden": {"weight": 2.0}, "relations": None},
         },
     }
@@ -368,8 +376,7 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "results" / f"{seed}.json").write_text(json.dumps(made))
     assert table.main(["--check"], tmp_path) == 1 and "run: python recipes/table.py" in capsys.readouterr().err
     assert table.main([], tmp_path) == 0 and table.main(["--check"], tmp_path) == 0
-    setting = (
-        "qat_classification | encoder | train.tsv, 1,000 rows | dev.tsv | ternary, tensor | self, hidden | 0.0005 | 2 epochs"
-    )
+    setting = "qat_classification | encoder | train.tsv, 1,000 rows | dev.tsv | ternary, tensor | self, hidden 2 | 0"
+    setting += " | 0.0005 | 2 epochs"
     row = f"| {setting} | 1, 2 |  |  |  | 62.50 |"
     assert row in (tmp_path / "RESULTS.md").read_text()

@@ -40,7 +40,7 @@ class Text:
 def text_of(model: str, limit: int | None = None) -> Text:
     """The text in tokens of `model`; `limit` takes no more windows of each part."""
     full, windows = model_and_windows(model, train=None, valid=limit)
-    # kept back for what is not measured here: text that the pretrained models know and students do not
+    # the last 128 windows are for scripts that ask what a student has lost of what its teacher knows by heart
     train = windows["train"][:-UNREAD]
     halves = windows["valid"].tensor_split(2)
     return Text(train, halves, perplexities(full.to(DEVICE), halves))  # type: ignore[arg-type]

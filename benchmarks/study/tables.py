@@ -46,7 +46,7 @@ def _chosen(name: str, arm: str, rows: list[dict[str, Any]]) -> dict[int, float]
     tried = [row for row in rows if row["study"] == name and row["arm"] == arm]
     if not any(row["seed"] == 0 for row in tried):
         return {}
-    # halves are equally long: the ratio of the whole is their geometric mean
+    # halves are as good as equally long: the ratio of the whole is their geometric mean
     first, second = (
         {row["seed"]: row["ratios"][half] for row in tried if row["rate"] == rate}
         for half, rate in enumerate(best_rates(name, arm, rows))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ _NORM = struct.Struct("@Pfi")
 _NUMBERS = struct.Struct("@ffffiiiifi")
 _WEIGHT = struct.Struct("@PqqPqqPqPq")
 _STEP = struct.Struct("@PPP4qP")
+_VERSION = attrgetter("_version")
 
 
 class Place(NamedTuple):
@@ -89,6 +91,13 @@ class Described:
         """Whether every tensor is still at its address."""
         return self._addresses == self._find()
 
+    def versions(self) -> list[int]:
+        """Of every tensor: another one after it was changed in place, but not through `.data`."""
+        return list(map(_VERSION, self._tensors))
+
+    def __reduce__(self) -> Any:
+        raise TypeError("the description of a layer holds addresses of this process; describe the copy of the layer instead")
+
     def decode(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
         """`decoder.decode_layer`."""
         return decode_layers([(self, place_of(keys, values), length)], x, cos, sin)[0]
@@ -113,6 +122,8 @@ def decode_layers(steps: Sequence[tuple[Described, Place, int]], x: Tensor, cos:
         raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} are not those of one token")
     if not dtype == cos.dtype == sin.dtype:
         raise ValueError(f"x, cos and sin need one dtype, not {dtype}, {cos.dtype} and {sin.dtype}")
+    if not x.is_cpu or not cos.is_cpu or not sin.is_cpu:
+        raise ValueError(f"x, cos and sin need to be on the CPU, not on {x.device}, {cos.device} and {sin.device}")
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     results, packed = [torch.empty_like(x) for _ in steps], []
     for (described, place, length), result in zip(steps, results, strict=True):
