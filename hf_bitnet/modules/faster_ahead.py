@@ -1,21 +1,21 @@
 """Decoder layers that are computed ahead: the first of a row computes the token for those behind it too. Own.
 
 Calling sixteen layers from Python for each token costs more than a tenth of the token, more so since the weights that stream
-by leave nothing of Python in the caches of the processor. So the first layer makes one kernel call for all, and each layer
-behind it, when it is called, hands out what is there, if nothing has changed: what it is called with, the cache, the angles,
-its own parts. Otherwise it computes for itself. Its part of the cache grows only then.
+by leave nothing of Python in the caches of the processor. So, while the model that holds the layers runs its own forward, the
+first of them makes one kernel call for all, and each layer behind it, when it is called with what the one before it returned,
+hands out what is there. Its part of the cache grows only then.
 
-Which layer follows which is learned from the calls. A layer with hooks of its own is computed alone, because they may change
-anything; a layer that has often not taken what was computed for it begins a row. In inference mode, where tensors do not tell
-that they were changed, every layer is computed alone. Weights, keys or angles that are changed through `.data` between two
-layers of one token are not seen; what a layer returns may be changed in any way.
+Nobody else's code runs between these calls: a layer with hooks or a forward of its own is computed alone, and so is every layer
+that is called from elsewhere, and all of them in inference mode, where tensors do not tell that they were changed. A model that
+often leaves out layers, or calls them with something else, gets no rows any more.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .. import kernels
-from .faster_cache import Held, held_by, past_of, show, with_room
+from .faster import Faster
+from .faster_cache import held_by, past_of, show, with_room
 
-# the layer that follows, and how often it did not take what was computed for it
-_NEXT: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+# how often a model did not take what was computed for it
 _MISSES: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _MOST_MISSES = 8
 
@@ -46,82 +46,93 @@ class _Waiting:
     """What one call has computed for several layers.
 
     Attributes:
-        results: of the layers, (B, 1, hidden) each. taken: how many of them have handed theirs out.
-        expected, copy: what the last of these handed out, and its numbers.
-        modules, keys, lengths: of the layers; the buffers of keys that the token is in behind `length` others.
-        versions: of everything that went into a layer's result.
+        steps: of the layers. results: of the layers, (B, 1, hidden) each. taken: how many of them have handed theirs out.
+        expected: what the last of these handed out; nobody else has changed it, so its version is 0.
+        given: the cache and the angles.
     """
 
-    def __init__(
-        self, steps: Sequence[Step], results: Sequence[Tensor], cache: DynamicCache, angles: tuple[Tensor, Tensor]
-    ) -> None:
-        self.results, self.angles, self.taken = results, angles, 0
-        # what waits for a call that may never come keeps no model and no cache alive
-        self.cache = weakref.ref(cache)
-        self.modules = [weakref.ref(step.module) for step in steps]
-        self.keys = [weakref.ref(step.place.keys) for step in steps]
-        self.lengths = [step.length for step in steps]
-        self.versions = [_versions(step.described, step.place, angles) for step in steps]
-        self.expected: weakref.ref[Tensor] | None = None
-        self.copy = results[0]
+    def __init__(self, steps: Sequence[Step], results: Sequence[Tensor], given: tuple[Any, ...]) -> None:
+        self.steps, self.results, self.given, self.taken = steps, results, given, 0
+        self.expected: Tensor | None = None
 
-    def is_for(self, module: nn.Module, x: Tensor, cache: DynamicCache, angles: tuple[Tensor, Tensor]) -> bool:
+    def is_for(self, module: nn.Module, x: Tensor, given: tuple[Any, ...]) -> bool:
         """Whether the next layer is called, with what it was computed for."""
-        return (
-            self.expected is not None
-            and self.expected() is x
-            and self.modules[self.taken]() is module
-            and self.cache() is cache
-            and all(map(is_, angles, self.angles))
-            and torch.equal(x, self.copy)
-        )
+        step = self.steps[self.taken]
+        same = step.module is module and self.expected is x and x._version == 0 and all(map(is_, given, self.given))
+        held = held_by(step.past) if same else None
+        return held is not None and held.place is step.place and held.present[0].shape[2] == step.length
 
-    def take(self, past: DynamicLayer, held: Held) -> Tensor:
+    def take(self) -> Tensor:
         """The next layer's result; its cache grows by the token."""
-        index, self.taken = self.taken, self.taken + 1
-        show(past, held.place, self.lengths[index] + 1)
-        y = self.results[index]
-        if self.taken < len(self.results):
-            self.expected, self.copy = weakref.ref(y), y.clone()
-        return y
-
-
-def _versions(described: kernels.DescribedLayer, place: kernels.CachePlace, angles: tuple[Tensor, Tensor]) -> list[int]:
-    return [*described.versions(), *(tensor._version for tensor in (place.keys, place.values, *angles))]
+        step, self.expected = self.steps[self.taken], self.results[self.taken]
+        self.taken += 1
+        show(step.past, step.place, step.length + 1)
+        return self.expected
 
 
 class _Local(threading.local):
-    """Of one thread: what waits, and the last result of a layer that nothing was waiting behind."""
+    """Of one thread: the layers of the model whose forward runs, what waits for them, and whether one did not take it."""
 
+    layers: Sequence[nn.Module] = ()
     waiting: _Waiting | None = None
-    last: tuple[weakref.ref[nn.Module], weakref.ref[Tensor]] | None = None
+    missed: bool = False
 
 
 _LOCAL = _Local()
 
 
+class FasterStack(Faster):
+    """A model whose decoder layers may be computed ahead while its forward runs."""
+
+    @staticmethod
+    def made_for(original: type[nn.Module]) -> dict[str, Any]:
+        forward = original.forward
+
+        @functools.wraps(forward)
+        def with_rows(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if kernels.is_recording() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+                return forward(self, *args, **kwargs)
+            return _with_rows(self, functools.partial(forward, self, *args, **kwargs))
+
+        return {"forward": with_rows}
+
+
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """The modules of the lists that a module holds."""
+    return [layer for each in module._modules.values() if isinstance(each, nn.ModuleList) for layer in each._modules.values()]  # type: ignore[misc]
+
+
+def _with_rows(module: nn.Module, forward: Callable[[], Any]) -> Any:
+    outer = _LOCAL.layers, _LOCAL.waiting, _LOCAL.missed
+    _LOCAL.layers = layers_of(module) if _MISSES.get(module, 0) < _MOST_MISSES else ()
+    _LOCAL.waiting, _LOCAL.missed = None, False
+    try:
+        result = forward()
+        if _LOCAL.missed or _LOCAL.waiting is not None:
+            _MISSES[module] = _MISSES.get(module, 0) + 1
+        return result
+    finally:
+        _LOCAL.layers, _LOCAL.waiting, _LOCAL.missed = outer
+
+
 def forget(module: nn.Module) -> None:
-    """Drops what is known of the layer that follows."""
-    _NEXT.pop(module, None)
+    """Drops what is known of a model."""
     _MISSES.pop(module, None)
 
 
 def row_from(module: nn.Module) -> Iterator[nn.Module]:
-    """The layer and those known to follow it, one after the other, or the layer alone."""
-    if torch.is_inference_mode_enabled() or _is_hooked(module):
-        yield module
-        return
-    seen: set[int] = set()
-    following: nn.Module | None = module
-    while following is not None and id(following) not in seen and not _is_hooked(following):
-        yield following
-        seen.add(id(following))
-        found = _NEXT.get(following)
-        following = None if found is None else found()
+    """The layer and those that follow it, or the layer alone."""
+    yield module
+    layers = _LOCAL.layers
+    if module in layers and not _is_hooked(module):
+        for following in layers[layers.index(module) + 1 :]:
+            if _is_hooked(following):
+                return
+            yield following
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def step_of(
@@ -152,56 +163,21 @@ def step_of(
 def compute(steps: Sequence[Step], x: Tensor, cache: DynamicCache, angles: tuple[Tensor, Tensor]) -> Tensor:
     """The first layer's result (B, 1, hidden); those of the others wait for their calls."""
     results = kernels.decode_layers([(step.described, step.place, step.length) for step in steps], x, *angles)
-    past, held = steps[0].past, held_by(steps[0].past)
-    assert held is not None
-    if results[0].is_inference():  # such tensors have no versions, so that a change would not be seen
-        show(past, held.place, steps[0].length + 1)
-        return results[0]
-    _LOCAL.waiting = _Waiting(steps, results, cache, angles)
-    return _handed_out(_LOCAL.waiting, past, held)
-
-
-def taken(
-    module: Any, described: kernels.DescribedLayer | None, x: Tensor, cache: DynamicCache, angles: tuple[Tensor, Tensor]
-) -> Tensor | None:
-    """The layer's result, if it has been computed ahead for this very call; `described` as it is now."""
-    waiting = _LOCAL.waiting
-    if waiting is None:
-        _learn(module, x)
-        return None
-    if described is not None and waiting.is_for(module, x, cache, angles):
-        past, index = past_of(cache, module.self_attn.layer_idx), waiting.taken
-        held = None if past is None else held_by(past)
-        if past is not None and held is not None and held.place.keys is waiting.keys[index]():
-            same = waiting.versions[index] == _versions(described, held.place, angles)
-            if same and held.present[0].shape[2] == waiting.lengths[index]:
-                return _handed_out(waiting, past, held)
-    _end_row(waiting)
-    return None
-
-
-def _handed_out(waiting: _Waiting, past: DynamicLayer, held: Held) -> Tensor:
-    y = waiting.take(past, held)
-    if waiting.taken == len(waiting.modules):
-        _LOCAL.waiting = None
-        _LOCAL.last = waiting.modules[-1], weakref.ref(y)
+    waiting = _Waiting(steps, results, (cache, *angles))
+    y = waiting.take()
+    _LOCAL.waiting = waiting if len(steps) > 1 else None
     return y
 
 
-def _end_row(waiting: _Waiting) -> None:
-    """The row ends with the last layer that was called, until calls show that it goes on."""
-    _LOCAL.waiting = None
-    last = waiting.modules[waiting.taken - 1]()
-    if last is not None:
-        _MISSES[last] = _MISSES.get(last, 0) + 1
-        _NEXT.pop(last, None)
-
-
-def _learn(module: nn.Module, x: Tensor) -> None:
-    """This layer follows the one whose result it is called with."""
-    last, _LOCAL.last = _LOCAL.last, None
-    if last is None or last[1]() is not x:
-        return
-    before = last[0]()
-    if before is not None and before is not module and _MISSES.get(before, 0) < _MOST_MISSES:
-        _NEXT[before] = weakref.ref(module)
+def taken(module: nn.Module, x: Tensor, cache: DynamicCache, angles: tuple[Tensor, Tensor]) -> Tensor | None:
+    """The layer's result, if it has been computed ahead for this very call."""
+    waiting = _LOCAL.waiting
+    if waiting is None:
+        return None
+    if not waiting.is_for(module, x, (cache, *angles)):
+        _LOCAL.waiting, _LOCAL.missed = None, True
+        return None
+    y = waiting.take()
+    if waiting.taken == len(waiting.steps):
+        _LOCAL.waiting = None
+    return y

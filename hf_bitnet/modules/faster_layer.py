@@ -96,7 +96,9 @@ class FasterLayer(Faster):
             and not torch.is_grad_enabled()
             and not kwargs.get("output_attentions")
         ):
-            y = _decode(self, hidden_states, past_key_values, position_embeddings)  # type: ignore[arg-type]
+            y = faster_ahead.taken(self, hidden_states, past_key_values, position_embeddings)  # type: ignore[arg-type]
+            if y is None:
+                y = _decode(self, hidden_states, past_key_values, position_embeddings)  # type: ignore[arg-type]
             if y is not None:
                 return y
         return super().forward(  # type: ignore[misc]
@@ -131,14 +133,12 @@ def _linears(module: Any) -> list[Any]:
 
 
 def _decode(module: nn.Module, x: Tensor, cache: DynamicCache, angles: tuple[Tensor, Tensor]) -> Tensor | None:
-    """The layer's result: computed ahead, or by a call that computes the layers behind it too."""
-    plan = _plan_of(module) if x.is_cpu and not torch.is_autocast_enabled("cpu") else None
-    y = faster_ahead.taken(module, None if plan is None else plan.described, x, cache, angles)
-    if y is not None or plan is None:
-        return y
+    """The layer's result, by a call that computes the layers behind it too."""
+    if not x.is_cpu or torch.is_autocast_enabled("cpu"):
+        return None
     steps: list[faster_ahead.Step] = []
     for each in faster_ahead.row_from(module):
-        plan = plan if each is module else _plan_of(each)
+        plan = _plan_of(each) if isinstance(each, FasterLayer) else None
         step = None if plan is None else faster_ahead.step_of(each, plan.described, x, cache, angles, steps)
         if step is None:
             break

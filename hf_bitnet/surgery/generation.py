@@ -24,6 +24,7 @@ from ..modules.faster import (
     make_faster,
     make_original,
 )
+from ..modules.faster_ahead import FasterStack, layers_of
 from ..modules.faster_layer import FasterLayer, forget, is_decoder_layer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -64,6 +65,10 @@ def optimize_for_generation(model: Model, *, enable: bool = True) -> Model:
                 make_faster(module, FasterAttention)
             elif is_decoder_layer(module):
                 make_faster(module, FasterLayer)
+    for module in model.modules() if enable else ():
+        plain = not isinstance(module, Faster) and "forward" not in module.__dict__
+        if plain and sum(isinstance(layer, FasterLayer) for layer in layers_of(module)) > 1:
+            make_faster(module, FasterStack)
     return model
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,6 @@ _NORM = struct.Struct("@Pfi")
 _NUMBERS = struct.Struct("@ffffiiiifi")
 _WEIGHT = struct.Struct("@PqqPqqPqPq")
 _STEP = struct.Struct("@PPP4qP")
-_VERSION = attrgetter("_version")
 
 
 class Place(NamedTuple):
@@ -90,10 +88,6 @@ class Described:
     def is_current(self) -> bool:
         """Whether every tensor is still at its address."""
         return self._addresses == self._find()
-
-    def versions(self) -> list[int]:
-        """Of every tensor: another one after it was changed in place, but not through `.data`."""
-        return list(map(_VERSION, self._tensors))
 
     def __reduce__(self) -> Any:
         raise TypeError("the description of a layer holds addresses of this process; describe the copy of the layer instead")
