@@ -47,27 +47,26 @@ class _Waiting:
 
     Attributes:
         steps: of the layers. results: of the layers, (B, 1, hidden) each. taken: how many of them have handed theirs out.
-        expected: what the last of these handed out; nobody else has changed it, so its version is 0.
         given: the cache and the angles.
     """
 
     def __init__(self, steps: Sequence[Step], results: Sequence[Tensor], given: tuple[Any, ...]) -> None:
         self.steps, self.results, self.given, self.taken = steps, results, given, 0
-        self.expected: Tensor | None = None
 
     def is_for(self, module: nn.Module, x: Tensor, given: tuple[Any, ...]) -> bool:
         """Whether the next layer is called, with what it was computed for."""
-        step = self.steps[self.taken]
-        same = step.module is module and self.expected is x and x._version == 0 and all(map(is_, given, self.given))
+        step, before = self.steps[self.taken], self.results[self.taken - 1]
+        # a result that nobody has changed is of version 0
+        same = step.module is module and before is x and x._version == 0 and all(map(is_, given, self.given))
         held = held_by(step.past) if same else None
         return held is not None and held.place is step.place and held.present[0].shape[2] == step.length
 
     def take(self) -> Tensor:
         """The next layer's result; its cache grows by the token."""
-        step, self.expected = self.steps[self.taken], self.results[self.taken]
+        step, y = self.steps[self.taken], self.results[self.taken]
         self.taken += 1
         show(step.past, step.place, step.length + 1)
-        return self.expected
+        return y
 
 
 class _Local(threading.local):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from itertools import repeat
-from operator import contains, is_
+from operator import attrgetter, contains, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -31,14 +31,35 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.04, torch.float16: 0.04}
 
 
+class _Watchers(NamedTuple):
+    """Who may see the calls of a layer's parts: hooks, forwards of instances, dropout.
+
+    Attributes:
+        hooks: the dicts of all hooks on the parts. own: the dicts of the parts' attributes.
+        attention: whose dropout is for training.
+    """
+
+    hooks: tuple[dict[Any, Any], ...]
+    own: tuple[dict[str, Any], ...]
+    attention: nn.Module
+
+    def are_there(self) -> bool:
+        """Whether the calls of the parts have to happen."""
+        attention, everywhere = self.attention, nn.modules.module
+        return (
+            any(self.hooks)
+            or any(map(contains, self.own, repeat("forward")))
+            or (attention.training and bool(getattr(attention, "attention_dropout", 0.0)))
+            or bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+        )
+
+
 class _Plan(NamedTuple):
     """A layer as one call, and what must still be there for it to be the layer.
 
     Attributes:
         owners, names, parts: modules, tensors, numbers and schemes that went into it, each with the dict it is in.
         blends, versions: of sub-norms, whose values went into it.
-        hooks: the dicts of all hooks on its modules. own: the dicts of the modules' attributes.
-        attention: whose dropout is for training.
     """
 
     described: kernels.DescribedLayer
@@ -47,23 +68,17 @@ class _Plan(NamedTuple):
     parts: tuple[Any, ...]
     blends: tuple[Tensor, ...]
     versions: tuple[int, ...]
-    hooks: tuple[dict[Any, Any], ...]
-    own: tuple[dict[str, Any], ...]
-    attention: nn.Module
+    watchers: _Watchers
 
     def holds(self) -> bool:
         # sixty comparisons a layer and token: loops that the interpreter does not run
         same = all(map(is_, map(dict.get, self.owners, self.names), self.parts)) and self.described.is_current()
-        return same and all(blend._version == version for blend, version in zip(self.blends, self.versions, strict=True))
+        return same and self.versions == _versions(self.blends)
 
-    def is_watched(self) -> bool:
-        """Whether the calls of the parts have to happen."""
-        return (
-            any(self.hooks)
-            or any(map(contains, self.own, repeat("forward")))
-            or _drops_out(self.attention)
-            or _is_every_module_watched()
-        )
+
+def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+    """Another one for a tensor that was changed in place."""
+    return tuple(map(attrgetter("_version"), tensors))
 
 
 # not on the modules: addresses must not be copied or pickled with them
@@ -152,9 +167,9 @@ def _plan_of(module: nn.Module) -> _Plan | None:
     if plan is None and module in _PLANS:
         return None
     if plan is not None and plan.holds():
-        return None if plan.is_watched() else plan
+        return None if plan.watchers.are_there() else plan
     # nothing is remembered of a layer that is unpacked or watched just now: the proof would call the watchers
-    if not is_decoder_layer(module) or _is_watched(module):
+    if not is_decoder_layer(module) or _watchers_of(module).are_there():
         return None
     plan = _PLANS[module] = _make(module)
     return plan
@@ -168,20 +183,10 @@ def _modules_of(module: Any) -> list[nn.Module]:
     return [part for part in (*parts, *inner) if part is not None]
 
 
-def _is_watched(module: Any) -> bool:
-    """Whether the calls of the parts have to happen: hooks see them, instances have forwards of their own, dropout is on."""
+def _watchers_of(module: Any) -> _Watchers:
     parts = _modules_of(module)
-    watched = any(part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in parts)
-    return watched or _drops_out(module._modules["self_attn"]) or _is_every_module_watched()
-
-
-def _drops_out(attention: nn.Module) -> bool:
-    return attention.training and bool(getattr(attention, "attention_dropout", 0.0))
-
-
-def _is_every_module_watched() -> bool:
-    everywhere = nn.modules.module
-    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+    hooks = tuple(hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks))
+    return _Watchers(hooks, tuple(part.__dict__ for part in parts), module.self_attn)
 
 
 def _make(module: Any) -> _Plan | None:
@@ -192,15 +197,10 @@ def _make(module: Any) -> _Plan | None:
     described = _describe(module, linears, layout, activation.rows) if same and activation.rows is not None else None
     if described is None or not _agrees(module, described):
         return None
-    found, parts = _ingredients(module, linears), _modules_of(module)
-    hooks = tuple(hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks))
-    owners, names = (tuple(column) for column in zip(*found, strict=True))
+    owners, names = (tuple(column) for column in zip(*_ingredients(module, linears), strict=True))
     now = tuple(map(dict.get, owners, names))
-    blends = tuple(part.blend for part in parts if isinstance(part, SubNorm))
-    versions = tuple(blend._version for blend in blends)
-    return _Plan(
-        described, owners, names, now, blends, versions, hooks, tuple(part.__dict__ for part in parts), module.self_attn
-    )
+    blends = tuple(part.blend for part in _modules_of(module) if isinstance(part, SubNorm))
+    return _Plan(described, owners, names, now, blends, _versions(blends), _watchers_of(module))
 
 
 def _ingredients(module: Any, linears: list[PackedBitLinear]) -> list[tuple[dict[str, Any], str]]:

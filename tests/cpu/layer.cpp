@@ -55,8 +55,8 @@ void fuzz_decode_layer(Random& random) {
     };
     hb_decoder_layer l = {dtype, hidden, heads, kv, d, ffn, {norm.data(), 1e-5f, 0}, {post.data(), 1e-6f, 0},
                           norm_of(of_q, 0), norm_of(of_k, 1), norm_of(of_out, 0), norm_of(of_down, 1),
-                          float(1 / sqrt(double(d))), -128, 127, 1e-5f, {2, 1, -1, 1, 0}, relu2 ? HB_RELU2 : HB_SILU, {q.weight, k.weight, v.weight}, o.weight,
-                          {gate.weight, up.weight}, down.weight};
+                          float(1 / sqrt(double(d))), -128, 127, 1e-5f, {2, 1, -1, 1, 0},
+                          relu2 ? HB_RELU2 : HB_SILU, {q.weight, k.weight, v.weight}, o.weight, {gate.weight, up.weight}, down.weight};
     const int64_t head_stride = places * d, batch_stride = kv * head_stride;
     const hb_decode_step step = {&l, keys.data(), values.data(), batch_stride, head_stride, d, length, out.data()};
     expect_ok(hb_decode_layers(&step, 1, batch, x.data(), cos.data(), sin.data(), 0));
