@@ -51,7 +51,7 @@ bool lay_out(const FixedCall& call, const Slab& slab) {
                 const int count = 2 * int(smaller(pairs, all - row));
                 for (int64_t k0 = 0; k0 < slab.kpad; k0 += slab.kc) {
                     const int64_t size = slab.size(k0);
-                    call.body.pack_rows(strip + k0, slab.kpad, count, size, size, slab.block(2 * (from + row), k0));
+                    call.body.pack_rows(strip + k0, slab.kpad, count, size, slab.block(2 * (from + row), k0));
                 }
             }
         }

@@ -5,7 +5,9 @@
 // Row form (few rows of x): each weight row is a dot product. A vector of V weight bytes holds V codes in each of its
 //   8 / bits bit planes, so x is permuted once into planes of V bytes instead of moving weights about.
 // Matrix form: 16 weight rows become a panel [K / 4][16][4], one level a byte, which is what VNNI, AMX tiles and sdot
-//   want; blocks of `mr` rows of x meet panels of `nr` outputs in a micro-kernel.
+//   want; blocks of `mr` rows of x meet panels of `nr` outputs in a micro-kernel. Here too x is moved instead of weights: K is
+//   taken in panel order, where a step has the same plane of the four bytes of a 32-bit word, so that unpacking is a shift and a
+//   mask of words.
 //
 // Sums are of x * u, u the stored level; the way back to codes and values is in the epilogue:
 //   sum x (code - zero) = step * sum x u + (lowest - zero) * sum x.
@@ -29,6 +31,14 @@ struct Packed {
 static inline uint8_t level_at(const Packed& w, int64_t row, int64_t k) {
     const uint8_t byte = w.data[row * w.stride + k * w.bits / 8];
     return w.bits == 8 ? byte ^ w.flip : uint8_t((byte >> (k * w.bits % 8)) & ((1 << w.bits) - 1));
+}
+
+// Codes of a 32-bit word of weights: the unit of panel order.
+constexpr int codes_of_word(int bits) { return 32 / bits; }
+// The place in K of the code at place `at` of panel order.
+static inline int64_t in_panel_order(int64_t at, int bits) {
+    const int64_t unit = codes_of_word(bits), in_unit = at % unit, planes = unit / 4;
+    return at - in_unit + in_unit % 4 * planes + in_unit / 4;
 }
 
 // The float operand of hb_fixed_matmul: element (row, i) at row * stride + i * step, times scale[i] where there is one.
@@ -60,11 +70,16 @@ struct ProductBodies {
     int k_unit;      // a part of K must be a multiple of this
     int vector;      // V, bytes of the row form
 
+    const ProductBodies* finer;  // of another body for parts that `k_unit` does not divide; NULL: none has a smaller one
+
     void (*begin)();  // once per thread and region, around `kernel`
     void (*end)();
-    // rows <= mr of int8 x, `size` codes of which k are there -> the body's own layout of rows (AMX: mr) * size bytes
-    void (*pack_rows)(const int8_t* x, int64_t stride, int rows, int64_t k, int64_t size, int8_t* out);
-    // codes [k0, k0 + size) of `rows` <= 16 weight rows -> [size / 4][16][4]; what lies outside the matrix becomes 0
+    // a row of x, `size` codes (a multiple of 64), to panel order where it lies
+    void (*order)(int8_t* x, int64_t size, int bits);
+    // rows <= mr of int8 x, `size` codes -> the body's own layout of rows (AMX: mr) * size bytes
+    void (*pack_rows)(const int8_t* x, int64_t stride, int rows, int64_t size, int8_t* out);
+    // codes [k0, k0 + size) of `rows` <= 16 weight rows -> [size / 4][16][4] in panel order, both multiples of its unit; what
+    // lies outside the matrix becomes 0
     void (*panel)(const Packed& w, int64_t row, int rows, int64_t k0, int64_t size, uint8_t* out);
     // c (mr, nr) (+)= a block of x times nr / 16 panels that are `size * 16` bytes each
     void (*kernel)(const int8_t* block, int64_t size, int rows, const uint8_t* panels, int bits, int32_t* c, bool accumulate);
@@ -91,8 +106,10 @@ struct ProductBodies {
     // the sums of a high and a low strip -> `count` results
     void (*fixed_finish)(const int32_t* high, const int32_t* low, int64_t count, const int32_t* sums, int32_t lowest, float zero_point,
                          float row_scale, float scale, void* out, int out_dtype);
-    // `count` sums of one row of x -> results, see Epilogue
-    void (*finish)(const struct Epilogue& e, int64_t m, int64_t n, int64_t count, const int32_t* c, const float* grouped);
+    // sums (rows, count), the rows `stride` apart and readable to a multiple of 16, -> results of rows m.. and outputs n..; with
+    // group scales their float sums are in `grouped`, laid out alike
+    void (*finish)(const struct Epilogue& e, int64_t m, int64_t rows, int64_t n, int64_t count, const int32_t* c, const float* grouped,
+                   int64_t stride);
 };
 
 // task(i) for all i < count, on as many threads. Tasks are taken, not dealt: a core that others use as well holds nobody up.

@@ -13,16 +13,14 @@ namespace hb {
 namespace {
 
 constexpr int kBlockRows = 32, kBlockColumns = 32;
+constexpr int kSteps = 2048;  // codes for which sums stay in tiles: loading and storing those costs as much as multiplying
 
 // [2][size / 64][16][64]: every tile is 1 KB in one piece (rows at a stride of a power of two would share cache sets)
-void pack_rows(const int8_t* x, int64_t stride, int rows, int64_t k, int64_t size, int8_t* out) {
+void pack_rows(const int8_t* x, int64_t stride, int rows, int64_t size, int8_t* out) {
     for (int r = 0; r < kBlockRows; ++r) {
         int8_t* to = out + r / 16 * 16 * size + r % 16 * 64;
-        for (int64_t at = 0; at < size; at += 64, to += 1024) {
-            const int64_t left = r < rows ? k - at : 0, used = left < 0 ? 0 : left > 64 ? 64 : left;
-            memcpy(to, x + r * stride + at, size_t(used));
-            memset(to + used, 0, size_t(64 - used));
-        }
+        for (int64_t at = 0; at < size; at += 64, to += 1024)
+            _mm512_store_si512(to, r < rows ? _mm512_loadu_si512(x + r * stride + at) : _mm512_setzero_si512());
     }
 }
 
@@ -39,6 +37,10 @@ void block(const int8_t* x, int64_t x_second, int64_t steps, const uint8_t* left
         if (kBoth) zero_tile<2>(), zero_tile<3>();
     }
     for (int64_t s = 0; s < steps; ++s) {  // all loads first: the products then run while the next loads do
+        for (int line = 0; line < 16; ++line) {  // x streams by from the second-level cache
+            _mm_prefetch(reinterpret_cast<const char*>(x + 1024 * (s + 1) + 64 * line), _MM_HINT_T0);
+            if (kBoth) _mm_prefetch(reinterpret_cast<const char*>(x + x_second + 1024 * (s + 1) + 64 * line), _MM_HINT_T0);
+        }
         load_tile<4>(x + 1024 * s, 64);
         load_tile<6>(left + 1024 * s, 64);
         load_tile<7>(right + 1024 * s, 64);
@@ -59,8 +61,8 @@ void kernel(const int8_t* x, int64_t size, int rows, const uint8_t* panels, int,
 const ProductBodies& bodies() {
     static const ProductBodies made = [] {
         ProductBodies all = *product_avx512vnni();  // the row form and the end of both
-        all.mr = kBlockRows, all.nr = kBlockColumns, all.kc = 512, all.k_unit = 64;
-        all.begin = configure_tiles, all.end = release_tiles;
+        all.mr = kBlockRows, all.nr = kBlockColumns, all.kc = kSteps, all.k_unit = 64;
+        all.finer = product_avx512vnni(), all.begin = configure_tiles, all.end = release_tiles;
         all.pack_rows = pack_rows, all.panel = panel_avx512, all.kernel = kernel, all.fixed_columns = nullptr;
         return all;
     }();

@@ -10,10 +10,10 @@ namespace {
 
 constexpr int64_t kRowForm = 8;
 constexpr int64_t kTile = 256;                   // outputs of the row form that are worked on together, at most
-constexpr int64_t kFinish = 64;                  // outputs that are finished together
 constexpr int64_t kThreadBytes = 64 << 10;       // weight bytes below which a second thread does not pay
 constexpr int64_t kSlabBytes = 4 << 20;          // int8 bytes of x laid out at a time
 constexpr int64_t kPartBytes = 1 << 20;          // int8 bytes of x that meet one panel: half of a second-level cache
+constexpr int64_t kPartWidth = 2048;             // codes of a row of x that meet it at most
 
 // One call, with all that both forms need.
 struct Call {
@@ -133,12 +133,8 @@ void rows_of_outputs(const Call& call, const RowInput& input, const hb_weight& w
     } else {
         call.body.dot(packed, begin, count, input.planes, input.planes_stride, input.rows, sums, kTile);
     }
-    for (int64_t m = 0; m < call.m; ++m)
-        for (int64_t i = 0; i < count; i += kFinish) {
-            e.ones = sums + call.m * kTile + i;
-            call.body.finish(e, m, begin + i, smaller(kFinish, count - i), sums + m * kTile + i,
-                             weight.groups > 1 ? grouped + m * kTile + i : nullptr);
-        }
+    e.ones = sums + call.m * kTile;
+    call.body.finish(e, 0, call.m, begin, count, sums, weight.groups > 1 ? grouped : nullptr, kTile);
 }
 
 int linear_rows(const Call& call) {
@@ -174,9 +170,11 @@ bool lay_out(const Call& call, const Slab& slab) {
                 const int64_t m = b * mr + r;
                 const int8_t* x = codes_of_row(call, slab.m0 + m, strip + r * slab.kpad, row, &slab.scales[m], &slab.sums[m]);
                 if (x != strip + r * slab.kpad) memcpy(strip + r * slab.kpad, x, size_t(call.k));
+                memset(strip + r * slab.kpad + call.k, 0, size_t(slab.kpad - call.k));
+                call.body.order(strip + r * slab.kpad, slab.kpad, call.grid.bits);
             }
             for (int64_t k0 = 0; k0 < call.k; k0 += slab.kc)
-                call.body.pack_rows(strip + k0, slab.kpad, rows, smaller(slab.size(k0), call.k - k0), slab.size(k0), slab.block(b * mr, k0));
+                call.body.pack_rows(strip + k0, slab.kpad, rows, slab.size(k0), slab.block(b * mr, k0));
         }
     });
     return complete;
@@ -204,6 +202,12 @@ void sums_of_group(const Call& call, const int8_t* block, int64_t size, int rows
     for (int r = 0; r < rows; ++r) sums[r] = float(c[r * call.body.nr]);
 }
 
+// The lines that the results of a block will be written to are fetched while their sums are computed: rows of results are far
+// apart, and stores wait for their lines one after another.
+void prefetch_results(const Call& call, const hb_weight& weight, int64_t m, int rows, int64_t n) {
+    for (int r = 0; r < rows; ++r) __builtin_prefetch(at(weight.out, call.out_dtype, (m + r) * weight.out_stride + n), 1);
+}
+
 // Rows [from, to) of the slab times outputs [n0, n0 + nr) of one weight.
 bool part_of_outputs(const Call& call, const Slab& slab, const hb_weight& weight, int64_t from, int64_t to, int64_t n0) {
     const ProductBodies& body = call.body;
@@ -219,15 +223,7 @@ bool part_of_outputs(const Call& call, const Slab& slab, const hb_weight& weight
     auto* ones = c + span * nr;  // sums of u alone, for zero points of x
     if (call.x.zero) memset(ones, 0, size_t(nr) * 4);
     Epilogue e = epilogue(call, &weight, slab.scales - slab.m0, slab.sums - slab.m0);
-    // right behind the last sums of these rows: what is written goes to memory while the next rows are multiplied
-    const auto finish_rows = [&](int64_t r, int rows, const int32_t* sums, const float* of_groups) {
-        for (int i = 0; i < rows; ++i)
-            for (int64_t j = 0; j < columns; j += kFinish) {
-                e.ones = ones + j;
-                body.finish(e, slab.m0 + r + i, n0 + j, smaller(kFinish, columns - j), sums + i * nr + j,
-                            of_groups ? of_groups + i * nr + j : nullptr);
-            }
-    };
+    e.ones = ones;
     const Packed packed = call.packed(weight);
     for (int64_t k0 = 0, group = 0; k0 < call.k; k0 += kc, ++group) {
         const int64_t size = slab.size(k0);
@@ -236,8 +232,8 @@ bool part_of_outputs(const Call& call, const Slab& slab, const hb_weight& weight
                        panels + p * size * 16);
         if (call.x.zero)
             for (int64_t p = 0; p < nr / 16; ++p)
-                for (int64_t i = 0; i < smaller(size, call.k - k0); ++i)
-                    for (int64_t j = 0; j < 16; ++j) {
+                for (int64_t i = 0; i < size; ++i)
+                    for (int64_t j = 0; j < 16 && in_panel_order(k0 + i, packed.bits) < call.k; ++j) {
                         const uint8_t u = panels[p * size * 16 + (i / 4) * 64 + j * 4 + i % 4];
                         ones[p * 16 + j] += body.is_signed ? int8_t(u) : u;
                     }
@@ -248,13 +244,15 @@ bool part_of_outputs(const Call& call, const Slab& slab, const hb_weight& weight
             // sums of a single part of K stay in the first-level cache: the next rows write over them
             int32_t* sums = c + (last && k0 == 0 ? 0 : (r - from) * nr);
             float* of_groups = grouped ? total + (r - from) * nr : nullptr;
+            if (last) prefetch_results(call, weight, slab.m0 + r, rows, n0);
             body.kernel(block, size, rows, panels, call.grid.bits, sums, !grouped && k0 > 0);
             if (grouped) {
                 float group_sums[64];
                 sums_of_group(call, block, size, rows, panels + round_up(kc, 64) * nr, c + 2 * span * nr, group_sums);
                 add_group(call, weight, n0, columns, group, sums, of_groups, rows, group_sums);
             }
-            if (last) finish_rows(r, rows, sums, of_groups);
+            // right behind their last sums: what is written goes to memory while the next rows are multiplied
+            if (last) body.finish(e, slab.m0 + r, rows, n0, columns, sums, of_groups, nr);
         }
     }
     return true;
@@ -270,7 +268,7 @@ int linear_blocks(const Call& call) {
     if (!slab.blocks) return HB_ERROR_MEMORY;
     slab.scales = reinterpret_cast<float*>(slab.blocks + most * slab.kpad);
     slab.sums = reinterpret_cast<int32_t*>(slab.scales + most);
-    const int64_t part = round_up(smaller(most, kPartBytes / slab.kpad + 1), body.mr);
+    const int64_t part = round_up(smaller(most, kPartBytes / smaller(slab.kpad, kPartWidth) + 1), body.mr);
     const int64_t panels = pieces_of_weights(call, body.nr);
     std::atomic<bool> complete{true};
     for (slab.m0 = 0; slab.m0 < call.m; slab.m0 += most) {
@@ -345,7 +343,10 @@ int hb_linear(const hb_input* input, int64_t m, int64_t k, const hb_grid* grid, 
     using namespace hb;
     if (!sound(*input, m, k, *grid, weights, count, out_dtype)) return HB_ERROR_ARGUMENT;
     if (m == 0) return HB_OK;
-    const ProductBodies& body = product();
+    const ProductBodies& widest = product();
+    const int64_t groups = weights[0].groups, group = k / groups;
+    const bool fits = groups == 1 || group % widest.k_unit == 0 || !widest.finer;
+    const ProductBodies& body = fits ? widest : *widest.finer;
     hb_grid seen = *grid;
     // 8-bit levels are flipped to the signedness that the body multiplies; `lowest` follows
     uint8_t flip = 0;
@@ -358,11 +359,10 @@ int hb_linear(const hb_input* input, int64_t m, int64_t k, const hb_grid* grid, 
         flip = 0x80;
     }
     const Call call{body, *input, m, k, seen, flip, weights, count, out_dtype};
-    const int64_t groups = weights[0].groups, group = k / groups;
     if (k == 0) return linear_plain(call);
     if (groups > 1) {
-        const bool rows_fit = body.dot_grouped && group % (32 / grid->bits) == 0;
-        if (input->zero || (m <= kRowForm ? !rows_fit : group % body.k_unit != 0)) return linear_plain(call);
+        const bool served = m <= kRowForm ? body.dot_grouped != nullptr : group % body.k_unit == 0;
+        if (input->zero || !served || group % codes_of_word(grid->bits)) return linear_plain(call);
     }
     return m <= kRowForm ? linear_rows(call) : linear_blocks(call);
 }
