@@ -74,6 +74,7 @@ struct ProductBodies {
 
     void (*begin)();  // once per thread and region, around `kernel`
     void (*end)();
+    int32_t (*sum)(const int8_t* x, int64_t k);
     // a row of x, `size` codes (a multiple of 64), to panel order where it lies
     void (*order)(int8_t* x, int64_t size, int bits);
     // rows <= mr of int8 x, `size` codes -> the body's own layout of rows (AMX: mr) * size bytes

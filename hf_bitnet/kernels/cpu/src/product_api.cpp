@@ -49,9 +49,7 @@ const int8_t* codes_of_row(const Call& call, int64_t m, int8_t* buffer, float* r
     const hb_input& x = call.x;
     if (x.x_dtype == HB_I8) {
         const int8_t* row = static_cast<const int8_t*>(x.x) + m * x.x_stride;
-        int32_t total = 0;
-        for (int64_t i = 0; i < call.k; ++i) total += row[i];
-        *sum = total;
+        *sum = call.body.sum(row, call.k);
         const AnyFloat* scales = x.scale;
         *scale = scales ? scales[m] : 1.0f;
         return row;

@@ -214,8 +214,8 @@ void kernel(const int8_t* x, int64_t size, int rows, const uint8_t* panels, int,
 }
 
 constexpr ProductBodies kBodies = {
-    false,   kBlockRows, kBlockColumns, 512, 4, kVector, nullptr, nothing, nothing, order, pack_rows_plain, panel_avx512, kernel, permute_avx512,
-    dot, dot_grouped, fixed_rows, fixed_columns, panel_columns, fixed_finish, finish,
+    false,   kBlockRows, kBlockColumns, 512, 4, kVector, nullptr, nothing, nothing, sum_of, order, pack_rows_plain, panel_avx512,
+    kernel,  permute_avx512, dot, dot_grouped, fixed_rows, fixed_columns, panel_columns, fixed_finish, finish,
 };
 
 }  // namespace

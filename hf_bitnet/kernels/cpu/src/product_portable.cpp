@@ -48,8 +48,8 @@ void kernel(const int8_t* x, int64_t size, int rows, const uint8_t* panels, int,
 }
 
 constexpr ProductBodies kBodies = {
-    true, kBlockRows, kBlockColumns, 512, 4, kVector, nullptr, nothing, nothing, order, pack_rows_plain, panel_plain, kernel, permute,
-    dot,  nullptr, fixed_rows, fixed_columns, panel_columns, fixed_finish, finish,
+    true, kBlockRows, kBlockColumns, 512, 4, kVector, nullptr, nothing, nothing, sum_of, order, pack_rows_plain, panel_plain,
+    kernel, permute, dot, nullptr, fixed_rows, fixed_columns, panel_columns, fixed_finish, finish,
 };
 
 }  // namespace
