@@ -79,8 +79,8 @@ struct ProductBodies {
     void (*order)(int8_t* x, int64_t size, int bits);
     // rows <= mr of int8 x, `size` codes -> the body's own layout of rows (AMX: mr) * size bytes
     void (*pack_rows)(const int8_t* x, int64_t stride, int rows, int64_t size, int8_t* out);
-    // codes [k0, k0 + size) of `rows` <= 16 weight rows -> [size / 4][16][4] in panel order, both multiples of its unit; what
-    // lies outside the matrix becomes 0
+    // codes [k0, k0 + size) of `rows` <= 16 weight rows -> [size / 4][16][4] in panel order, both multiples of its unit; outside
+    // the matrix anything may stand: x is 0 there, and results are not kept
     void (*panel)(const Packed& w, int64_t row, int rows, int64_t k0, int64_t size, uint8_t* out);
     // c (mr, nr) (+)= a block of x times nr / 16 panels that are `size * 16` bytes each
     void (*kernel)(const int8_t* block, int64_t size, int rows, const uint8_t* panels, int bits, int32_t* c, bool accumulate);
