@@ -104,7 +104,7 @@ struct ProductBodies {
     // b (k, n) int8, codes [k0, k0 + size) of outputs n0 .. n0 + columns (<= 16) -> [size / 4][16][4], xor flip
     void (*panel_columns)(const int8_t* b, int64_t stride, int64_t k, uint8_t flip, int64_t k0, int64_t size, int64_t n0, int columns,
                           uint8_t* out);
-    // the sums of a high and a low strip -> `count` results
+    // the sums of a high and a low strip, readable to a multiple of 16 -> `count` results
     void (*fixed_finish)(const int32_t* high, const int32_t* low, int64_t count, const int32_t* sums, int32_t lowest, float zero_point,
                          float row_scale, float scale, void* out, int out_dtype);
     // sums (rows, count), the rows `stride` apart and readable to a multiple of 16, -> results of rows m.. and outputs n..; with
@@ -131,7 +131,7 @@ struct Epilogue {
     const float* x_scale;   // (m)
     const float* x_zero;    // (m) or NULL
     const int32_t* x_sum;   // (m)
-    const int32_t* ones;    // with x_zero: sums of u itself for the outputs at hand, aligned with `c`
+    const int32_t* ones;    // with x_zero: sums of u itself for the outputs at hand, laid out as a row of `c`
     int64_t k;
     int32_t lowest, step;
     float zero_point;

@@ -13,7 +13,7 @@ constexpr int64_t kTile = 256;                   // outputs of the row form that
 constexpr int64_t kThreadBytes = 64 << 10;       // weight bytes below which a second thread does not pay
 constexpr int64_t kSlabBytes = 4 << 20;          // int8 bytes of x laid out at a time
 constexpr int64_t kPartBytes = 1 << 20;          // int8 bytes of x that meet one panel: half of a second-level cache
-constexpr int64_t kPartWidth = 2048;             // codes of a row of x that meet it at most
+constexpr int64_t kPartWidth = 2048;             // codes of a row of x that are counted for that
 
 // One call, with all that both forms need.
 struct Call {
@@ -25,6 +25,7 @@ struct Call {
     const hb_weight* weights;
     int64_t count;
     int out_dtype;
+    bool ordered;  // K is taken in panel order; not where groups are no multiples of its unit
 
     Packed packed(const hb_weight& w) const {
         return {static_cast<const uint8_t*>(w.weight), w.weight_stride, k, grid.bits, flip};
@@ -169,7 +170,7 @@ bool lay_out(const Call& call, const Slab& slab) {
                 const int8_t* x = codes_of_row(call, slab.m0 + m, strip + r * slab.kpad, row, &slab.scales[m], &slab.sums[m]);
                 if (x != strip + r * slab.kpad) memcpy(strip + r * slab.kpad, x, size_t(call.k));
                 memset(strip + r * slab.kpad + call.k, 0, size_t(slab.kpad - call.k));
-                call.body.order(strip + r * slab.kpad, slab.kpad, call.grid.bits);
+                if (call.ordered) call.body.order(strip + r * slab.kpad, slab.kpad, call.grid.bits);
             }
             for (int64_t k0 = 0; k0 < call.k; k0 += slab.kc)
                 call.body.pack_rows(strip + k0, slab.kpad, rows, slab.size(k0), slab.block(b * mr, k0));
@@ -200,10 +201,17 @@ void sums_of_group(const Call& call, const int8_t* block, int64_t size, int rows
     for (int r = 0; r < rows; ++r) sums[r] = float(c[r * call.body.nr]);
 }
 
-// The lines that the results of a block will be written to are fetched while their sums are computed: rows of results are far
-// apart, and stores wait for their lines one after another.
+// The first lines that the rows of a block's results will be written to are fetched while their sums are computed: those rows
+// are far apart, and stores wait for their lines one after another.
 void prefetch_results(const Call& call, const hb_weight& weight, int64_t m, int rows, int64_t n) {
     for (int r = 0; r < rows; ++r) __builtin_prefetch(at(weight.out, call.out_dtype, (m + r) * weight.out_stride + n), 1);
+}
+
+// What `ProductBodies::panel` makes, with K in its own order, code by code.
+void panel_in_order(const Packed& w, int64_t row, int rows, int64_t k0, int64_t size, uint8_t* out) {
+    memset(out, 0, size_t(size) * 16);
+    for (int r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < size && k0 + i < w.k; ++i) out[i / 4 * 64 + r * 4 + i % 4] = level_at(w, row + r, k0 + i);
 }
 
 // Rows [from, to) of the slab times outputs [n0, n0 + nr) of one weight.
@@ -223,11 +231,12 @@ bool part_of_outputs(const Call& call, const Slab& slab, const hb_weight& weight
     Epilogue e = epilogue(call, &weight, slab.scales - slab.m0, slab.sums - slab.m0);
     e.ones = ones;
     const Packed packed = call.packed(weight);
+    const auto panel = call.ordered ? body.panel : panel_in_order;
     for (int64_t k0 = 0, group = 0; k0 < call.k; k0 += kc, ++group) {
         const int64_t size = slab.size(k0);
         for (int p = 0; p < nr / 16; ++p)
-            body.panel(packed, n0 + 16 * p, int(columns > 16 * p ? smaller(16, columns - 16 * p) : 0), k0, size,
-                       panels + p * size * 16);
+            panel(packed, n0 + 16 * p, int(columns > 16 * p ? smaller(16, columns - 16 * p) : 0), k0, size,
+                  panels + p * size * 16);
         if (call.x.zero)
             for (int64_t p = 0; p < nr / 16; ++p)
                 for (int64_t i = 0; i < size; ++i)
@@ -266,8 +275,10 @@ int linear_blocks(const Call& call) {
     if (!slab.blocks) return HB_ERROR_MEMORY;
     slab.scales = reinterpret_cast<float*>(slab.blocks + most * slab.kpad);
     slab.sums = reinterpret_cast<int32_t*>(slab.scales + most);
-    const int64_t part = round_up(smaller(most, kPartBytes / smaller(slab.kpad, kPartWidth) + 1), body.mr);
     const int64_t panels = pieces_of_weights(call, body.nr);
+    // each thread should have four parts at least
+    const int64_t fair = ceil_div(most * panels, 4 * threads()), fit = kPartBytes / smaller(slab.kpad, kPartWidth) + 1;
+    const int64_t part = round_up(smaller(smaller(most, fair), fit), body.mr);
     std::atomic<bool> complete{true};
     for (slab.m0 = 0; slab.m0 < call.m; slab.m0 += most) {
         slab.rows = smaller(most, call.m - slab.m0), slab.span = round_up(slab.rows, body.mr);
@@ -356,11 +367,12 @@ int hb_linear(const hb_input* input, int64_t m, int64_t k, const hb_grid* grid, 
         seen.lowest = grid->lowest + 128 * grid->step;
         flip = 0x80;
     }
-    const Call call{body, *input, m, k, seen, flip, weights, count, out_dtype};
+    const bool ordered = groups == 1 || group % codes_of_word(grid->bits) == 0;
+    const Call call{body, *input, m, k, seen, flip, weights, count, out_dtype, ordered};
     if (k == 0) return linear_plain(call);
     if (groups > 1) {
-        const bool served = m <= kRowForm ? body.dot_grouped != nullptr : group % body.k_unit == 0;
-        if (input->zero || !served || group % codes_of_word(grid->bits)) return linear_plain(call);
+        const bool served = m <= kRowForm ? body.dot_grouped && ordered : group % body.k_unit == 0;
+        if (input->zero || !served) return linear_plain(call);
     }
     return m <= kRowForm ? linear_rows(call) : linear_blocks(call);
 }
