@@ -208,7 +208,8 @@ def packed_linear_cases(seed: int = 0) -> Iterator[Case]:
         yield name, (x, packed, scale, None, Layout(2, -1), schemes[0], torch.float32)
     strided = _stored(2, 12, 64, generator)[::2, 4:12]
     yield "weight rows apart", (wide[:1, :32], strided, scale, None, Layout(2, -1), schemes[0], torch.float32)
-    yield "no outputs", (wide[:1, :32], packed[:0], scale, None, Layout(2, -1), schemes[0], torch.float32)
+    for m in (1, 9):
+        yield f"no outputs, {m} rows", (wide[:m, :32], packed[:0], scale, None, Layout(2, -1), schemes[0], torch.float32)
 
 
 def _inputs(packed: Tensor, layout: Layout, name: str) -> int:

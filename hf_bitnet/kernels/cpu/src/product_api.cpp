@@ -277,7 +277,7 @@ int linear_blocks(const Call& call) {
     slab.sums = reinterpret_cast<int32_t*>(slab.scales + most);
     const int64_t panels = pieces_of_weights(call, body.nr);
     // each thread should have four parts at least
-    const int64_t fair = ceil_div(most * panels, 4 * threads()), fit = kPartBytes / smaller(slab.kpad, kPartWidth) + 1;
+    const int64_t fair = most * panels / (4 * threads()) + 1, fit = kPartBytes / smaller(slab.kpad, kPartWidth) + 1;
     const int64_t part = round_up(smaller(smaller(most, fair), fit), body.mr);
     std::atomic<bool> complete{true};
     for (slab.m0 = 0; slab.m0 < call.m; slab.m0 += most) {
