@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._register import register_when_transformers_loads
+from ._register import extend_what_loads
 
 if TYPE_CHECKING:
     from .analysis import (
@@ -169,7 +169,7 @@ __all__ = [
     "unpack_model",
 ]
 
-register_when_transformers_loads()
+extend_what_loads()
 
 
 def __getattr__(name: str) -> Any:

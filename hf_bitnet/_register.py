@@ -3,7 +3,8 @@
 transformers has no plug-in discovery, and importing its quantizer registry takes over a second. So `import hf_bitnet` only
 leaves a note in the import system; when `transformers.quantizers.auto` is imported (by `from_pretrained`, say), the note
 runs and `hf_bitnet.plugin` adds itself. One method of transformers is extended, too: a quantized model that is pushed gets our
-card (`hub/pushed.py`, which is imported at the first push).
+card (`hub/pushed.py`, which is imported at the first push). In the same way, two functions of peft learn of our experts when
+peft is imported (`plugin/adapters.py`).
 """
 
 from __future__ import annotations
@@ -14,25 +15,23 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-_WATCHED = "transformers.quantizers.auto"
 
+class _ExtendAfter(importlib.abc.Loader):
+    """Loads the watched module with its own loader, then extends it."""
 
-class _RegisterAfter(importlib.abc.Loader):
-    """Loads the watched module with its own loader, then imports the plug-in."""
-
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self.loader = loader
+    def __init__(self, loader: importlib.abc.Loader, extend: Callable[[ModuleType], None]) -> None:
+        self.loader, self.extend = loader, extend
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        _extend_transformers()
+        self.extend(module)
 
     def __getattr__(self, name: str) -> object:
         # inspect, linecache and pkgutil ask the loader for sources
@@ -40,27 +39,36 @@ class _RegisterAfter(importlib.abc.Loader):
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
+    """Attributes:
+    watched: name of a module. extend: what is done to it once it is loaded.
+    """
+
+    def __init__(self, watched: str, extend: Callable[[ModuleType], None]) -> None:
+        self.watched, self.extend = watched, extend
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _WATCHED:
+        if fullname != self.watched:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisterAfter(spec.loader)
+            spec.loader = _ExtendAfter(spec.loader, self.extend)
         return spec
 
 
-def register_when_transformers_loads() -> None:
-    """Arranges for `hf_bitnet.plugin` to be imported right after transformers' quantizer registry."""
-    if _WATCHED in sys.modules:
-        _extend_transformers()
-    elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watcher())
+def extend_what_loads() -> None:
+    """Arranges for the modules of `_EXTENSIONS` to be extended as soon as they are loaded, or at once."""
+    watching = {finder.watched for finder in sys.meta_path if isinstance(finder, _Watcher)}
+    for name, extend in _EXTENSIONS.items():
+        if name in sys.modules:
+            extend(sys.modules[name])
+        elif name not in watching:
+            sys.meta_path.insert(0, _Watcher(name, extend))
 
 
-def _extend_transformers() -> None:
+def _extend_transformers(_: ModuleType) -> None:
     importlib.import_module(f"{__package__}.plugin")
     mixin = importlib.import_module("transformers.utils.hub").PushToHubMixin
     original = mixin._upload_modified_files  # push_to_hub and save_pretrained(push_to_hub=True) both end there
@@ -72,3 +80,13 @@ def _extend_transformers() -> None:
         return original(self, working_dir, repo_id, *others, **named)
 
     mixin._upload_modified_files = upload
+
+
+def _extend_peft(conversions: ModuleType) -> None:
+    importlib.import_module(f"{__package__}.plugin.adapters").leave_separate_experts(conversions)
+
+
+_EXTENSIONS = {
+    "transformers.quantizers.auto": _extend_transformers,
+    "peft.utils.transformers_weight_conversion": _extend_peft,
+}

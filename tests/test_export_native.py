@@ -86,7 +86,7 @@ def export(
     verify: bool | str = "codes",
 ) -> tuple[Any, ExportReport, dict[str, Tensor]]:
     model, batch = tiny(family, **overrides)
-    config = BitNetQuantizationConfig(sub_norm=["."] if norms else [])
+    config = BitNetQuantizationConfig(sub_norm=["."] if norms else [], keep=["experts"])
     model = quantize_model(model.to(dtype), config)
     set_norm_blend(model, 1.0)
     options = {"kind": kind, "packed": packed, "verify": verify}
@@ -220,6 +220,7 @@ def test_export_of_a_loaded_native_model(plain: dict[str, Any], folders: Path, t
             {"kind": "online"},
             r"computes its scale as mean\|w\|.* it is 'learned'; use kind",
         ),
+        ("mixtral", {"keep": []}, {}, r"leaves experts in full precision.*keep them: keep=\[r'experts'\]"),
         ("llama", {"embeddings": "int8"}, {}, r"it has no packed embeddings, and model\.embed_tokens is quantized"),
     ],
 )

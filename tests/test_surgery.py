@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_bitnet import BitNetQuantizationConfig, coverage, pack_model, quantize_model
 from hf_bitnet.modules import BitConv1D, BitLinear, PackedBitLinear
-from hf_bitnet.surgery import choose, quantized_layers
+from hf_bitnet.surgery import choose, quantized_layers, separate_experts
 from tests.layers import GROUP, SCHEMES
 from tests.tiny import FAMILIES, tiny
 
@@ -35,7 +35,7 @@ KEPT: dict[str, dict[str, list[str]]] = {
     "vit": {"task head": ["classifier"]},
     "whisper": {"output embeddings": ["proj_out"]},
 }
-QUANTIZED = {"mixtral": 8, "gpt2": 8, "bert": 12, "t5": 28, "vit": 12, "whisper": 32}  # the others have 14
+QUANTIZED = {"mixtral": 32, "gpt2": 8, "bert": 12, "t5": 28, "vit": 12, "whisper": 32}  # the others have 14
 CONFIG = BitNetQuantizationConfig()
 
 
@@ -56,8 +56,9 @@ class Plain(nn.Module):
 def test_defaults(family: str) -> None:
     model, _ = tiny(family)
     found: dict[str | None, list[str]] = {}
-    for choice in choose(model, CONFIG):
-        found.setdefault(choice.kept, []).append(choice.name)
+    with separate_experts(model):
+        for choice in choose(model, CONFIG):
+            found.setdefault(choice.kept, []).append(choice.name)
     quantized = found.pop(None)
     assert found == KEPT[family]
     assert len(quantized) == QUANTIZED.get(family, 14)
@@ -74,7 +75,8 @@ def test_every_family_has_an_expectation() -> None:
 def test_the_very_parameters_are_taken_over(family: str) -> None:
     model, _ = tiny(family)
     before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
-    quantize_model(model, CONFIG)
+    # experts that are fused have no parameters of their own yet
+    quantize_model(model, BitNetQuantizationConfig(keep=["experts"]))
     assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == before
 
 
@@ -247,10 +249,10 @@ def test_report_counts_every_parameter_and_byte(family: str) -> None:
 
 def test_report_of_experts_and_routers() -> None:
     model, _ = tiny("mixtral")
-    quantize_model(model, CONFIG)
+    quantize_model(model, BitNetQuantizationConfig(keep=["experts"]))
     report = coverage(model)
     reasons = {row.name.removeprefix("model.layers.0."): row.reason for row in report.rows}
-    assert reasons["mlp.experts.gate_up_proj"] == reasons["mlp.experts.down_proj"] == "fused 3-D experts (not a linear layer)"
+    assert reasons["mlp.experts.gate_up_proj"] == reasons["mlp.experts.down_proj"] == "fused experts, not quantized"
     assert reasons["mlp.gate.weight"] == "router"
     assert report.fraction < 0.2  # experts are linear maps, and most of them
 
@@ -291,7 +293,7 @@ def test_min_coverage() -> None:
     ):
         quantize_model(tiny("llama")[0], BitNetQuantizationConfig(min_coverage=0.91))
     with pytest.raises(ValueError, match=r"only 16\.0%"):
-        quantize_model(tiny("mixtral")[0], BitNetQuantizationConfig(min_coverage=0.5))
+        quantize_model(tiny("mixtral")[0], BitNetQuantizationConfig(min_coverage=0.5, keep=["experts"]))
 
 
 # ---- errors, bars ----

@@ -6,7 +6,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..modules import BitLinear, QuantizedLayer, SubNorm
 from ..quantizers import ACTIVATION_SCHEMES, make_weight_quantizer
-from ..surgery import kept_for_native
+from ..surgery import has_separate_experts, kept_for_native
 from .dense import is_conv1d
 from .format import Source
 
@@ -34,7 +34,7 @@ def native_problems(source: Source, *, online: bool, packed: bool) -> list[str]:
             )
         if problem is not None:
             found.append(f"{name} cannot be written in the native 'bitnet' format: {problem}")
-    return found or [*_norm_problems(source), *_name_problems(source)]
+    return found or [*_expert_problems(source), *_norm_problems(source), *_name_problems(source)]
 
 
 def _problem(layer: QuantizedLayer) -> str | None:
@@ -64,6 +64,15 @@ def _online_problem(layer: QuantizedLayer) -> str | None:
             "kind='bitlinear'"
         )
     return None
+
+
+def _expert_problems(source: Source) -> list[str]:
+    if not has_separate_experts(source.model):
+        return []
+    return [
+        "transformers' method 'bitnet' leaves experts in full precision, and here they are quantized; use format 'hf_bitnet', "
+        "or keep them: keep=[r'experts']"
+    ]
 
 
 def _norm_problems(source: Source) -> list[str]:

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..config import BitNetQuantizationConfig
 from ..modules import PackedBitLinear
 from ..quantizers import ACTIVATION_SCHEMES
-from ..surgery import choose
+from ..surgery import choose, separate_experts
 from .codes import Found, Misfit
 from .folder import model_class
 
@@ -34,8 +35,9 @@ Kind = tuple[tuple[str, Any], ...]
 
 
 class Place(NamedTuple):
-    """A linear map of the model: its sizes, and whether its weight is stored (in_features, out_features)."""
+    """A linear map of the model: its module name, sizes, and whether its weight is stored (in_features, out_features)."""
 
+    name: str
     out_features: int
     in_features: int
     transposed: bool
@@ -45,7 +47,8 @@ class Wanted(NamedTuple):
     """What a model needs.
 
     Attributes:
-        places: module name -> linear map that can be quantized. shapes: name of a parameter or buffer -> its shape.
+        places: name -> linear map that can be quantized, by the module's name and by that of checkpoints where they differ.
+        shapes: name of a parameter or buffer -> its shape.
     """
 
     places: dict[str, Place]
@@ -112,13 +115,13 @@ def assemble(contents: Contents, *, activation: str | None, dtype: torch.dtype |
             got = got if activation is None else got._replace(activation=activation)
             wanted.check(name, tuple(got.quantized.codes.shape)[:: -1 if places[layer].transposed else 1])
             state |= _packed(layer, got)
-            kinds[layer] = _kind(got)
+            kinds[places[layer].name] = _kind(got)
         else:  # where a layer cannot be quantized here (an output head), its values serve
             state[name] = got.quantized.dequantize() if isinstance(got, Found) else got
             wanted.check(name, tuple(state[name].shape))
     _refuse(contents, misfits, bool(kinds))
     config = contents.config
-    kept = [name for name in places if name not in kinds]
+    kept = [name for name in dict.fromkeys(place.name for place in places.values()) if name not in kinds]
     config.quantization_config = quantization_config(kinds, kept, kind.base_model_prefix).to_dict()
     config.architectures = [kind.__name__]
     return _loaded(kind, state, contents, dtype or said or _dtype_of(state), options)
@@ -131,13 +134,23 @@ def wanted_by(kind: Any, config: PreTrainedConfig) -> Wanted:
             model = kind(config)
     except Exception as error:  # whatever a model's constructor raises
         raise ValueError(f"no {kind.__name__} can be made of the config ({type(error).__name__}: {error})") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     places = {}
-    for choice in choose(model, BitNetQuantizationConfig()):
-        if choice.kept is None:
-            rows, columns = choice.module.get_parameter("weight").shape
-            transposed = not hasattr(choice.module, "out_features")
-            places[choice.name] = Place(*((columns, rows) if transposed else (rows, columns)), transposed)
-    return Wanted(places, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    with separate_experts(model):
+        for choice in choose(model, BitNetQuantizationConfig()):
+            if choice.kept is None:
+                rows, columns = choice.module.get_parameter("weight").shape
+                transposed = not hasattr(choice.module, "out_features")
+                places[choice.name] = Place(choice.name, *((columns, rows) if transposed else (rows, columns)), transposed)
+        on_disk = _names_on_disk(model, list(places))
+    return Wanted(places | {on_disk[name]: place for name, place in places.items()}, shapes)
+
+
+def _names_on_disk(model: Any, layers: list[str]) -> dict[str, str]:
+    stands = {f"{layer}.weight": torch.empty(0, device="meta") for layer in layers}
+    layer_of = {id(stand): layer for layer, stand in zip(layers, stands.values(), strict=True)}
+    reverted = revert_weight_conversion(model, stands)
+    return {layer_of[id(stand)]: name.removesuffix(".weight") for name, stand in reverted.items()}
 
 
 def quantization_config(kinds: Mapping[str, Kind], kept: list[str], base_prefix: str) -> BitNetQuantizationConfig:

@@ -3,6 +3,7 @@
 from .base import QuantizedLayer
 from .bit_linear import BitConv1D, BitLinear, LayerSpec, TrainedLayer
 from .embedding import BitEmbedding, EmbeddingSpec, PackedEmbedding, QuantizedEmbedding, plain_embedding, shape_of
+from .experts import BitExperts
 from .native import NativeBitLinear, NativeLayer, NativeOfflineLinear, NativeOnlineLinear, NativePackedLinear
 from .packed_linear import PackedBitLinear
 from .sub_norm import SubNorm
@@ -10,6 +11,7 @@ from .sub_norm import SubNorm
 __all__ = [
     "BitConv1D",
     "BitEmbedding",
+    "BitExperts",
     "BitLinear",
     "EmbeddingSpec",
     "LayerSpec",

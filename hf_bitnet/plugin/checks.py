@@ -103,6 +103,7 @@ def check_loaded(
     config: BitNetQuantizationConfig,
     saved: bool,
     coming: Set[str] = frozenset(),
+    experts: Set[str] = frozenset(),
 ) -> None:
     """Raises on anything that would leave a quantized layer with other numbers than the checkpoint's.
 
@@ -110,8 +111,9 @@ def check_loaded(
         info: transformers' `LoadStateDictInfo`. layers: dotted names of the quantized layers.
         errors: what was raised while quantizing. saved: the checkpoint was quantized already.
         coming: names of tensors that are going to be tied to others.
+        experts: of `layers`, those that are parts of experts.
     """
-    problem = errors[0] if errors else _problem(info, layers, config, saved, coming)
+    problem = errors[0] if errors else _problem(info, layers, config, saved, coming, experts)
     if problem is not None:
         # transformers reports from a `finally`, and would raise its own error over ours
         for collected in (info.missing_keys, info.unexpected_keys, info.mismatched_keys, info.error_msgs):
@@ -120,7 +122,9 @@ def check_loaded(
         raise problem
 
 
-def _problem(info: Any, layers: set[str], config: BitNetQuantizationConfig, saved: bool, coming: Set[str]) -> ValueError | None:
+def _problem(
+    info: Any, layers: set[str], config: BitNetQuantizationConfig, saved: bool, coming: Set[str], experts: Set[str]
+) -> ValueError | None:
     for key, stored, expected in sorted(info.mismatched_keys):
         if _owner(key, layers):
             return ValueError(
@@ -128,14 +132,18 @@ def _problem(info: Any, layers: set[str], config: BitNetQuantizationConfig, save
                 f"(weight={config.weight!r}, form={config.form!r}); they are not of the same checkpoint, or one was edited"
             )
     missing = sorted(key for key in info.missing_keys - coming if _owner(key, layers))
-    if missing and (saved or config.form == "packed"):
+    of_experts = not saved and [key for key in missing if _owner(key, experts)]
+    if of_experts or (missing and (saved or config.form == "packed")):
         advice = "copy or save it again" if saved else "keep these layers (`keep`), or load with form='train'"
+        if of_experts:  # never drawn anew: the file may hold them in another form
+            missing = of_experts
+            advice = "if it holds all of them in one tensor, load it without a quantization_config, then quantize_model(model)"
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         return ValueError(f"the checkpoint lacks {', '.join(missing[:5])}{more}, which its quantized layers need; {advice}")
     return None
 
 
-def _owner(key: str, layers: set[str]) -> str | None:
+def _owner(key: str, layers: Set[str]) -> str | None:
     """The layer of `layers` that tensor `key` belongs to (also as part of its sub-norm), or None."""
     parent = key.rpartition(".")[0]
     return next((name for name in (parent, parent.rpartition(".")[0]) if name in layers), None)

@@ -63,7 +63,8 @@ class BitNetQuantizer(HfQuantizer):
         # what transformers will tie to a tensor that is there, in either direction, is not missing
         tied = [{target, source} for target, source in model.all_tied_weights_keys.items()]
         coming = {key for pair in tied if pair - info.missing_keys for key in pair}
-        check_loaded(info, self.layers, self.errors, self.quantization_config, self.pre_quantized, coming)
+        experts = surgery.layers_of_experts(model)
+        check_loaded(info, self.layers, self.errors, self.quantization_config, self.pre_quantized, coming, experts)
         self.new = {name for name in self.layers if f"{name}.weight" in info.missing_keys - coming}
         for name in self.layers - self.new:
             # parameters that went to the disk are empty here, and would be given random values: of bytes, which fails
@@ -79,6 +80,8 @@ class BitNetQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         conversions = super().update_weight_conversions(weight_conversions, model)
+        if surgery.has_separate_experts(model):
+            conversions = [each for each in conversions if surgery.fused_weight(each) is None]
         if not self.packed or self.pre_quantized != self.in_trits:
             return conversions
         patterns = self.quantization_config.quantized_modules or []

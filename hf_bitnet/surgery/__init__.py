@@ -3,6 +3,7 @@
 from .attached import attach, attach_native, config_of, detach, kept_for_native
 from .copies import empty_packed_copy, native_copy, packed_copy
 from .coverage import Coverage, check_finite, config_place, coverage
+from .experts import fused_weight, has_separate_experts, layers_of_experts, names_on_disk, separate_experts
 from .full_precision import full_precision_copy, independent_copy, output_head
 from .generation import optimize_for_generation
 from .inputs import processor_of
@@ -35,11 +36,15 @@ __all__ = [
     "each_batch",
     "empty_packed_copy",
     "full_precision_copy",
+    "fused_weight",
     "harden",
+    "has_separate_experts",
     "independent_copy",
     "kept_codes",
     "kept_for_native",
+    "layers_of_experts",
     "make_spec",
+    "names_on_disk",
     "native_copy",
     "optimize_for_generation",
     "output_head",
@@ -54,6 +59,7 @@ __all__ = [
     "quantized_tables",
     "reset_state",
     "run",
+    "separate_experts",
     "set_norm_blend",
     "set_strength",
     "set_strengths",

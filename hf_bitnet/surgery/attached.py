@@ -16,6 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ..config import BitNetQuantizationConfig, NativeBitNetConfig
 from ..modules import BitLinear, QuantizedEmbedding, QuantizedLayer
 from .coverage import config_place
+from .experts import has_separate_experts
 from .select import HEADS, is_linear, is_table
 from .vocabulary import declare_ties, head_layers
 
@@ -107,7 +108,7 @@ def _native_settings(model: nn.Module, config: BitNetQuantizationConfig) -> dict
     Only for a whole model with its head: a base model may be part of another one, whose other layers nobody sees here.
     """
     base_prefix = getattr(model, "base_model_prefix", None)
-    if config.form != "train" or base_prefix is None or not _has_head(model):
+    if config.form != "train" or base_prefix is None or not _has_head(model) or has_separate_experts(model):
         return None
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
     if any(isinstance(module, QuantizedEmbedding) for module in model.modules()) or head_layers(model, config):

@@ -13,6 +13,7 @@ from .. import kernels
 from ..config import BitNetQuantizationConfig
 from ..modules import PackedBitLinear, PackedEmbedding, QuantizedEmbedding, QuantizedLayer, shape_of
 from ..modules.base import PROTECTED
+from .experts import is_fused
 from .select import choose, is_linear
 
 
@@ -151,12 +152,13 @@ def _kind(module: nn.Module, key: str) -> str:
         return "bias of a quantized layer" if key == "bias" else f"{key} of a quantized layer"
     if key == "bias":
         return "bias"
+    kind = type(module).__name__
     if _is_fused_experts(module, module._parameters[key]):
-        return "fused 3-D experts (not a linear layer)"
-    for kind in ("norm", "router"):
-        if kind in type(module).__name__.lower():
-            return kind
-    return f"{key} of {type(module).__name__}"
+        return "fused experts, not quantized" if is_fused(module) else f"fused experts of a make that is not known ({kind})"
+    for word in ("norm", "router"):
+        if word in kind.lower():
+            return word
+    return f"{key} of {kind}"
 
 
 def _is_fused_experts(module: nn.Module, parameter: torch.Tensor | None) -> bool:

@@ -26,6 +26,7 @@ from ..modules import (
 from ..quantizers import ACTIVATION_SCHEMES
 from .attached import attach, attach_native, is_listed
 from .coverage import check_finite
+from .experts import has_separate_experts, names_on_disk, separate_experts
 from .places import Places
 from .select import Choice, choose, choose_tables
 from .swap import check_coverage, check_layer, chosen_layers, make_spec, swap_layers
@@ -41,17 +42,24 @@ def prepare_model(model: nn.Module, config: BitNetQuantizationConfig, *, saved: 
 
     Raises ValueError as `quantize_model` does, except for what only the weights can tell.
     """
-    chosen = _saved_layers(model, config) if saved and config.quantized_modules is not None else chosen_layers(model, config)
-    for choice in chosen:
-        check_layer(choice, model, config)
-        if not saved and config.form == "packed" and ACTIVATION_SCHEMES.get(choice.layer.activation).static:
-            raise ValueError(
-                f"{choice.name}: form='packed' needs a calibrated activation range, which a float checkpoint has not; load "
-                "with form='train', call hf_bitnet.calibrate(model, batches), then pack_model(model)"
-            )
-    if not saved:
-        check_coverage(model, chosen, config)
-    swap_layers(model, chosen, config)
+    with separate_experts(model):
+        listed = saved and config.quantized_modules is not None
+        chosen = _saved_layers(model, config) if listed else chosen_layers(model, config)
+        for choice in chosen:
+            check_layer(choice, model, config)
+            if not saved and config.form == "packed" and ACTIVATION_SCHEMES.get(choice.layer.activation).static:
+                raise ValueError(
+                    f"{choice.name}: form='packed' needs a calibrated activation range, which a float checkpoint has not; load "
+                    "with form='train', call hf_bitnet.calibrate(model, batches), then pack_model(model)"
+                )
+        if not saved:
+            check_coverage(model, chosen, config)
+        swap_layers(model, chosen, config)
+    if not saved and has_separate_experts(model) and names_on_disk(model) is None:
+        raise ValueError(
+            f"the checkpoints of {type(model).__name__} hold all experts of a layer in one tensor, which cannot be quantized "
+            "while it is loaded; load the model without a quantization_config, then quantize_model(model, config)"
+        )
     attach(model, config)
 
 

@@ -33,6 +33,7 @@ from ..relaxations import RELAXATIONS
 from ..ste import ESTIMATORS
 from .attached import attach, config_of, copied, detach
 from .coverage import check_finite, coverage, float_dtype
+from .experts import fuse_experts, separate_experts
 from .places import Places, check_inside
 from .select import Choice, check_tables, choose, choose_tables, is_linear
 from .vocabulary import head_layers, table_spec, ties_kept
@@ -83,12 +84,13 @@ def quantize_model(model: Model, config: BitNetQuantizationConfig, *, progress: 
         raise ValueError(
             "the model is quantized already; call hf_bitnet.dequantize_model(model) first, or load the original checkpoint"
         )
-    chosen = chosen_layers(model, config)
-    for choice in _with_progress(chosen, "checking", progress):
-        check_layer(choice, model, config)
-    check_coverage(model, chosen, config)
-    with ties_kept(model):
-        swap_layers(model, _with_progress(chosen, "quantizing", progress), config)
+    with separate_experts(model):
+        chosen = chosen_layers(model, config)
+        for choice in _with_progress(chosen, "checking", progress):
+            check_layer(choice, model, config)
+        check_coverage(model, chosen, config)
+        with ties_kept(model):
+            swap_layers(model, _with_progress(chosen, "quantizing", progress), config)
     attach(model, config)
     return model
 
@@ -277,6 +279,7 @@ def dequantize_model(model: Model, *, dtype: torch.dtype | None = None) -> Model
         for _, table in quantized_tables(model):
             value = nn.Parameter(table.quantized_weight().dequantize(dtype))
             places.put(table, plain_embedding(table, value))
+    fuse_experts(model)
     detach(model)
     return model
 
