@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# where the gate function is from that all experts have whose class defines none
+_OF_TRANSFORMERS = "transformers.integrations.moe"
+
 
 class Expert(nn.Module):
     """The linear maps of one expert, by the names they have in checkpoints. What goes in between is BitExperts' to know."""
@@ -71,20 +74,30 @@ class BitExperts(nn.Module):
         """
         if torch.compiler.is_exporting():
             return self._all(hidden_states, top_k_index, top_k_weights)
-        chosen = top_k_index.shape[-1]
-        # one look at the numbers: what follows is made of products of different sizes
-        order = torch.argsort(top_k_index.reshape(-1), stable=True)
-        counts = torch.bincount(top_k_index.reshape(-1), minlength=self.num_experts)[: self.num_experts].tolist()
-        rows = hidden_states[order // chosen]
-        parts = rows.split([*counts, len(rows) - sum(counts)])
         everyone = torch.is_grad_enabled() or _in_a_group()
+        if len(hidden_states) == 1 and not everyone:
+            return self._one(hidden_states, top_k_index, top_k_weights)
+        chosen = top_k_index.shape[-1]
+        index = top_k_index.reshape(-1)
+        order = torch.argsort(index, stable=True)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        # one look at the numbers: what follows is made of products of different sizes
+        counts = torch.bincount(index, minlength=self.num_experts)[: self.num_experts].tolist()
+        parts = _Sorted.apply(hidden_states, order, back, chosen).split([*counts, len(order) - sum(counts)])
         results = [self._expert(number, part) for number, part in enumerate(parts[:-1]) if everyone or counts[number]]
         results.append(torch.zeros_like(parts[-1]))  # places without an expert
-        weighted = torch.cat(results) * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-        sorted_back = torch.empty_like(order)
-        sorted_back[order] = torch.arange(len(order), device=order.device)
-        y = weighted[sorted_back].view(-1, chosen, weighted.shape[-1]).sum(dim=1)
-        return y.to(hidden_states.dtype)
+        y = _Sorted.apply(torch.cat(results), back, order, 1)
+        return (y.view(-1, chosen, y.shape[-1]) * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
+
+    def _one(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The same for a single token, without sorting."""
+        numbers = index[0].tolist()
+        # a view for each, because what reads one tensor is taken for parts of one layer (`shared_product.py`)
+        results = [
+            self._expert(number, x.view(x.shape)) if number < self.num_experts else torch.zeros_like(x) for number in numbers
+        ]
+        return (torch.cat(results) * weights[0].unsqueeze(-1)).sum(dim=0, keepdim=True).to(x.dtype)
 
     def _all(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The same for a graph of fixed shapes: every expert on every token, most of them with weight 0."""
@@ -96,19 +109,39 @@ class BitExperts(nn.Module):
 
     def _expert(self, number: int, x: Tensor) -> Tensor:
         """float (M, hidden) -> (M, hidden)."""
-        fused, maps = self.fused, self._modules[str(number)]
-        *first, down = (getattr(maps, name) for name in self.names)
-        if len(first) == 1:
-            inner = fused.act_fn(first[0](x))
-        else:
-            gate, up = first[0](x), first[1](x)
-            both = torch.cat([gate, up], dim=-1) if fused.is_concatenated else torch.stack([gate, up], dim=-1).flatten(-2)
-            inner = fused._apply_gate(both)
-        y = down(inner)
+        fused = self.fused
+        maps = self._modules[str(number)]._modules  # type: ignore[union-attr]
+        *first, down = (maps[name] for name in self.names)
+        y = down(fused.act_fn(first[0](x)) if len(first) == 1 else _gated(fused, first[0](x), first[1](x)))
         return y if self.post_expert_norm is None else self.post_expert_norm(y)
 
     def extra_repr(self) -> str:
         return f"of {type(self.fused).__name__}"
+
+
+def _gated(fused: Any, gate: Tensor, up: Tensor) -> Tensor:
+    """Two of float (M, inner) -> (M, inner), by the model's own function."""
+    if type(fused)._apply_gate.__module__ == _OF_TRANSFORMERS:  # the usual one, which would only take them apart again
+        return fused.act_fn(gate) * up
+    both = torch.cat([gate, up], dim=-1) if fused.is_concatenated else torch.stack([gate, up], dim=-1).flatten(-2)
+    return fused._apply_gate(both)
+
+
+class _Sorted(torch.autograd.Function):
+    """Row `order[i] // times` of x at place i. Backward is a lookup, too, where torch's own adds rows one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor, times: int) -> Tensor:
+        """float (T, F), a permutation of (T * times), its inverse -> (T * times, F)."""
+        ctx.save_for_backward(back)
+        ctx.times = times
+        return x[order if times == 1 else order // times]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (back,) = ctx.saved_tensors
+        grad = grads[0][back]
+        return (grad if ctx.times == 1 else grad.view(-1, ctx.times, grad.shape[-1]).sum(dim=1)), None, None, None
 
 
 def _in_a_group() -> bool:
