@@ -17,6 +17,7 @@ import hf_bitnet as hb
 from benchmarks import (
     cpu_kernels,
     distillation_memory,
+    experts,
     export_llama_cpp,
     export_speed,
     generate,
@@ -48,6 +49,12 @@ def _writes_nothing():
     before = {path: path.stat().st_mtime_ns for path in RESULTS.glob("*")}
     yield
     assert {path: path.stat().st_mtime_ns for path in RESULTS.glob("*")} == before
+
+
+def test_experts(capsys: Captured) -> None:
+    experts.main(["--smoke"])
+    printed = capsys.readouterr().out
+    assert "decode_tokens_per_s" in printed and printed.count("hf_bitnet") == 5
 
 
 def test_train_step(capsys: Captured) -> None:
