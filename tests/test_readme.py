@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+import hf_bitnet as hb
 from tests.chats import chats, tokenizer
 from tests.tiny import tiny
 
@@ -26,6 +27,7 @@ def test_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     model, batch = tiny("llama")
     model.save_pretrained("model")
+    tiny("mixtral")[0].save_pretrained("mixture")
     tokens = batch["input_ids"]
     names: dict[str, Any] = {
         "texts": Dataset.from_list([{"input_ids": row, "labels": row} for row in tokens.repeat(2, 1).tolist()]),
@@ -41,8 +43,8 @@ def test_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         found = [snippet for snippet in found if "hf_bitnet.training.trl_trainers" not in snippet]
     for snippet in found:
         # a run of the test suite shows no progress bars and needs no accelerator
-        snippet = snippet.replace("path/or/hub-name", "model")
+        snippet = snippet.replace("path/or/hub-name", "model").replace("path/or/name-of-a-mixture", "mixture")
         snippet = re.sub(r"(QATArguments|QATSFTConfig)\(", r"\1(use_cpu=True, disable_tqdm=True, ", snippet, count=1)
         exec(compile(snippet, "README.md", "exec"), names)
     assert torch.isfinite(names["model"](input_ids=tokens).logits).all()
-    assert names["config"].bits == 1.58
+    assert names["config"].bits == 1.58 and hb.coverage(names["mixture"]).fraction > 0.9
