@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +19,6 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 import hf_bitnet as hb
 from hf_bitnet.modules import BitExperts
 from hf_bitnet.surgery import quantized_layers, separate_experts, set_strength
-from tests.checkpoints import logits
 
 EXPERTS, HIDDEN, INNER = 5, 24, 40
 # every layout: plain, transposed, in turns with biases, without a gate, with a norm behind
@@ -181,15 +179,6 @@ def test_one_token_is_a_token_of_many() -> None:
             torch.testing.assert_close(model["experts"](x[one], index[one], weights[one]), many[one], rtol=1e-5, atol=1e-6)
 
 
-def test_kept_experts_stay_fused() -> None:
-    model, config = moe("mixtral"), hb.BitNetQuantizationConfig(keep=[r"experts"])
-    weight = model.model.layers[0].mlp.experts.gate_up_proj
-    hb.quantize_model(model, config)
-    assert model.model.layers[0].mlp.experts.gate_up_proj is weight
-    reasons = {row.name: row.reason for row in hb.coverage(model).rows}
-    assert reasons["model.layers.0.mlp.experts.gate_up_proj"] == "fused experts, not quantized"
-
-
 def test_weights_of_several_processes_are_left_alone() -> None:
     """With expert parallelism a module holds a part of the experts."""
     model = nn.ModuleDict({"experts": fused(MixtralExperts), "linear": nn.Linear(8, 8)})
@@ -220,12 +209,3 @@ def test_exported_graphs_have_fixed_shapes() -> None:
     with separate_experts(model):
         program = torch.export.export(model["experts"], (x, index, weights))
         torch.testing.assert_close(program.module()(x, index, weights), model["experts"](x, index, weights))
-
-
-def test_dense_export_of_a_model_whose_files_are_fused(tmp_path: Path) -> None:
-    model = hb.quantize_model(moe("gpt_oss"), CONFIG)
-    with pytest.raises(ValueError, match=r"format 'dense' cannot hold this model: .*experts of a layer in one tensor.*dequant"):
-        hb.export_model(model, tmp_path / "out", format="dense", progress=False)
-    hb.dequantize_model(model).save_pretrained(tmp_path / "dense")
-    again = type(model).from_pretrained(tmp_path / "dense")
-    assert torch.equal(logits(again, BATCH), logits(model, BATCH))

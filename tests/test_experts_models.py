@@ -252,3 +252,21 @@ def test_adapters_on_fused_experts_are_as_they_were() -> None:
     peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
     adapted = peft.get_peft_model(moe("mixtral"), peft.LoraConfig(target_modules=["w1", "w2", "w3"], r=2))
     assert adapted.peft_config["default"].target_parameters == {"gate_up_proj", "down_proj"}
+
+
+def test_kept_experts_stay_fused() -> None:
+    model, config = moe("mixtral"), hb.BitNetQuantizationConfig(keep=[r"experts"])
+    weight = model.model.layers[0].mlp.experts.gate_up_proj
+    hb.quantize_model(model, config)
+    assert model.model.layers[0].mlp.experts.gate_up_proj is weight
+    reasons = {row.name: row.reason for row in hb.coverage(model).rows}
+    assert reasons["model.layers.0.mlp.experts.gate_up_proj"] == "fused experts, not quantized"
+
+
+def test_dense_export_of_a_model_whose_files_are_fused(tmp_path: Path) -> None:
+    model = hb.quantize_model(moe("gpt_oss"), CONFIG)
+    with pytest.raises(ValueError, match=r"format 'dense' cannot hold this model: .*experts of a layer in one tensor.*dequant"):
+        hb.export_model(model, tmp_path / "out", format="dense", progress=False)
+    hb.dequantize_model(model).save_pretrained(tmp_path / "dense")
+    again = type(model).from_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(again, BATCH), logits(model, BATCH))

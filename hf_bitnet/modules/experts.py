@@ -109,9 +109,8 @@ class BitExperts(nn.Module):
 
     def _expert(self, number: int, x: Tensor) -> Tensor:
         """float (M, hidden) -> (M, hidden)."""
-        fused = self.fused
-        maps = self._modules[str(number)]._modules  # type: ignore[union-attr]
-        *first, down = (maps[name] for name in self.names)
+        fused, expert = self.fused, self._modules[str(number)]
+        *first, down = (getattr(expert, name) for name in self.names)
         y = down(fused.act_fn(first[0](x)) if len(first) == 1 else _gated(fused, first[0](x), first[1](x)))
         return y if self.post_expert_norm is None else self.post_expert_norm(y)
 
