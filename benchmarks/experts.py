@@ -55,7 +55,9 @@ def training(smoke: bool, rounds: int) -> list[dict[str, Any]]:
             quantized = hb.quantize_model(copy.deepcopy(plain), hb.BitNetQuantizationConfig.bitnet_b158(), progress=False)
             tokens = torch.randint(0, shape["vocab_size"], (2, 32) if smoke else (8, 256))
             arms = {"full precision": plain, "hf_bitnet": quantized}
-            steps = {name: make_step(model, tokens, mode == "bfloat16", compiled=False) for name, model in arms.items()}
+            steps: dict[str, Callable[[], object]] = {
+                name: make_step(model, tokens, mode == "bfloat16", compiled=False) for name, model in arms.items()
+            }
             for name, result in ratios(interleave(steps, rounds), "full precision").items():
                 rows.append({"step": mode, "experts": shape["num_experts"], "arm": name, **result})
     return rows
