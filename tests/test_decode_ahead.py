@@ -16,7 +16,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 import hf_bitnet as hb
 from hf_bitnet import kernels
-from hf_bitnet.modules import faster_ahead
+from hf_bitnet.modules import faster_ahead, faster_stack
 from tests.cpu_kernels import failures_in_threads, needs_cpu_kernels
 from tests.test_decode_layer import made_layer, packed_llama
 
@@ -63,8 +63,9 @@ def plainly(model: LlamaForCausalLM) -> Tensor:
 
 def test_a_token_is_one_call(model: LlamaForCausalLM, rows: list[int]) -> None:
     for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        rows.clear()
         same(decoded(each), plainly(model))
+        rows.clear()
+        decoded(each)
         assert rows == [LAYERS] * 6
     rows.clear()
     hb.optimize_for_generation(model, enable=False)
@@ -135,7 +136,7 @@ def _shorter_past(layer: Any, call: list[Any]) -> None:
 
 def inside(model: LlamaForCausalLM, before: Callable[[int, Any, list[Any]], None]) -> Tensor:
     """`by_hand`, as if it were the model's own forward."""
-    return faster_ahead._with_rows(model.model, lambda: by_hand(model, before))
+    return faster_ahead.with_rows(model.model, lambda: by_hand(model, before))
 
 
 @pytest.mark.parametrize("change", [_other_cache, _other_angles, _other_input, _changed_input, _shorter_past])
@@ -169,7 +170,7 @@ def test_a_forward_that_leaves_layers_out(model: LlamaForCausalLM, rows: list[in
         return y
 
     with torch.no_grad():
-        same(faster_ahead._with_rows(model.model, lambda: some(model)), some(plain))
+        same(faster_ahead.with_rows(model.model, lambda: some(model)), some(plain))
     assert rows == [LAYERS, 2]
 
 
@@ -184,7 +185,9 @@ def test_outputs_of_all_layers(model: LlamaForCausalLM, rows: list[int]) -> None
     assert len({y.untyped_storage().data_ptr() for y in found[0]}) == LAYERS, "safetensors refuses tensors that share memory"
 
 
-def test_many_misses_end_the_rows(model: LlamaForCausalLM, rows: list[int]) -> None:
+def test_many_misses_end_the_rows(model: LlamaForCausalLM, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faster_stack, "_token", lambda *_: None)
+
     def change(index: int, layer: Any, call: list[Any]) -> None:
         if index >= 3:
             _other_angles(layer, call)

@@ -12,19 +12,16 @@ often leaves out layers, or calls them with something else, gets no rows any mor
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .. import kernels
-from .faster import Faster
 from .faster_cache import held_by, past_of, show, with_room
 
 # how often a model did not take what was computed for it
@@ -80,33 +77,18 @@ class _Local(threading.local):
 _LOCAL = _Local()
 
 
-class FasterStack(Faster):
-    """A model whose decoder layers may be computed ahead while its forward runs."""
-
-    @staticmethod
-    def made_for(original: type[nn.Module]) -> dict[str, Any]:
-        forward = original.forward
-
-        @functools.wraps(forward)
-        def with_rows(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if kernels.is_recording() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-                return forward(self, *args, **kwargs)
-            return _with_rows(self, functools.partial(forward, self, *args, **kwargs))
-
-        return {"forward": with_rows}
-
-
 def layers_of(module: nn.Module) -> list[nn.Module]:
     """The modules of the lists that a module holds."""
     return [layer for each in module._modules.values() if isinstance(each, nn.ModuleList) for layer in each._modules.values()]  # type: ignore[misc]
 
 
-def _with_rows(module: nn.Module, forward: Callable[[], Any]) -> Any:
+def with_rows(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call of the model's forward, in which layers may be computed ahead."""
     outer = _LOCAL.layers, _LOCAL.waiting, _LOCAL.missed
     _LOCAL.layers = layers_of(module) if _MISSES.get(module, 0) < _MOST_MISSES else ()
     _LOCAL.waiting, _LOCAL.missed = None, False
     try:
-        result = forward()
+        result = forward(*args, **kwargs)
         if _LOCAL.missed or _LOCAL.waiting is not None:
             _MISSES[module] = _MISSES.get(module, 0) + 1
         return result
@@ -123,14 +105,15 @@ def row_from(module: nn.Module) -> Iterator[nn.Module]:
     """The layer and those that follow it, or the layer alone."""
     yield module
     layers = _LOCAL.layers
-    if module in layers and not _is_hooked(module):
+    if module in layers and not is_hooked(module):
         for following in layers[layers.index(module) + 1 :]:
-            if _is_hooked(following):
+            if is_hooked(following):
                 return
             yield following
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody listens to the calls of a module, or has given it a forward of its own."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 

@@ -153,7 +153,7 @@ def _decode(module: nn.Module, x: Tensor, cache: DynamicCache, angles: tuple[Ten
         return None
     steps: list[faster_ahead.Step] = []
     for each in faster_ahead.row_from(module):
-        plan = _plan_of(each) if isinstance(each, FasterLayer) else None
+        plan = plan_of(each) if isinstance(each, FasterLayer) else None
         step = None if plan is None else faster_ahead.step_of(each, plan.described, x, cache, angles, steps)
         if step is None:
             break
@@ -161,7 +161,7 @@ def _decode(module: nn.Module, x: Tensor, cache: DynamicCache, angles: tuple[Ten
     return faster_ahead.compute(steps, x, cache, angles) if steps else None
 
 
-def _plan_of(module: nn.Module) -> _Plan | None:
+def plan_of(module: nn.Module) -> _Plan | None:
     """The plan by which a layer may be computed now. It is made when first asked for, and again when it no longer holds."""
     plan = _PLANS.get(module)
     if plan is None and module in _PLANS:

@@ -24,8 +24,9 @@ from ..modules.faster import (
     make_faster,
     make_original,
 )
-from ..modules.faster_ahead import FasterStack, layers_of
-from ..modules.faster_layer import FasterLayer, forget, is_decoder_layer
+from ..modules.faster_ahead import layers_of
+from ..modules.faster_layer import FasterLayer, is_decoder_layer
+from ..modules.faster_stack import FasterStack, forget
 
 Model = TypeVar("Model", bound=nn.Module)
 
