@@ -59,7 +59,8 @@ def test_moments_are_those_of_the_whole_model(family: str) -> None:
     model, first = tiny(family)
     second = tiny(family)[1] if family not in ("vit", "whisper") else first
     batches = [first, second]
-    hb.quantize_model(model, ternary(granularity="channel"))
+    # other tokens come to an expert once its router reads quantized states: these are no two readings of one place
+    hb.quantize_model(model, ternary(granularity="channel", keep=["experts"]))
     twin = copy.deepcopy(model)
     stages = 0
 

@@ -73,6 +73,7 @@ def fit_weights(
         TypeError: `batches` is not a collection of batches.
         ValueError: no layer in train form; unknown method or option out of range; no batch; a weight or an input that is NaN or
             infinite, a layer that no batch reached, a static range that was never calibrated (these name the layer).
+            Experts that no token reached are fitted to their weights alone.
     """
     METHODS.get(method)
     if batches is None and method != "least_squares":
@@ -119,10 +120,17 @@ class _Fit:
                         f"fit_weights: the input of {name} overflows once the layers before it are quantized, so the model is "
                         "only partly fitted; load it again and fit it in float32 or bfloat16"
                     )
-                self.outcomes[name] = fit_layer(name, layer, moments, self.method, self.options)
+                self.outcomes[name] = self._fitted(name, layer, moments)
                 layer.fitted = True
                 self.bar.update()
             layer.bypassed = False
+
+    def _fitted(self, name: str, layer: TrainedLayer, moments: Moments | None) -> Outcome:
+        if moments is None or moments.tokens:
+            return fit_layer(name, layer, moments, self.method, self.options)
+        # of experts: routes may also change once the layers before them are quantized
+        outcome = fit_layer(name, layer, None, "least_squares", self.options)
+        return outcome._replace(note="no token came here: fitted to its weights")
 
     def report(self) -> FitReport:
         rows = (FitRow(**described(name, layer), **self.outcomes[name]._asdict()) for name, layer in self.layers.items())

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..modules import QuantizedLayer, SubNorm
 from ..quantizers.activation import SMALLEST_RANGE
-from ..surgery import each_batch, probing, quantized_layers, run
+from ..surgery import each_batch, has_separate_experts, probing, quantized_layers, run
 from .observers import OBSERVERS, Observer, ObserverOptions
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -161,9 +161,10 @@ def _watch(model: nn.Module, batches: Iterator[Any], statistics: Mapping[str, St
             hook.remove()
     missed = [name for name, statistic in statistics.items() if not statistic.seen]
     if missed:
+        rare = " (experts without a token have no range; activation='int8' needs none)" if has_separate_experts(model) else ""
         raise ValueError(
             f"calibrate: no batch reached {', '.join(missed[:5])}{' and others' if len(missed) > 5 else ''}; pass batches "
-            f"that use every layer, or keep it in full precision: keep=[r'{missed[0]}']"
+            f"that use every layer, or keep it in full precision: keep=[r'{missed[0]}']{rare}"
         )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import TrainedLayer
-from ..surgery import run
+from ..surgery import layers_of_experts, run
 from .moments import Moments
 from .stream import Call, Chain, find_chains
 
@@ -48,7 +48,8 @@ class Walk:
     """A model in train form, inside `probing(model, quantized=False)`, and the batches to fit it on."""
 
     def __init__(self, model: nn.Module, layers: Stage, batches: list[Any], activations: bool) -> None:
-        self.model, self.layers, self.batches, self.activations = model, layers, batches, activations
+        self.model, self.layers, self.batches, self.activations = model, dict(layers), batches, activations
+        self.unreached: Stage = {}
         self.traces = {name: Trace() for name in layers}
         self.names = {id(layer): name for name, layer in layers.items()}
         self.masks: list[tuple[Tensor | None, Tensor | None]] = [_masks(batch) for batch in batches]
@@ -69,7 +70,12 @@ class Walk:
                 with self._hooks(self.layers, self._tracer(witnesses)):
                     run(self.model, batch)
                 _check_finite(witnesses, number)
-        missed = [name for name, trace in self.traces.items() if trace.place < 0]
+        unseen = [name for name, trace in self.traces.items() if trace.place < 0]
+        experts = layers_of_experts(self.model)  # that no token reaches is in their nature
+        self.unreached = {name: self.layers.pop(name) for name in unseen if name in experts}
+        for layer in self.unreached.values():
+            del self.names[id(layer)]
+        missed = [name for name in unseen if name not in experts]
         if missed:
             raise ValueError(
                 f"fit_weights: no batch reached {', '.join(missed[:5])}{' and others' if len(missed) > 5 else ''}; pass "
@@ -96,7 +102,10 @@ class Walk:
     # ---- the way ----
 
     def fit(self, fit_stage: FitStage) -> None:
-        """Calls `fit_stage` for every stage, from the inputs to the outputs. It must leave its layers quantized."""
+        """Calls `fit_stage` for every stage, from the inputs to the outputs. It must leave its layers quantized.
+
+        Maps of experts that no token reaches come last, with moments of no input.
+        """
         for chain in self.chains:
             chain.broken |= not self._is_sound(chain)
         where = {
@@ -114,6 +123,8 @@ class Walk:
                 self._fit_chain(chain, fit_stage)
                 finished.append(chain)
         self._fit_loose(loose, fit_stage)
+        for name, layer in self.unreached.items():
+            fit_stage({name: layer}, Moments({name: layer}, self.activations))
 
     def _is_sound(self, chain: Chain) -> bool:
         layers = [module for block in chain.blocks for module in block.modules() if id(module) in self.names]

@@ -16,6 +16,7 @@ from ..calibration import METHODS, FitReport
 from ..files import new_folder, refuse_existing, refuse_overlap
 from ..hub import library_versions, model_card, write_card
 from ..publish.opening import model_class
+from ..surgery import FusedExpertsError
 from .common import config_from, dtype_of, quietly, say, summary, texts, tokenizer_of
 from .options import UsageError
 
@@ -66,7 +67,10 @@ def _quantized(arguments: argparse.Namespace, kind: Any, config: BitNetQuantizat
     if arguments.fit is None:
         if arguments.fit_file is not None:
             raise UsageError("--fit-file without --fit; add --fit gptq")
-        return kind.from_pretrained(arguments.model, dtype=dtype, quantization_config=config, **_HUB), None
+        try:
+            return kind.from_pretrained(arguments.model, dtype=dtype, quantization_config=config, **_HUB), None
+        except FusedExpertsError:  # which takes the memory of the float model
+            return quantize_model(kind.from_pretrained(arguments.model, dtype=dtype, **_HUB), config), None
     METHODS.get(arguments.fit)  # a misspelt one is told before anything is read
     if arguments.fit != "least_squares" and arguments.fit_file is None:
         raise UsageError(f"--fit {arguments.fit} needs text: --fit-file train.txt (or --fit least_squares, which does without)")

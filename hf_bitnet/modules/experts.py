@@ -130,11 +130,14 @@ class _Sorted(torch.autograd.Function):
     """Row `order[i] // times` of x at place i. Backward is a lookup, too, where torch's own adds rows one by one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor, times: int) -> Tensor:
+    def forward(x: Tensor, order: Tensor, back: Tensor, times: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """float (T, F), a permutation of (T * times), its inverse -> (T * times, F)."""
-        ctx.save_for_backward(back)
-        ctx.times = times
         return x[order if times == 1 else order // times]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, back, ctx.times = inputs
+        ctx.save_for_backward(back)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:

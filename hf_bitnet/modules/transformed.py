@@ -70,4 +70,4 @@ def transformed_product(
         zero = x_zero if isinstance(x_zero, Tensor) else None
         assert isinstance(w.zero_point, float)
         y = reference.int_linear(codes, x_scale, zero, w.codes, w.scale, w.zero_point, bias, dtype)
-    return _StraightThrough.apply(x, bias, value, y.view(*x.shape[:-1], -1))
+    return _StraightThrough.apply(x, bias, value, y.view(*x.shape[:-1], y.shape[-1]))

@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from .. import surgery
 from ..config import BitNetQuantizationConfig
 
 
@@ -139,7 +140,8 @@ def _problem(
             missing = of_experts
             advice = "if it holds all of them in one tensor, load it without a quantization_config, then quantize_model(model)"
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        return ValueError(f"the checkpoint lacks {', '.join(missing[:5])}{more}, which its quantized layers need; {advice}")
+        kind = surgery.FusedExpertsError if of_experts else ValueError
+        return kind(f"the checkpoint lacks {', '.join(missing[:5])}{more}, which its quantized layers need; {advice}")
     return None
 
 

@@ -33,6 +33,7 @@ class BitNetQuantizer(HfQuantizer):
         self.packed: set[str] = set()
         self.errors: list[Exception] = []
         self.new: set[str] = set()
+        self.dropped: list[Any] = []
         self.in_trits = self.pre_quantized and quantization_config.storage != STORAGES[0]
 
     def _process_model_before_weight_loading(  # type: ignore[override]
@@ -81,7 +82,8 @@ class BitNetQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         conversions = super().update_weight_conversions(weight_conversions, model)
         if surgery.has_separate_experts(model):
-            conversions = [each for each in conversions if surgery.fused_weight(each) is None]
+            self.dropped = [each for each in conversions if surgery.fused_weight(each) is not None]
+            conversions = [each for each in conversions if each not in self.dropped]
         if not self.packed or self.pre_quantized != self.in_trits:
             return conversions
         patterns = self.quantization_config.quantized_modules or []
@@ -99,7 +101,8 @@ class BitNetQuantizer(HfQuantizer):
         return new
 
     def _process_model_after_weight_loading(self, model: Any, **unused: Any) -> Any:  # type: ignore[override]
-        model._weight_conversions = without_our_converters(model._weight_conversions)
+        # the dropped ones find nothing to do until `dequantize_model` has made the experts fused again
+        model._weight_conversions = [*without_our_converters(model._weight_conversions), *self.dropped]
         surgery.start_from_weights(model, self.new)
         surgery.reset_state(model)
         if self.pre_quantized:

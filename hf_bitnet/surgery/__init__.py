@@ -3,7 +3,7 @@
 from .attached import attach, attach_native, config_of, detach, kept_for_native
 from .copies import empty_packed_copy, native_copy, packed_copy
 from .coverage import Coverage, check_finite, config_place, coverage
-from .experts import fused_weight, has_separate_experts, layers_of_experts, names_on_disk, separate_experts
+from .experts import FusedExpertsError, fused_weight, has_separate_experts, layers_of_experts, names_on_disk, separate_experts
 from .full_precision import full_precision_copy, independent_copy, output_head
 from .generation import optimize_for_generation
 from .inputs import processor_of
@@ -18,6 +18,7 @@ from .walk import quantized_layers, quantized_tables, trained_layers, trained_ta
 
 __all__ = [
     "Coverage",
+    "FusedExpertsError",
     "attach",
     "attach_native",
     "attention_heads",

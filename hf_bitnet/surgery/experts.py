@@ -7,6 +7,7 @@ make stay as they are. All of a model's are separated or none, because files hol
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,10 @@ _FIRST, _DOWN = ("gate_up_proj", "up_proj"), "down_proj"
 _USUAL = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 _OF_EACH = re.compile(r"experts\.\*\.(\w+)\.weight$")
 _FUSED = re.compile(r"(?:^|\.)experts\.(gate_up_proj|up_proj|down_proj)$")
+
+
+class FusedExpertsError(ValueError):
+    """A checkpoint holds experts in a form that cannot be quantized while it is loaded; afterwards it can."""
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -46,10 +51,16 @@ def _first(module: Any) -> str:
 def separate_experts(model: nn.Module) -> Iterator[None]:
     """Inside, the fused experts of the model are separate linear layers that share memory with the fused weights.
 
-    Afterwards they own their memory, if one of them was quantized; else, and after an error, they are what they were.
+    Afterwards they own their memory, if one of them was quantized; else, and after an error, they are what they were. Weights
+    that are tied to others stay fused.
     """
     names = names_on_disk(model) or _USUAL
-    made = [(module, _separated(module, names)) for module in model.modules() if is_fused(module)]
+    uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    made = [
+        (module, _separated(module, names))
+        for module in model.modules()
+        if is_fused(module) and all(uses[id(parameter)] == 1 for parameter in module.parameters(recurse=False))
+    ]
     places = Places(model)
     for fused, separate in made:
         places.put(fused, separate)

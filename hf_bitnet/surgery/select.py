@@ -12,7 +12,7 @@ import functools
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from types import CodeType
@@ -74,6 +74,13 @@ def choose(model: nn.Module, config: BitNetQuantizationConfig) -> list[Choice]:
         for name, module in model.named_modules()
         if is_linear(module)
     ]
+
+
+def idle_patterns(config: BitNetQuantizationConfig, names: Iterable[str]) -> list[str]:
+    """The patterns of `keep`, `overrides` and `sub_norm` that none of the names match."""
+    names = list(names)
+    patterns = [*config.keep, *config.overrides, *config.sub_norm]
+    return [pattern for pattern in patterns if not any(re.search(pattern, name) for name in names)]
 
 
 def choose_tables(model: nn.Module, config: BitNetQuantizationConfig) -> list[Choice]:

@@ -5,6 +5,7 @@ The only code that replaces modules. Every function takes any nn.Module, changes
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -33,12 +34,13 @@ from ..relaxations import RELAXATIONS
 from ..ste import ESTIMATORS
 from .attached import attach, config_of, copied, detach
 from .coverage import check_finite, coverage, float_dtype
-from .experts import fuse_experts, separate_experts
+from .experts import fuse_experts, layers_of_experts, separate_experts
 from .places import Places, check_inside
-from .select import Choice, check_tables, choose, choose_tables, is_linear
+from .select import Choice, check_tables, choose, choose_tables, idle_patterns, is_linear
 from .vocabulary import head_layers, table_spec, ties_kept
 from .walk import layers_of, quantized_tables
 
+logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 # below this many layers a progress bar only flickers
 _PROGRESS_FROM = 64
@@ -117,6 +119,12 @@ def chosen_layers(model: nn.Module, config: BitNetQuantizationConfig) -> list[Ch
         raise ValueError(
             f"no layer of {type(model).__name__} would be quantized ({kept}); loosen `keep`, or name layers in "
             "`overrides`, for example overrides={r'classifier': {'weight': 'int8'}}"
+        )
+    if idle := idle_patterns(config, (choice.name for choice in found)):
+        experts = next(iter(sorted(layers_of_experts(model))), None)
+        hint = "" if experts is None else f"; maps of experts have names like {experts}"
+        logger.warning(
+            "no linear layer of %s is called by the pattern %s%s", type(model).__name__, ", ".join(map(repr, idle)), hint
         )
     return chosen
 
