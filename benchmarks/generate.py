@@ -34,7 +34,7 @@ from benchmarks.common import ROOT, table, write_results
 from benchmarks.llama_cpp import build_gguf, run_llama_bench
 from hf_bitnet.export.stream import Planned, write_safetensors
 from hf_bitnet.modules import PackedBitLinear
-from hf_bitnet.modules.faster_layer import FasterLayer
+from hf_bitnet.modules.faster_stack import FasterStack
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 32000,
@@ -167,12 +167,11 @@ def profile_generation(model: Any, ids: Tensor, tokens: int) -> dict[str, float]
     """
     clock = _Clock()
     handles = []
-    whole_layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FasterLayer))
+    whole = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FasterStack))
     for name, module in model.named_modules():
-        if name.startswith(whole_layers):  # a clock on a part would make the layer call its parts
+        if name.startswith(whole):  # a clock on a part would make the model call its parts
             continue
-        whole = f"{name}." in whole_layers
-        kind = "decoder layers, one call" if whole else _kind(name, module)
+        kind = "embedding, decoder layers in one call, norm" if f"{name}." in whole else _kind(name, module)
         handles.append(module.register_forward_pre_hook(lambda *_, k=kind: clock.enter(k)))
         handles.append(module.register_forward_hook(lambda *_: clock.leave()))
     generated_in(model, ids, 2)
