@@ -176,7 +176,7 @@ def test_export_llama_cpp(tmp_path: Path, capsys: Captured) -> None:
 def _check_generate(folder: Path, capsys: Captured) -> None:
     generate.main(["--folder", str(folder), "--smoke", "--layers", "2", "--rounds", "1", "--tokens", "4", "--prompt", "8"])
     out = capsys.readouterr().out
-    assert "decode_tokens_per_s" in out and "decoder layers, one call" in out and "norms" in out
+    assert "decode_tokens_per_s" in out and "decoder layers in one call, norm" in out and "output head" in out
 
 
 # ---- on GPUs: the same code at tiny sizes on the CPU ----
