@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 
@@ -191,3 +192,74 @@ def test_autocast_and_gradients(model: LlamaForCausalLM) -> None:
     cache = DynamicCache()
     model(PROMPT, past_key_values=cache)
     assert model(torch.tensor([[1], [2]]), past_key_values=cache).logits.requires_grad
+
+
+@torch.no_grad()
+def test_what_the_caller_of_the_inner_model_gets(model: LlamaForCausalLM) -> None:
+    decoded(model)
+    cache, one = DynamicCache(), torch.tensor([[1], [1]])
+    model(PROMPT, past_key_values=cache)
+    assert isinstance(model.model(input_ids=one, past_key_values=cache, return_dict=False), tuple)
+    called = forwards(model)
+    model(one, past_key_values=cache)
+    assert called == []
+    model(one, past_key_values=cache, use_cache=False)
+    model.config.use_cache = False
+    model(one, past_key_values=cache)
+    assert called == [1, 1]
+
+
+def _scaled(self: Any, **given: Any) -> BaseModelOutputWithPast:
+    y = LlamaModel.forward(self, **given)
+    return BaseModelOutputWithPast(last_hidden_state=y.last_hidden_state * self.gain, past_key_values=y.past_key_values)
+
+
+def test_settings_of_the_model_that_change() -> None:
+    model = packed_llama(num_hidden_layers=3)
+    model.model.__class__ = type("Gaining", (LlamaModel,), {"forward": _scaled, "gain": 1.0})
+    model.model.gain = 1.0
+    hb.optimize_for_generation(model)
+    first = decoded(model)
+    model.model.gain = 3.0
+    assert not torch.allclose(decoded(model), first, atol=1e-3)
+    same(decoded(model), decoded(plain(model)))
+
+
+@torch.no_grad()
+def test_modules_without_a_config(model: LlamaForCausalLM) -> None:
+    class Mini(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = model.model.layers
+
+        def forward(self, input_ids: Tensor, past_key_values: DynamicCache) -> Tensor:
+            return input_ids + 1
+
+    mini = hb.optimize_for_generation(Mini())
+    assert mini(input_ids=torch.tensor([[1]]), past_key_values=DynamicCache()).item() == 2
+
+
+def _last_two(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **others: Any) -> tuple[Tensor, None]:
+    return AttentionInterface()["sdpa"](module, query, key[:, :, -2:], value[:, :, -2:], None, **others | {"is_causal": False})
+
+
+def test_other_ways_to_attend_are_not_exchanged(model: LlamaForCausalLM) -> None:
+    AttentionInterface.register("last_two", _last_two)
+    AttentionMaskInterface.register("last_two", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    decoded(model)
+    model.set_attn_implementation("last_two")
+    same(decoded(model), decoded(plain(model)))
+
+
+@torch.no_grad()
+def test_another_default_device(model: LlamaForCausalLM) -> None:
+    expected = decoded(model)
+    plainly = plain(model)
+    cache = DynamicCache()
+    for each in (model, plainly):
+        cache = DynamicCache()
+        each(PROMPT[:1], past_key_values=cache)
+        ids, positions = torch.tensor([[1]]), torch.tensor([[4]])
+        with torch.device("meta"):
+            y = each(ids, past_key_values=cache, position_ids=positions).logits
+        same(y, expected[:1])

@@ -24,6 +24,7 @@ from .faster import Faster, epsilon, epsilon_name
 from .packed_linear import PackedBitLinear
 from .sub_norm import SubNorm
 
+_ATTENDING = (None, "sdpa", "eager")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -166,6 +167,8 @@ def plan_of(module: nn.Module) -> _Plan | None:
     plan = _PLANS.get(module)
     if plan is None and module in _PLANS:
         return None
+    if not _attends_to_all(module):
+        return None
     if plan is not None and plan.holds():
         return None if plan.watchers.are_there() else plan
     # nothing is remembered of a layer that is unpacked or watched just now: the proof would call the watchers
@@ -173,6 +176,12 @@ def plan_of(module: nn.Module) -> _Plan | None:
         return None
     plan = _PLANS[module] = _make(module)
     return plan
+
+
+def _attends_to_all(module: Any) -> bool:
+    """Whether the way to attend that the config names looks at the whole past, as the kernel does."""
+    config = getattr(module._modules["self_attn"], "config", None)
+    return config is None or config.__dict__.get("_attn_implementation_internal", "sdpa") in _ATTENDING
 
 
 def _modules_of(module: Any) -> list[nn.Module]:

@@ -26,7 +26,7 @@ from .faster import Faster
 from .faster_cache import show
 from .faster_layer import FasterLayer, plan_of
 
-# arguments of a forward that are looked at; any other has to be None or False
+# arguments of a forward that are looked at; any other has to be None
 _ARGUMENTS = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"})
 # of a config: lengths beyond which layers do not look at the whole past
 _WINDOWS = ("sliding_window", "attention_chunk_size")
@@ -46,9 +46,10 @@ class _Stack(NamedTuple):
 
 
 class _Proven(NamedTuple):
-    """What was found for a model with these parts: the class of its outputs, None where its forward does something else."""
+    """What was found for a model with these parts and settings: the class of its outputs, None where its forward does more."""
 
     stack: _Stack
+    settings: dict[str, Any]
     kind: type | None
 
 
@@ -84,28 +85,38 @@ def _token(model: Any, plainly: Callable[..., Any], given: Mapping[str, Any]) ->
     ids, cache, mask = given.get("input_ids"), given.get("past_key_values"), given.get("attention_mask")
     if type(cache) is not DynamicCache or type(ids) is not Tensor or ids.dim() != 2 or ids.shape[1] != 1 or not ids.is_cpu:
         return None
-    if not all(given[name] is None or given[name] is False for name in given.keys() - _ARGUMENTS):
+    stack, config = _stack_of(model), getattr(model, "config", None)
+    if stack is None or config is None or model.training or torch.is_autocast_enabled("cpu"):
         return None
-    length, config = cache.get_seq_length(), model.config
-    if not length or torch.is_autocast_enabled("cpu") or any(getattr(config, name, None) for name in _COLLECTING):
+    if any(given[name] for name in _COLLECTING if name in given) or any(getattr(config, name, None) for name in _COLLECTING):
         return None
-    if any((window := getattr(config, name, None)) is not None and window <= length for name in _WINDOWS):
+    if any(given[name] is not None for name in given.keys() - _ARGUMENTS - {*_COLLECTING}):
+        return None
+    asked = given.get("use_cache")
+    if not (getattr(config, "use_cache", None) if asked is None else asked):
+        return None
+    length = cache.get_seq_length()
+    if not length or any((window := getattr(config, name, None)) is not None and window <= length for name in _WINDOWS):
         return None
     if mask is not None and (type(mask) is not Tensor or mask.shape != (ids.shape[0], length + 1) or not mask.all()):
         return None
-    stack = _stack_of(model)
-    if stack is None or stack.is_hooked() or getattr(config, "num_hidden_layers", None) != len(stack.layers):
+    if stack.is_hooked() or getattr(config, "num_hidden_layers", None) != len(stack.layers):
         return None
     layers = _described(stack)
     if layers is None:
         return None
-    proven = _PROVEN.get(model)
-    if proven is None or proven.stack != stack:
-        proven = _PROVEN[model] = _Proven(stack, _prove(stack, layers, plainly))
+    proven, settings = _PROVEN.get(model), _settings(model)
+    if proven is None or proven.stack != stack or proven.settings != settings:
+        proven = _PROVEN[model] = _Proven(stack, settings, _prove(stack, layers, plainly))
     if proven.kind is None:
         return None
     y = _compute(stack, layers, ids, cache, given.get("position_ids"), length)
     return None if y is None else proven.kind(last_hidden_state=y, past_key_values=cache)
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    """The numbers and names that a model keeps, by which its forward may go."""
+    return {name: value for name, value in model.__dict__.items() if value is None or isinstance(value, int | float | str)}
 
 
 def _stack_of(model: Any) -> _Stack | None:
@@ -138,7 +149,7 @@ def _compute(
 ) -> Tensor | None:
     """int64 (B, 1) -> (B, 1, hidden); the cache grows by the token. None, and nothing has changed, where a layer cannot."""
     x = stack.embedding(ids)
-    angles = stack.rotary(x, position_ids=torch.full((1, 1), length) if positions is None else positions)
+    angles = stack.rotary(x, position_ids=torch.full((1, 1), length, device=ids.device) if positions is None else positions)
     steps: list[faster_ahead.Step] = []
     for layer, described in zip(stack.layers, layers, strict=True):
         step = faster_ahead.step_of(layer, described, x, cache, angles, steps)
@@ -154,7 +165,7 @@ def _compute(
 @torch.no_grad()
 def _prove(stack: _Stack, layers: list[kernels.DescribedLayer], plainly: Callable[..., Any]) -> type | None:
     """The class of the model's outputs, if its forward computes what `_compute` does."""
-    ids, past = torch.tensor([[3, 1, 2, 1]]), DynamicCache()
+    ids, past = torch.tensor([[3, 1, 2, 1]], device="cpu"), DynamicCache()
     try:
         plainly(input_ids=ids[:, :3], past_key_values=past, use_cache=True)
         twin = copy.deepcopy(past)

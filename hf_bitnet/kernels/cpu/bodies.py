@@ -26,8 +26,8 @@ def quantize_rows(x: Tensor, qmin: int, qmax: int, eps: float) -> tuple[Tensor, 
         return reference.quantize_rows(x, qmin, qmax, eps)
     rows = as_rows(as_float(x))
     m, k = rows.shape
-    codes = torch.empty(x.shape, dtype=torch.int8)
-    scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32)
+    codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
+    scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device="cpu")
     given = rows.data_ptr(), FLOATS[rows.dtype], m, k, rows.stride(0)
     check(functions().hb_quantize_rows(*given, qmin, qmax, eps, codes.data_ptr(), scale.data_ptr()))
     return codes, scale
@@ -43,8 +43,8 @@ def norm_quantize_rows(
     rows, gain = as_rows(x), norm_weight.contiguous()
     m, k = rows.shape
     check_gain(gain, k)
-    codes = torch.empty(x.shape, dtype=torch.int8)
-    scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32)
+    codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
+    scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device="cpu")
     given = rows.data_ptr(), FLOATS[rows.dtype], m, k, rows.stride(0), gain.data_ptr(), FLOATS[gain.dtype], norm_eps
     check(functions().hb_norm_quantize_rows(*given, qmin, qmax, eps, codes.data_ptr(), scale.data_ptr()))
     return codes, scale
@@ -56,7 +56,7 @@ def scale_rows(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         return reference.scale_rows(x, scale, dtype)
     require_cpu(scale)
     rows, factors = as_rows(x), as_float32(scale)
-    out = torch.empty(x.shape, dtype=dtype)
+    out = torch.empty(x.shape, dtype=dtype, device="cpu")
     given = rows.data_ptr(), DTYPES[rows.dtype], *rows.shape, rows.stride(0), factors.data_ptr()
     check(functions().hb_scale_rows(*given, out.data_ptr(), FLOATS[dtype]))
     return out
@@ -70,7 +70,7 @@ def mean_magnitudes(rows: Tensor) -> Tensor:
     if rows.dim() != 2 or not rows.numel():
         return reference.mean_magnitudes(rows)
     flat = as_float(rows).contiguous()
-    sums = torch.empty(rows.shape[0], 1, dtype=torch.float64)
+    sums = torch.empty(rows.shape[0], 1, dtype=torch.float64, device="cpu")
     check(functions().hb_abs_sums(flat.data_ptr(), FLOATS[flat.dtype], *flat.shape, sums.data_ptr()))
     return sums.div_(rows.shape[1]).float()
 
@@ -88,7 +88,7 @@ def quantize_weight(
         return reference.quantize_weight(rows, scale, zero_point, qmin, qmax, dtype)
     require_cpu(scale)
     flat, scales = as_float(rows).contiguous(), as_float32(scale)
-    out = torch.empty(rows.shape, dtype=dtype if dtype in DTYPES else torch.float32)
+    out = torch.empty(rows.shape, dtype=dtype if dtype in DTYPES else torch.float32, device="cpu")
     given = flat.data_ptr(), FLOATS[flat.dtype], *rows.shape, scales.data_ptr(), zero_point, qmin, qmax
     check(functions().hb_quantize_weight(*given, out.data_ptr(), DTYPES[out.dtype]))
     return out.to(dtype)
@@ -101,7 +101,7 @@ def quantize_sign(rows: Tensor, threshold: Tensor, dtype: torch.dtype = torch.in
         return reference.quantize_sign(rows, threshold, dtype)
     require_cpu(threshold)
     flat, limits = as_float(rows).contiguous(), as_float32(threshold)
-    out = torch.empty(rows.shape, dtype=dtype if dtype in DTYPES else torch.float32)
+    out = torch.empty(rows.shape, dtype=dtype if dtype in DTYPES else torch.float32, device="cpu")
     shape = (1, flat.numel()) if single else rows.shape
     given = flat.data_ptr(), FLOATS[flat.dtype], *shape, limits.data_ptr()
     check(functions().hb_quantize_sign(*given, out.data_ptr(), DTYPES[out.dtype]))
@@ -121,7 +121,7 @@ def quantize_pack(weight: Tensor, scale: Tensor, qmin: int, qmax: int, layout: L
         return reference.quantize_pack(weight, scale, qmin, qmax, layout)
     rows, scales = _grouped(weight, scale)
     n, k = rows.shape
-    packed = torch.empty(n, -(-k * layout.bits // 8), dtype=torch.uint8)
+    packed = torch.empty(n, -(-k * layout.bits // 8), dtype=torch.uint8, device="cpu")
     given = rows.data_ptr(), FLOATS[rows.dtype], n, k, scales.data_ptr(), *scales.shape, layout.zero_point, qmin, qmax
     check(functions().hb_quantize_pack(*given, layout.bits, layout.lowest, layout.step, packed.data_ptr()))
     return packed
@@ -133,7 +133,7 @@ def sign_pack(weight: Tensor, threshold: Tensor) -> Tensor:
         return reference.sign_pack(weight, threshold)
     rows, limits = _grouped(weight, threshold)
     n, k = rows.shape
-    packed = torch.empty(n, -(-k // 8), dtype=torch.uint8)
+    packed = torch.empty(n, -(-k // 8), dtype=torch.uint8, device="cpu")
     given = rows.data_ptr(), FLOATS[rows.dtype], n, k, limits.data_ptr(), *limits.shape
     check(functions().hb_sign_pack(*given, packed.data_ptr()))
     return packed
@@ -147,7 +147,7 @@ def pack(codes: Tensor, bits: int, lowest: int, step: int) -> Tensor:
     if codes.dtype != torch.int8 or not codes.numel():
         return reference.pack(codes, bits, lowest, step)
     k = codes.shape[-1]
-    packed = torch.empty(*codes.shape[:-1], -(-k * bits // 8), dtype=torch.uint8)
+    packed = torch.empty(*codes.shape[:-1], -(-k * bits // 8), dtype=torch.uint8, device="cpu")
     rows = codes.contiguous()
     check(functions().hb_pack(rows.data_ptr(), rows.numel() // k, k, bits, lowest, step, packed.data_ptr()))
     return packed
@@ -157,7 +157,7 @@ def unpack(packed: Tensor, bits: int, lowest: int, step: int, in_features: int) 
     """`reference.unpack`."""
     if packed.shape[-1] != -(-in_features * bits // 8) or not packed.numel():
         return reference.unpack(packed, bits, lowest, step, in_features)
-    codes = torch.empty(*packed.shape[:-1], in_features, dtype=torch.int8)
+    codes = torch.empty(*packed.shape[:-1], in_features, dtype=torch.int8, device="cpu")
     rows = packed.contiguous()
     n = rows.numel() // rows.shape[-1]
     check(functions().hb_unpack(rows.data_ptr(), n, in_features, bits, lowest, step, codes.data_ptr()))
@@ -169,7 +169,7 @@ def pack_trits(codes: Tensor) -> Tensor:
     if codes.dtype != torch.int8 or not codes.numel():
         return reference.pack_trits(codes)
     k = codes.shape[-1]
-    packed = torch.empty(*codes.shape[:-1], -(-k // reference.TRITS_PER_BYTE), dtype=torch.uint8)
+    packed = torch.empty(*codes.shape[:-1], -(-k // reference.TRITS_PER_BYTE), dtype=torch.uint8, device="cpu")
     rows = codes.contiguous()
     check(functions().hb_pack_trits(rows.data_ptr(), rows.numel() // k, k, packed.data_ptr()))
     return packed
@@ -179,7 +179,7 @@ def unpack_trits(packed: Tensor, in_features: int) -> Tensor:
     """`reference.unpack_trits`."""
     if packed.shape[-1] != -(-in_features // reference.TRITS_PER_BYTE) or not packed.numel():
         return reference.unpack_trits(packed, in_features)
-    codes = torch.empty(*packed.shape[:-1], in_features, dtype=torch.int8)
+    codes = torch.empty(*packed.shape[:-1], in_features, dtype=torch.int8, device="cpu")
     rows = packed.contiguous()
     n = rows.numel() // rows.shape[-1]
     check(functions().hb_unpack_trits(rows.data_ptr(), n, in_features, codes.data_ptr()))

@@ -36,7 +36,7 @@ def fixed_matmul(
     factor = 1.0 if scale is None else scale.item()
     if k <= _SUMMED_AT_ONCE:
         return _call(a, a_scale, codes, zero_point, factor, dtype)
-    total = torch.zeros(m, n)
+    total = torch.zeros(m, n, device="cpu")
     for start in range(0, k, _SUMMED_AT_ONCE):
         part = slice(start, start + _SUMMED_AT_ONCE)
         of_part = None if a_scale is None else a_scale.view(-1)[part]
@@ -47,7 +47,7 @@ def fixed_matmul(
 def _call(a: Tensor, a_scale: Tensor | None, codes: Tensor, zero_point: float, scale: float, dtype: torch.dtype) -> Tensor:
     (m, k), n = a.shape, codes.shape[1]
     rows, scales = as_rows(codes), None if a_scale is None else as_float32(a_scale)
-    out = torch.empty(m, n, dtype=dtype)
+    out = torch.empty(m, n, dtype=dtype, device="cpu")
     left = a.data_ptr(), FLOATS[a.dtype], *a.stride(), 0 if scales is None else scales.data_ptr(), m, k
     right = rows.data_ptr(), rows.stride(0), n, zero_point, scale
     check(functions().hb_fixed_matmul(*left, *right, out.data_ptr(), FLOATS[dtype], n))

@@ -73,7 +73,7 @@ class _Block:
     def one(self, x: Tensor) -> Tensor:
         """`all` of a single weight."""
         (n,) = self.widths
-        out = torch.empty(self.rows, n, dtype=self.computed)
+        out = torch.empty(self.rows, n, dtype=self.computed, device="cpu")
         error = self.function(self.holes.pack(x.data_ptr(), self.parts[0], out.data_ptr(), n))
         if error:
             check(error)
@@ -81,7 +81,7 @@ class _Block:
 
     def all(self, x: Tensor) -> list[Tensor]:
         """One (m, n) for each weight."""
-        outs = [torch.empty(self.rows, n, dtype=self.computed) for n in self.widths]
+        outs = [torch.empty(self.rows, n, dtype=self.computed, device="cpu") for n in self.widths]
         filled: list[bytes | int] = [x.data_ptr()]
         for part, out in zip(self.parts, outs, strict=True):
             filled += (part, out.data_ptr())
@@ -220,7 +220,7 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     require_cpu(a, b)
     a, b = as_rows(a), as_rows(b)
     (m, k), n = a.shape, b.shape[0]
-    out = torch.empty(m, n, dtype=torch.int32)
+    out = torch.empty(m, n, dtype=torch.int32, device="cpu")
     check(functions().hb_int_matmul(a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), m, n, k, out.data_ptr()))
     return out
 
