@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -23,6 +22,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import hf_bitnet as hb
 from benchmarks.common import interleave, ratios, table, write_results
+from benchmarks.generate import generated_in
 from benchmarks.train_step import make_step
 
 TOKENS, PROMPT = 32, 512
@@ -94,13 +94,8 @@ def read(model: Any, prompt: Tensor) -> None:
 
 
 def seconds_a_token(model: Any, prompt: Tensor) -> float:
-    """Without the prompt, which is read once more by itself."""
-    times = []
-    for count in (1, TOKENS):
-        start = time.perf_counter()
-        model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
-        times.append(time.perf_counter() - start)
-    return (times[1] - times[0]) / (TOKENS - 1)
+    """Without the first, which reads the prompt."""
+    return (generated_in(model, prompt, TOKENS) - generated_in(model, prompt, 1)) / (TOKENS - 1)
 
 
 def main(argv: list[str] | None = None) -> None:

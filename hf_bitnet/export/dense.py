@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..modules import BitConv1D, PackedBitLinear, QuantizedEmbedding, QuantizedLayer, shape_of
-from ..surgery import has_separate_experts, names_on_disk
+from ..surgery import separates_what_files_hold_fused
 from .format import EXPORT_FORMATS, ExportFormat, Progress, Source
 from .names import origins, saved_names
 from .options import check_choices, check_shard_size
@@ -50,7 +50,7 @@ class Dense(ExportFormat):
     def refusals(self, source: Source) -> list[str]:
         if problems := config_problems(source):
             return problems
-        if has_separate_experts(source.model) and names_on_disk(source.model) is None:
+        if separates_what_files_hold_fused(source.model):
             return [
                 "the checkpoints of its kind hold all experts of a layer in one tensor; use hf_bitnet.dequantize_model(model), "
                 "then model.save_pretrained(folder)"

@@ -142,11 +142,11 @@ def wanted_by(kind: Any, config: PreTrainedConfig) -> Wanted:
                 rows, columns = choice.module.get_parameter("weight").shape
                 transposed = not hasattr(choice.module, "out_features")
                 places[choice.name] = Place(choice.name, *((columns, rows) if transposed else (rows, columns)), transposed)
-        on_disk = _names_on_disk(model, list(places))
+        on_disk = _stored_names(model, list(places))
     return Wanted(places | {on_disk[name]: place for name, place in places.items()}, shapes)
 
 
-def _names_on_disk(model: Any, layers: list[str]) -> dict[str, str]:
+def _stored_names(model: Any, layers: list[str]) -> dict[str, str]:
     stands = {f"{layer}.weight": torch.empty(0, device="meta") for layer in layers}
     layer_of = {id(stand): layer for layer, stand in zip(layers, stands.values(), strict=True)}
     reverted = revert_weight_conversion(model, stands)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -117,7 +117,20 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-def step_of(
+def steps_of(
+    layers: Iterable[tuple[nn.Module, kernels.DescribedLayer]], x: Tensor, cache: DynamicCache, angles: tuple[Tensor, Tensor]
+) -> list[Step]:
+    """The parts of layers in decoding a token, up to the first for which the call or the cache is of another kind."""
+    steps: list[Step] = []
+    for module, described in layers:
+        step = _step_of(module, described, x, cache, angles, steps)
+        if step is None:
+            break
+        steps.append(step)
+    return steps
+
+
+def _step_of(
     module: Any,
     described: kernels.DescribedLayer,
     x: Tensor,
@@ -142,10 +155,14 @@ def step_of(
     return Step(module, described, past, with_room(past), past.keys.shape[2])
 
 
+def results_of(steps: Sequence[Step], x: Tensor, angles: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Every layer's result (B, 1, hidden), of one kernel call. The cache does not show the token yet."""
+    return kernels.decode_layers([(step.described, step.place, step.length) for step in steps], x, *angles)
+
+
 def compute(steps: Sequence[Step], x: Tensor, cache: DynamicCache, angles: tuple[Tensor, Tensor]) -> Tensor:
     """The first layer's result (B, 1, hidden); those of the others wait for their calls."""
-    results = kernels.decode_layers([(step.described, step.place, step.length) for step in steps], x, *angles)
-    waiting = _Waiting(steps, results, (cache, *angles))
+    waiting = _Waiting(steps, results_of(steps, x, angles), (cache, *angles))
     y = waiting.take()
     _LOCAL.waiting = waiting if len(steps) > 1 else None
     return y

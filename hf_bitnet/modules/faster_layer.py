@@ -10,6 +10,7 @@ Leaves out: which layers share a call (`faster_ahead.py`), where keys and values
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Iterator
 from itertools import repeat
 from operator import attrgetter, contains, is_
 from typing import Any, NamedTuple
@@ -152,17 +153,20 @@ def _decode(module: nn.Module, x: Tensor, cache: DynamicCache, angles: tuple[Ten
     """The layer's result, by a call that computes the layers behind it too."""
     if not x.is_cpu or torch.is_autocast_enabled("cpu"):
         return None
-    steps: list[faster_ahead.Step] = []
-    for each in faster_ahead.row_from(module):
-        plan = plan_of(each) if isinstance(each, FasterLayer) else None
-        step = None if plan is None else faster_ahead.step_of(each, plan.described, x, cache, angles, steps)
-        if step is None:
-            break
-        steps.append(step)
+    steps = faster_ahead.steps_of(described_of(faster_ahead.row_from(module)), x, cache, angles)
     return faster_ahead.compute(steps, x, cache, angles) if steps else None
 
 
-def plan_of(module: nn.Module) -> _Plan | None:
+def described_of(layers: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, kernels.DescribedLayer]]:
+    """The layers in the terms of the kernels, up to the first that is to be called otherwise just now."""
+    for layer in layers:
+        plan = _plan_of(layer) if isinstance(layer, FasterLayer) else None
+        if plan is None:
+            return
+        yield layer, plan.described
+
+
+def _plan_of(module: nn.Module) -> _Plan | None:
     """The plan by which a layer may be computed now. It is made when first asked for, and again when it no longer holds."""
     plan = _PLANS.get(module)
     if plan is None and module in _PLANS:

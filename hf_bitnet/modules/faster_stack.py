@@ -24,13 +24,14 @@ from .. import kernels
 from . import faster_ahead, faster_layer
 from .faster import Faster
 from .faster_cache import show
-from .faster_layer import FasterLayer, plan_of
+from .faster_layer import described_of
 
 # arguments of a forward that are looked at; any other has to be None
 _ARGUMENTS = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"})
 # of a config: lengths beyond which layers do not look at the whole past
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 _COLLECTING = ("output_attentions", "output_hidden_states")
+_Described = tuple[nn.Module, kernels.DescribedLayer]
 
 
 class _Stack(NamedTuple):
@@ -102,8 +103,8 @@ def _token(model: Any, plainly: Callable[..., Any], given: Mapping[str, Any]) ->
         return None
     if stack.is_hooked() or getattr(config, "num_hidden_layers", None) != len(stack.layers):
         return None
-    layers = _described(stack)
-    if layers is None:
+    layers = list(described_of(stack.layers))
+    if len(layers) < len(stack.layers):
         return None
     proven, settings = _PROVEN.get(model), _settings(model)
     if proven is None or proven.stack != stack or proven.settings != settings:
@@ -123,25 +124,14 @@ def _stack_of(model: Any) -> _Stack | None:
     parts = model._modules
     layers, embedding = faster_ahead.layers_of(model), parts.get("embed_tokens")
     rotary, norm = parts.get("rotary_emb"), parts.get("norm")
-    if embedding is None or rotary is None or norm is None or not all(isinstance(layer, FasterLayer) for layer in layers):
+    if embedding is None or rotary is None or norm is None or not layers:
         return None
     return _Stack(embedding, rotary, tuple(layers), norm)
 
 
-def _described(stack: _Stack) -> list[kernels.DescribedLayer] | None:
-    """The layers in the terms of the kernels; None where one is to be called otherwise just now."""
-    found = []
-    for layer in stack.layers:
-        plan = plan_of(layer)
-        if plan is None:
-            return None
-        found.append(plan.described)
-    return found
-
-
 def _compute(
     stack: _Stack,
-    layers: list[kernels.DescribedLayer],
+    layers: list[_Described],
     ids: Tensor,
     cache: DynamicCache,
     positions: Tensor | None,
@@ -150,20 +140,17 @@ def _compute(
     """int64 (B, 1) -> (B, 1, hidden); the cache grows by the token. None, and nothing has changed, where a layer cannot."""
     x = stack.embedding(ids)
     angles = stack.rotary(x, position_ids=torch.full((1, 1), length, device=ids.device) if positions is None else positions)
-    steps: list[faster_ahead.Step] = []
-    for layer, described in zip(stack.layers, layers, strict=True):
-        step = faster_ahead.step_of(layer, described, x, cache, angles, steps)
-        if step is None:
-            return None
-        steps.append(step)
-    *_, y = kernels.decode_layers([(step.described, step.place, step.length) for step in steps], x, *angles)
+    steps = faster_ahead.steps_of(layers, x, cache, angles)
+    if len(steps) < len(layers):
+        return None
+    *_, y = faster_ahead.results_of(steps, x, angles)
     for step in steps:
         show(step.past, step.place, step.length + 1)
     return stack.norm(y)
 
 
 @torch.no_grad()
-def _prove(stack: _Stack, layers: list[kernels.DescribedLayer], plainly: Callable[..., Any]) -> type | None:
+def _prove(stack: _Stack, layers: list[_Described], plainly: Callable[..., Any]) -> type | None:
     """The class of the model's outputs, if its forward computes what `_compute` does."""
     ids, past = torch.tensor([[3, 1, 2, 1]], device="cpu"), DynamicCache()
     try:

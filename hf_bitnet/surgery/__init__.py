@@ -3,7 +3,14 @@
 from .attached import attach, attach_native, config_of, detach, kept_for_native
 from .copies import empty_packed_copy, native_copy, packed_copy
 from .coverage import Coverage, check_finite, config_place, coverage
-from .experts import FusedExpertsError, fused_weight, has_separate_experts, layers_of_experts, names_on_disk, separate_experts
+from .experts import (
+    FusedExpertsError,
+    fused_weight,
+    has_separate_experts,
+    layers_of_experts,
+    separate_experts,
+    separates_what_files_hold_fused,
+)
 from .full_precision import full_precision_copy, independent_copy, output_head
 from .generation import optimize_for_generation
 from .inputs import processor_of
@@ -45,7 +52,6 @@ __all__ = [
     "kept_for_native",
     "layers_of_experts",
     "make_spec",
-    "names_on_disk",
     "native_copy",
     "optimize_for_generation",
     "output_head",
@@ -61,6 +67,7 @@ __all__ = [
     "reset_state",
     "run",
     "separate_experts",
+    "separates_what_files_hold_fused",
     "set_norm_blend",
     "set_strength",
     "set_strengths",

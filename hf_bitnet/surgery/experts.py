@@ -54,12 +54,16 @@ def separate_experts(model: nn.Module) -> Iterator[None]:
     Afterwards they own their memory, if one of them was quantized; else, and after an error, they are what they were. Weights
     that are tied to others stay fused.
     """
-    names = names_on_disk(model) or _USUAL
+    found = [module for module in model.modules() if is_fused(module)]
+    if not found:
+        yield
+        return
+    names = _names_on_disk(model) or _USUAL
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     made = [
-        (module, _separated(module, names))
-        for module in model.modules()
-        if is_fused(module) and all(uses[id(parameter)] == 1 for parameter in module.parameters(recurse=False))
+        (fused, _separated(fused, names))
+        for fused in found
+        if all(uses[id(parameter)] == 1 for parameter in fused.parameters(recurse=False))
     ]
     places = Places(model)
     for fused, separate in made:
@@ -69,11 +73,12 @@ def separate_experts(model: nn.Module) -> Iterator[None]:
         yield
         stays = any(isinstance(each, QuantizedLayer) for _, separate in made for each in separate.modules())
     finally:
-        places = Places(model)
-        for fused, separate in made:
-            if stays:
+        if stays:
+            for fused, separate in made:
                 _own(fused, separate)
-            else:
+        else:
+            places = Places(model)
+            for fused, separate in made:
                 places.put(separate, fused)
 
 
@@ -149,7 +154,7 @@ def _joined(fused: Any, parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if fused.is_concatenated else torch.stack(parts, dim=1).flatten(0, 1)
 
 
-def names_on_disk(model: nn.Module) -> dict[str, tuple[str, ...]] | None:
+def _names_on_disk(model: nn.Module) -> dict[str, tuple[str, ...]] | None:
     """Fused weight -> names of an expert's maps in the model's checkpoints; None where those are fused, too, or unknown."""
     if not hasattr(model, "base_model_prefix"):  # no model of transformers, which may be importing us just now
         return None
@@ -187,3 +192,8 @@ def layers_of_experts(model: nn.Module) -> set[str]:
 def has_separate_experts(model: nn.Module) -> bool:
     """Whether experts of the model are separate layers, of which its checkpoints then hold each by itself."""
     return any(isinstance(module, BitExperts) for module in model.modules())
+
+
+def separates_what_files_hold_fused(model: nn.Module) -> bool:
+    """Whether experts of the model are separate layers, and its plain checkpoints hold them in fused weights."""
+    return has_separate_experts(model) and _names_on_disk(model) is None

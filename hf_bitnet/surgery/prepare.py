@@ -26,7 +26,7 @@ from ..modules import (
 from ..quantizers import ACTIVATION_SCHEMES
 from .attached import attach, attach_native, is_listed
 from .coverage import check_finite
-from .experts import FusedExpertsError, has_separate_experts, names_on_disk, separate_experts
+from .experts import FusedExpertsError, separate_experts, separates_what_files_hold_fused
 from .places import Places
 from .select import Choice, choose, choose_tables
 from .swap import check_coverage, check_layer, chosen_layers, make_spec, swap_layers
@@ -55,7 +55,7 @@ def prepare_model(model: nn.Module, config: BitNetQuantizationConfig, *, saved: 
         if not saved:
             check_coverage(model, chosen, config)
         swap_layers(model, chosen, config)
-    if not saved and has_separate_experts(model) and names_on_disk(model) is None:
+    if not saved and separates_what_files_hold_fused(model):
         raise FusedExpertsError(
             f"the checkpoints of {type(model).__name__} hold all experts of a layer in one tensor, which cannot be quantized "
             "while it is loaded; load the model without a quantization_config, then quantize_model(model, config), or keep its "

@@ -121,7 +121,7 @@ def chosen_layers(model: nn.Module, config: BitNetQuantizationConfig) -> list[Ch
             "`overrides`, for example overrides={r'classifier': {'weight': 'int8'}}"
         )
     if idle := idle_patterns(config, (choice.name for choice in found)):
-        experts = next(iter(sorted(layers_of_experts(model))), None)
+        experts = min(layers_of_experts(model), default=None)
         hint = "" if experts is None else f"; maps of experts have names like {experts}"
         logger.warning(
             "no linear layer of %s is called by the pattern %s%s", type(model).__name__, ", ".join(map(repr, idle)), hint
