@@ -156,7 +156,7 @@ def test_a_kept_block_notices_every_change() -> None:
     x, packed, scale, bias = ternary_layer()
     other_x, other_packed, other_scale, other_bias = ternary_layer(seed=1)
     decode(x, packed, scale, bias)
-    assert id(packed) in products._KEPT
+    assert products._KEPT.get(packed) is not None
     decode(other_x, packed, scale, bias)
     packed[0] = other_packed[0]  # in place: the same address
     decode(x, packed, scale, bias)
@@ -178,17 +178,17 @@ def test_a_kept_block_dies_with_its_weight() -> None:
     x, packed, scale, _ = ternary_layer()
     decode(x, packed, scale)
     key = id(packed)
-    assert key in products._KEPT
+    assert key in products._KEPT._found
     del packed
     gc.collect()
-    assert key not in products._KEPT
+    assert key not in products._KEPT._found
 
 
 AT_EXIT = """
 from tests.test_cpu_kernels import decode, products, ternary_layer
 x, packed, scale, bias = ternary_layer()
 decode(x, packed, scale, bias)
-block = products._KEPT[id(packed)]  # as if another thread were in the middle of a call
+block = products._KEPT.get(packed)  # as if another thread were in the middle of a call
 hold = lambda: packed  # the interpreter empties `products` while it exists, and this script's tensors die after that
 """
 
@@ -207,6 +207,10 @@ OPERATORS: dict[str, tuple[Any, ...]] = {
     "int_matmul": (CODES, CODES),
     "int_linear": (CODES, SCALES, None, CODES, SCALES, 0.0, None, torch.bfloat16),
     "packed_linears": (ONE[0], [ONE[1]] * 2, [ONE[2]] * 2, [ONE[3], None], *TERNARY, *INT8, torch.float32),
+    "packed_experts": (
+        *(ONE[0], torch.tensor([[1, 0, 2]]), [ONE[1]] * 4, [ONE[2]] * 4, [ONE[3], ONE[3], None, None], 2),
+        *(*TERNARY, *INT8, torch.float32),
+    ),
     "packed_int_linear": (CODES, SCALES, SCALES, *ONE[1:], *TERNARY, torch.float32),
     "fixed_matmul": (ONE[0].repeat(2, 1), None, CODES.t(), 0.0, None, torch.float32),
     "quantize_rows": (ONE[0], *INT8),

@@ -19,7 +19,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REPOSITORY = Path(__file__).resolve().parents[1]
 INT8 = RowQuantization(-128, 127, 1e-5)
 # the interpreter takes a second for some cases: of these a part in the fast suite, all in the slow one
-EVERY = {"packed_linear": 9, "packed_linears": 5, "packed_int_linear": 4, "quantize_pack": 4, "norm_quantize_rows": 4}
+EVERY = {
+    "packed_linear": 9,
+    "packed_linears": 5,
+    "packed_int_linear": 4,
+    "packed_experts": 3,
+    "quantize_pack": 4,
+    "norm_quantize_rows": 4,
+}
 
 
 def _moved(value: Any, device: str = DEVICE) -> Any:

@@ -20,7 +20,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction, mangle_type
 
 from hf_bitnet.kernels import Layout, RowQuantization
-from hf_bitnet.kernels.triton import packed
+from hf_bitnet.kernels.triton import experts, packed
 from hf_bitnet.kernels.triton.operators import OPERATIONS
 
 COUNTED = ("wgmma.mma_async", "mma.sync", "dp4a", "cp.async.cg")
@@ -70,7 +70,7 @@ class Compiler:
                 tuner.fn.run(*args, **options, **config.all_kwargs())
 
         JITFunction.run, Autotuner.run = launch, tune
-        packed._has_dp4a = lambda tensor: self.target.backend == "cuda"
+        packed.has_dp4a = experts.has_dp4a = lambda tensor: self.target.backend == "cuda"
 
 
 def call_everything() -> None:
@@ -98,6 +98,10 @@ def call_everything() -> None:
         for rows in (1, 4, 16):
             for scale in (tensor, group):
                 call["packed_linear"](x[:rows], stored, scale, None, layout, INT8, out)
+        for rows in (4, 64):
+            for scale in (tensor, group):
+                weights = [(stored, scale, torch.ones(n)), (stored.clone(), scale, torch.ones(n))]
+                call["packed_experts"](x[:rows], torch.zeros(rows, 2, dtype=torch.int64), [weights], layout, INT8, out)
     one, codes_one = torch.ones(1, 1), torch.ones(1, 1, dtype=torch.int8)  # arguments of 1 are constants to the compiler
     call["quantize_rows"](one, *INT8)
     call["quantize_columns"](one, one, *INT8)
@@ -106,6 +110,8 @@ def call_everything() -> None:
     call["quantize_pack"](one, one, -1, 1, LAYOUTS[1])
     call["int_linear"](codes_one, one, one, codes_one, one, -0.5, one[0], out)
     call["packed_linear"](one, codes_one.view(torch.uint8), one, None, LAYOUTS[1], INT8, out)
+    alone = (codes_one.view(torch.uint8), one, None)
+    call["packed_experts"](one, torch.zeros(1, 1, dtype=torch.int64), [[alone]], LAYOUTS[1], INT8, out)
     call["sign_pack"](w, tensor)
     call["packed_linear"](x, stored, tensor, None, layout, INT8, out)
     call["int_matmul"](codes, w_codes)

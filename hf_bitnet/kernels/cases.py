@@ -228,6 +228,36 @@ def packed_linears_cases(seed: int = 0) -> Iterator[Case]:
         yield name, (x, weights, layout, rows, dtype)
 
 
+def packed_experts_cases(seed: int = 0) -> Iterator[Case]:
+    """x, index, maps, layout, rows, dtype: few and many rows, experts that nobody or everybody chose, none."""
+    generator = torch.Generator().manual_seed(seed)
+    schemes = (RowQuantization(-128, 127, 1e-5), RowQuantization(-8, 7, 1e-5))
+    sizes = ((64, 16, 1, 3, 2), (130, 33, 1, 5, 1), (256, 40, 4, 4, 3), (7, 5, 1, 2, 2), (384, 20, 6, 9, 4))
+    tokens = (1, 3, 8, 9, 70, 0, 2, 33)
+    for i, (bits, lowest, highest, step) in enumerate(LAYOUTS):
+        for j, (k, n, groups, experts, chosen) in enumerate(sizes):
+            layout, t = Layout(bits, lowest, step, ZERO_POINTS[(i + j) % 2]), tokens[(3 * i + j) % len(tokens)]
+            shape = ((1, 1), (n, 1), (n, groups))[(i + 2 * j) % 3]
+            maps = []
+            for outputs in (n, n + 3)[: 1 + j % 2]:
+                weights = []
+                for _ in range(experts):
+                    packed = _stored(bits, outputs, k, generator)
+                    if bits == 8 and lowest != -128:
+                        packed = packed.clamp(max=highest - lowest)
+                    scale = torch.rand((outputs if shape[0] > 1 else 1, shape[1]), generator=generator) + 0.1
+                    weights.append((packed, scale * 1e-3, torch.randn(outputs, generator=generator) if j % 3 == 0 else None))
+                maps.append(weights)
+            index = torch.randint(0, experts, (t, chosen), generator=generator)
+            if j % 2:
+                index[t // 2 :] = 0
+            elif t > 1:
+                index[0, 0], index[1, 0] = experts, -1
+            x = torch.randn(t, k, generator=generator).to(DTYPES[i % 3])
+            name = f"{layout}, {t} rows, {k} to {n}, {chosen} of {experts} experts, scale {shape}"
+            yield name, (x, index, maps, layout, schemes[(i + j) % 2], DTYPES[(i + j) % 3])
+
+
 def packed_int_linear_cases(seed: int = 0) -> Iterator[Case]:
     """x_codes, x_scale, x_zero, packed, scale, bias, layout, dtype."""
     generator = torch.Generator().manual_seed(seed)
@@ -326,6 +356,7 @@ CASES: dict[str, Callable[..., Iterator[Case]]] = {
     "unpack": unpack_cases,
     "packed_linear": packed_linear_cases,
     "packed_linears": packed_linears_cases,
+    "packed_experts": packed_experts_cases,
     "packed_int_linear": packed_int_linear_cases,
     "quantize_pack": quantize_pack_cases,
     "sign_pack": sign_pack_cases,

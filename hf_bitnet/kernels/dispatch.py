@@ -98,6 +98,7 @@ _BODIES: dict[str, list[Body]] = {
     "int_linear": _products("int_linear", lambda int_linear: int_linear),
     "packed_linear": _products("packed_linear", eager.make_packed_linear),
     "packed_linears": _products("packed_linears", eager.make_packed_linears),
+    "packed_experts": _compiled("packed_experts"),
     "packed_int_linear": _products("packed_int_linear", eager.make_packed_int_linear),
     "fixed_matmul": _compiled("fixed_matmul", Body("float", eager.fixed_matmul, _always)),
     "quantize_rows": _blocked("quantize_rows"),
@@ -194,6 +195,23 @@ def packed_linears(
 ) -> list[Tensor]:
     """`packed_linear` of several weights (packed, scale, bias) that read the same x -> list of (M, N_i) in `dtype`."""
     return _body("packed_linears", x)(x, weights, layout, rows, dtype)
+
+
+def packed_experts(
+    x: Tensor,
+    index: Tensor,
+    maps: Sequence[Sequence[PackedWeight]],
+    layout: Layout,
+    rows: RowQuantization,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """float (T, K), int64 (T, k), for each map E packed weights -> (T * k, N_i) each; see `reference.packed_experts`."""
+    return _body("packed_experts", x)(x, index, maps, layout, rows, dtype)
+
+
+def serves_experts(tensor: Tensor) -> bool:
+    """Whether a kernel takes all experts at once where `tensor` is: the definition takes one after another, slowly."""
+    return _body("packed_experts", tensor) is not reference.packed_experts
 
 
 def packed_int_linear(

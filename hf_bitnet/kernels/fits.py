@@ -5,8 +5,12 @@ Every function raises ValueError with the shapes that came; none waits for a dev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from .reference import PackedWeight
 
 
 def check_codes(a: Tensor, b: Tensor) -> None:
@@ -37,6 +41,34 @@ def check_weight(weight: Tensor, scale: Tensor, bias: Tensor | None, k: int, wid
     check_scale(scale, n, k)
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"a bias of shape {tuple(bias.shape)} fits no weight of {n} outputs")
+
+
+def check_places(x: Tensor, index: Tensor) -> None:
+    """float (T, K), and int64 (T, k): which experts each row chose."""
+    check_matrix(x)
+    if index.dim() != 2 or index.dtype != torch.int64 or index.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"experts are chosen by int64 (rows, choices); {index.dtype} {tuple(index.shape)} fits no x {tuple(x.shape)}"
+        )
+
+
+def check_alike(maps: Sequence[Sequence[PackedWeight]]) -> None:
+    """For each map one weight of every expert, with as many outputs each."""
+    if not maps or not maps[0] or any(len(experts) != len(maps[0]) for experts in maps):
+        raise ValueError(f"every map needs a weight of each expert; there are {[len(experts) for experts in maps]}")
+    for experts in maps:
+        if len(outputs := {weight[0].shape[0] for weight in experts}) > 1:
+            raise ValueError(f"the experts' weights of one map are not alike: they have {sorted(outputs)} outputs")
+
+
+def check_experts(maps: Sequence[Sequence[PackedWeight]], k: int, width: int) -> None:
+    """`check_alike`, and weights that lie alike, for kernels that are told the sizes of the first."""
+    check_alike(maps)
+    for experts in maps:
+        check_weight(*experts[0], k, width)
+        kinds = {(w.shape, w.stride(), scale.shape, scale.stride(), bias is None) for w, scale, bias in experts}
+        if len(kinds) > 1:
+            raise ValueError(f"the experts' weights of one map are not alike: {sorted(map(str, kinds))}")
 
 
 def check_scale(scale: Tensor, n: int, k: int) -> None:

@@ -121,8 +121,35 @@ def served_linears(
     return linears, linear
 
 
+def served_experts(body: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """`served` for `packed_experts`, whose weights are lists of lists of tuples."""
+    operator = OPERATORS["packed_experts"].call
+
+    def experts(
+        x: Tensor,
+        index: Tensor,
+        maps: Sequence[Sequence[PackedWeight]],
+        layout: Layout,
+        rows: RowQuantization,
+        dtype: torch.dtype,
+    ) -> list[Tensor]:
+        if not is_traced(x):
+            return body(x, index, maps, layout, rows, dtype)
+        packed, scale, bias = ([weight[i] for of_one in maps for weight in of_one] for i in range(3))
+        return list(operator(x, index, packed, scale, bias, len(maps), *layout, *rows, dtype))
+
+    return experts
+
+
 def _weights(packed: Sequence[Tensor], scale: Sequence[Tensor], bias: Sequence[Tensor | None]) -> list[PackedWeight]:
     return list(zip(packed, scale, bias, strict=True))
+
+
+def _maps(
+    packed: Sequence[Tensor], scale: Sequence[Tensor], bias: Sequence[Tensor | None], count: int
+) -> list[list[PackedWeight]]:
+    weights, experts = _weights(packed, scale, bias), len(packed) // count
+    return [weights[i * experts : (i + 1) * experts] for i in range(count)]
 
 
 def _define(schema: str, fake: Callable[..., Any], *runs: tuple[int, int, Callable[..., Any]]) -> None:
@@ -161,6 +188,16 @@ _define(
     (1, 3, _weights),
     (2, 4, Layout),
     (3, 3, RowQuantization),
+)
+_define(
+    f"packed_experts(Tensor x, Tensor index, Tensor[] packed, Tensor[] scale, Tensor?[] bias, int maps, {_LAYOUT}, {_ROWS}, "
+    "ScalarType dtype) -> Tensor[]",
+    lambda x, index, maps, layout, rows, dtype: [
+        x.new_empty(index.shape[0] * index.shape[1], experts[0][0].shape[0], dtype=dtype) for experts in maps
+    ],
+    (2, 4, _maps),
+    (3, 4, Layout),
+    (4, 3, RowQuantization),
 )
 _define(
     "packed_int_linear(Tensor x_codes, Tensor x_scale, Tensor? x_zero, Tensor packed, Tensor scale, Tensor? bias, "

@@ -256,6 +256,35 @@ def packed_linears(
     return [packed_linear(x, packed, scale, bias, layout, rows, dtype) for packed, scale, bias in weights]
 
 
+def packed_experts(
+    x: Tensor,
+    index: Tensor,
+    maps: Sequence[Sequence[PackedWeight]],
+    layout: Layout,
+    rows: RowQuantization,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """`packed_linear` of every row with the weights of the experts that it chose.
+
+    Args:
+        x: float (T, K).
+        index: int64 (T, k), the experts of each row; numbers below 0 and from E on for none.
+        maps: for each of several linear maps (gate and up) one weight for each of E experts, all of equal shapes.
+
+    Returns:
+        For each map (T * k, N_i) in `dtype`; row t * k + j is of expert index[t, j], or zeros.
+    """
+    chosen, places = index.shape[1], index.reshape(-1)
+    results = []
+    for experts in maps:
+        y = x.new_zeros(places.shape[0], experts[0][0].shape[0], dtype=dtype)
+        for number, weight in enumerate(experts):
+            at = (places == number).nonzero().squeeze(1)
+            y[at] = packed_linear(x[at // max(chosen, 1)], *weight, layout, rows, dtype)
+        results.append(y)
+    return results
+
+
 def quantize_pack(weight: Tensor, scale: Tensor, qmin: int, qmax: int, layout: Layout) -> Tensor:
     """`quantize_weight` and `pack`.
 

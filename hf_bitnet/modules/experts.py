@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
+from . import packed_experts
+
 # where the gate function is from that all experts have whose class defines none
 _OF_TRANSFORMERS = "transformers.integrations.moe"
 
@@ -74,6 +77,8 @@ class BitExperts(nn.Module):
         """
         if torch.compiler.is_exporting():
             return self._all(hidden_states, top_k_index, top_k_weights)
+        if (products := packed_experts.products_of(self, top_k_index)) is not None:
+            return self._together(*products, hidden_states, top_k_index, top_k_weights)
         everyone = torch.is_grad_enabled() or _in_a_group()
         if len(hidden_states) == 1 and not everyone:
             return self._one(hidden_states, top_k_index, top_k_weights)
@@ -89,6 +94,19 @@ class BitExperts(nn.Module):
         results.append(torch.zeros_like(parts[-1]))  # places without an expert
         y = _Sorted.apply(torch.cat(results), back, order, 1)
         return (y.view(-1, chosen, y.shape[-1]) * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
+
+    def _together(
+        self, first: Any, down: Any, numbers: Tensor, hidden_states: Tensor, index: Tensor, weights: Tensor
+    ) -> Tensor:
+        """The same by products over all experts at once, see `packed_experts.py`."""
+        dtype = kernels.autocast_dtype(hidden_states)
+        inner = self._between(first(hidden_states, numbers, dtype))
+        (y,) = down(inner, numbers.view(-1, 1), dtype)
+        if self.post_expert_norm is not None:  # of nothing it need not be nothing
+            there = (index >= 0) & (index < self.num_experts)
+            y = self.post_expert_norm(y) * there.view(-1, 1)
+        y = y.view(*index.shape, y.shape[-1])
+        return (y * weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
 
     def _one(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The same for a single token, without sorting."""
@@ -109,10 +127,14 @@ class BitExperts(nn.Module):
 
     def _expert(self, number: int, x: Tensor) -> Tensor:
         """float (M, hidden) -> (M, hidden)."""
-        fused, expert = self.fused, self._modules[str(number)]
+        expert = self._modules[str(number)]
         *first, down = (getattr(expert, name) for name in self.names)
-        y = down(fused.act_fn(first[0](x)) if len(first) == 1 else _gated(fused, first[0](x), first[1](x)))
+        y = down(self._between([linear(x) for linear in first]))
         return y if self.post_expert_norm is None else self.post_expert_norm(y)
+
+    def _between(self, first: list[Tensor]) -> Tensor:
+        """What the last map reads, from the results (M, inner) of the first ones."""
+        return self.fused.act_fn(first[0]) if len(first) == 1 else _gated(self.fused, *first)
 
     def extra_repr(self) -> str:
         return f"of {type(self.fused).__name__}"

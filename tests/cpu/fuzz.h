@@ -131,6 +131,7 @@ int level_at(const uint8_t* bytes, int64_t i, int bits);
 // ---- the parts: one random call each ----
 void fuzz_int_matmul(Random& random);
 void fuzz_linear(Random& random);
+void fuzz_experts(Random& random);
 void fuzz_fixed_matmul(Random& random);
 void fuzz_quantize_rows(Random& random);
 void fuzz_scale_rows(Random& random);

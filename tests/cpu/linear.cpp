@@ -1,8 +1,9 @@
 // Random calls of hb_linear: every way to store weights and to give the input, several weights at once. Own.
 #include "fuzz.h"
 
-// linear_call.cpp: the same call with all its arguments in one block
+// linear_call.cpp: the same call with all its arguments in one block; experts_call.cpp
 extern "C" HB_API int hb_linear_call(const void* block);
+extern "C" HB_API int hb_experts_call(const void* block);
 
 namespace fuzz {
 namespace {
@@ -110,8 +111,8 @@ struct Weight {
     }
 };
 
-// What row i and output j should be, and by how much rounding may change it.
-void expect_output(const Case& c, const Input& input, const Weight& w, int64_t i, int64_t j) {
+// What row i and output j of a weight should be, which is at `at` of `out`, and by how much rounding may change it.
+void expect_output(const Case& c, const Input& input, const Weight& w, int64_t i, int64_t j, const Array& out, int64_t at) {
     const std::vector<int64_t>& x = input.rows[size_t(i)].codes;
     const double x_scale = input.rows[size_t(i)].scale, zero = c.with_zero ? input.zero.get(i) : 0, w_zero = c.grid.zero_point;
     const int64_t size = c.k / c.groups, step = c.grid.packed ? c.grid.step : 1, lowest = c.grid.packed ? c.grid.lowest : 0;
@@ -134,7 +135,7 @@ void expect_output(const Case& c, const Input& input, const Weight& w, int64_t i
     const double bias = w.with_bias ? w.bias.get(j) : 0, roundings = c.groups > 1 ? 32 + double(c.k) / 16 : 8;
     const double tolerance = (bound * x_scale * roundings + fabs(bias) + fabs(y * x_scale)) * 0x1p-24;
     const bool rounded = !c.exact || (c.groups > 1 && bound >= 0x1p24);
-    w.out.expect_near(i * w.out_stride + j, y * x_scale + bias, rounded ? tolerance : 0);
+    out.expect_near(at, y * x_scale + bias, rounded ? tolerance : 0);
 }
 
 int call(Random& random, const Case& c, const Input& input, const std::vector<hb_weight>& weights) {
@@ -173,11 +174,65 @@ void fuzz_linear(Random& random) {
     expect_ok(call(random, c, input, given));
     for (Weight* w : weights) {
         for (int64_t i = 0; i < c.m; ++i) {
-            for (int64_t j = 0; j < w->n; ++j) expect_output(c, input, *w, i, j);
+            for (int64_t j = 0; j < w->n; ++j) expect_output(c, input, *w, i, j, w->out, i * w->out_stride + j);
             if (i + 1 < c.m) w->out.expect_untouched(i * w->out_stride + w->n, (i + 1) * w->out_stride);
         }
         delete w;
     }
+}
+
+// Every row with the weights of the experts that it chose, some of which do not exist.
+void fuzz_experts(Random& random) {
+    Case c = random_case(random);
+    if (!c.k) return;  // Python's part
+    c.grid.packed = 1, c.exact = false, c.floats = true, c.normed = c.with_scale = c.with_zero = false;
+    if (c.grid.lowest == 12345) c.grid.lowest = -128, c.grid.step = 1;
+    const int64_t experts = random.between(1, 6), maps = random.between(1, 3), chosen = random.between(0, 4);
+    describe("hb_experts_call tokens=%lld k=%lld, %lld of %lld experts, %lld maps, %d bits, groups %lld, out %d", ll(c.m), ll(c.k),
+             ll(chosen), ll(experts), ll(maps), c.grid.bits, ll(c.groups), c.out_dtype);
+    const Input input(random, c);
+    std::vector<int64_t> index;
+    for (int64_t i = 0; i < c.m * chosen; ++i) index.push_back(random.one_in(8) ? -1 : random.between(0, experts));
+    const int64_t most = 100000 / ((c.m + 1) * (c.k + 1) * maps);
+    std::vector<Weight*> weights;
+    std::vector<Array*> outs;
+    struct Head {
+        hb_input input;
+        int64_t tokens, k;
+        const int64_t* index;
+        int64_t chosen, experts, maps;
+        int32_t out_dtype;
+        hb_grid grid;
+    } const head = {input.given, c.m, c.k, index.data(), chosen, experts, maps, c.out_dtype, c.grid};
+    std::vector<char> block(sizeof(head));
+    memcpy(block.data(), &head, sizeof(head));
+    for (int64_t map = 0; map < maps; ++map) {
+        const int64_t n = random.size(most > 90 ? 90 : most < 4 ? 4 : most);
+        outs.push_back(new Array(random, c.out_dtype, c.m * chosen * n));
+        outs.back()->mark();
+        for (int64_t e = 0; e < experts; ++e) {
+            weights.push_back(new Weight(random, c, n));
+            hb_weight given = weights.back()->given(c);
+            given.out = e ? nullptr : outs.back()->data(), given.out_stride = 0;
+            block.insert(block.end(), reinterpret_cast<char*>(&given), reinterpret_cast<char*>(&given + 1));
+        }
+    }
+    expect_ok(hb_experts_call(block.data()));
+    for (int64_t map = 0; map < maps; ++map) {
+        const int64_t n = weights[size_t(map * experts)]->n;
+        for (int64_t place = 0; place < c.m * chosen; ++place) {
+            const int64_t expert = index[size_t(place)];
+            for (int64_t j = 0; j < n; ++j) {
+                const Array& out = *outs[size_t(map)];
+                if (expert < 0 || expert >= experts)
+                    out.expect(place * n + j, 0);
+                else
+                    expect_output(c, input, *weights[size_t(map * experts + expert)], place / chosen, j, out, place * n + j);
+            }
+        }
+        delete outs[size_t(map)];
+    }
+    for (Weight* w : weights) delete w;
 }
 
 }  // namespace fuzz

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LEVELS = ("portable", "avx2", "avxvnni", "avx512vnni", "amx", "neon")
 
 _PREFIX, _SUFFIX = {"darwin": ("lib", ".dylib"), "win32": ("", ".dll")}.get(sys.platform, ("lib", ".so"))
@@ -75,7 +75,7 @@ class _Opened:
                 function.argtypes, function.restype = types, ctypes.c_int
             library.hb_set_threads.restype = None
             # without declared types a bytes object passes as its address with no conversion: 0.2 us less a call
-            library.hb_linear_call.restype = ctypes.c_int
+            library.hb_linear_call.restype = library.hb_experts_call.restype = ctypes.c_int
         except (OSError, AttributeError) as error:
             missing = f"{path.name} is not there: hf_bitnet was installed without a working C++ compiler"
             self.reason = f"{path.name} cannot be loaded: {error}" if path.is_file() else missing

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import reference
-from ..graph import implement, is_traced, served, served_linears
-from . import bodies, decode, fixed, products
+from ..graph import implement, is_traced, served, served_experts, served_linears
+from . import bodies, decode, experts, fixed, products
 
 
 def _fusible(body: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,7 +30,7 @@ _BODIES: dict[str, Callable[..., Any]] = {
     **{name: getattr(bodies, name) for name in ("norm_quantize_rows", *_ELEMENTWISE, *_BYTES)},
 }
 
-implement("CPU", {**_BODIES, "packed_linears": products.packed_linears})
+implement("CPU", {**_BODIES, "packed_linears": products.packed_linears, "packed_experts": experts.packed_experts})
 
 # operation -> body with the signature of `reference.py`
 OPERATIONS: dict[str, Callable[..., Any]] = {
@@ -38,6 +38,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     **{name: _fusible(_BODIES[name], getattr(reference, name)) for name in _ELEMENTWISE},
     "rms_norm": decode.rms_norm,
     "rotate": decode.rotate,
+    "packed_experts": served_experts(experts.packed_experts),
 }
 OPERATIONS["packed_linears"], OPERATIONS["packed_linear"] = served_linears(
     products.packed_linears, products.packed_linear, reference

@@ -12,8 +12,7 @@ Leaves out: `bodies.py` has what is not a product, `operators.py` tracing by tor
 from __future__ import annotations
 
 import struct
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,14 +21,14 @@ from torch import Tensor
 from .. import reference
 from ..fits import check_codes, check_input, check_matrix, check_weight
 from ..reference import CODES_PER_BYTE, Layout, PackedWeight, RowQuantization
-from .common import DTYPES, FLOATS, as_float, as_float32, as_rows, check, require_cpu
+from .common import DTYPES, FLOATS, KeptFor, as_float, as_float32, as_rows, check, require_cpu
 from .library import functions
 
 # parts of the block, in the layout of src/hf_bitnet_cpu.h
-_INPUT = struct.Struct("@qPPPiiffff")  # after x: stride, scale, zero, norm weight, dtype, its dtype, norm eps, qmin, qmax, eps
+INPUT = struct.Struct("@qPPPiiffff")  # after x: stride, scale, zero, norm weight, dtype, its dtype, norm eps, qmin, qmax, eps
 _SIZES = struct.Struct("@qqqi")  # m, k, count, out dtype
-_GRID = struct.Struct("@iiiif")  # bits, packed, lowest, step, zero point
-_WEIGHT = struct.Struct("@PqqPqqPq")  # weight, n, stride, scale, its rows, its groups, bias, its dtype; then out, its stride
+GRID = struct.Struct("@iiiif")  # bits, packed, lowest, step, zero point
+WEIGHT = struct.Struct("@PqqPqqPq")  # weight, n, stride, scale, its rows, its groups, bias, its dtype; then out, its stride
 
 
 class _Grid(NamedTuple):
@@ -48,27 +47,25 @@ class _Block:
     Attributes:
         widths: the output features of each weight.
         spec: shape and dtype of x and the settings it was made for; None if it is for one call only.
-        made_of: per weight what `_traits` found, for the test whether the block still describes it.
-        owner: a weak reference to the packed tensor that the block was kept for.
+        made_of: per weight what `traits_of` found, for the test whether the block still describes it.
     """
 
-    __slots__ = ("computed", "dtype", "function", "holes", "made_of", "owner", "parts", "rows", "spec", "widths")
+    __slots__ = ("computed", "dtype", "function", "holes", "made_of", "parts", "rows", "spec", "widths")
 
     spec: tuple[Any, ...] | None
     made_of: list[tuple[Any, ...]]
-    owner: Callable[[], Tensor | None]
 
     def __init__(self, given: bytes, m: int, k: int, grid: _Grid, weights: Sequence[PackedWeight], dtype: torch.dtype) -> None:
         self.rows, self.dtype = m, dtype
         self.computed = dtype if dtype in FLOATS else torch.float32  # the library does not know float64
         self.widths = [weight[0].shape[0] for weight in weights]
-        parts = [_describe(weight) for weight in weights]
-        parts[0] = given + _SIZES.pack(m, k, len(weights), FLOATS[self.computed]) + _GRID.pack(*grid) + parts[0]
+        parts = [describe(weight) for weight in weights]
+        parts[0] = given + _SIZES.pack(m, k, len(weights), FLOATS[self.computed]) + GRID.pack(*grid) + parts[0]
         # an output's stride is its width
         self.parts = parts[:1] + [struct.pack("@q", n) + part for n, part in zip(self.widths, parts[1:], strict=False)]
         self.holes = struct.Struct("@P" + "".join(f"{len(part)}sP" for part in self.parts) + "q")
         self.function = functions().hb_linear_call
-        self.spec, self.made_of, self.owner = None, [], lambda: None
+        self.spec, self.made_of = None, []
 
     def one(self, x: Tensor) -> Tensor:
         """`all` of a single weight."""
@@ -89,13 +86,13 @@ class _Block:
         return outs if self.computed is self.dtype else [out.to(self.dtype) for out in outs]
 
 
-def _describe(weight: PackedWeight) -> bytes:
+def describe(weight: PackedWeight) -> bytes:
     codes, scale, bias = weight
     address, dtype = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype])
-    return _WEIGHT.pack(codes.data_ptr(), codes.shape[0], codes.stride(0), scale.data_ptr(), *scale.shape, address, dtype)
+    return WEIGHT.pack(codes.data_ptr(), codes.shape[0], codes.stride(0), scale.data_ptr(), *scale.shape, address, dtype)
 
 
-def _usable(weight: PackedWeight, k: int, width: int) -> PackedWeight:
+def usable_weight(weight: PackedWeight, k: int, width: int) -> PackedWeight:
     """The same numbers in a form that the library reads. Raises ValueError when they do not belong together."""
     codes, scale, bias = weight
     require_cpu(*weight)
@@ -103,7 +100,7 @@ def _usable(weight: PackedWeight, k: int, width: int) -> PackedWeight:
     return as_rows(codes), as_float32(scale), None if bias is None else as_float(bias).contiguous()
 
 
-def _packed_grid(layout: Layout, k: int) -> tuple[_Grid, int]:
+def packed_grid(layout: Layout, k: int) -> tuple[_Grid, int]:
     """The library's `hb_grid`, and the bytes of a row of k codes."""
     if layout.bits not in CODES_PER_BYTE:
         raise ValueError(f"a packed weight has 1, 2, 4 or 8 bits, not {layout.bits}")
@@ -112,26 +109,11 @@ def _packed_grid(layout: Layout, k: int) -> tuple[_Grid, int]:
 
 # ---- float rows: quantized inside the call ----
 
-# blocks of calls with one row, by the id of their first packed tensor
-_KEPT: dict[int, _Block] = {}
+# blocks of calls with one row, for their first packed tensor
+_KEPT: KeptFor[_Block] = KeptFor()
 
 
-class _Owner(weakref.ref):
-    """A weak reference to a packed tensor, with its `key` in `_KEPT`."""
-
-    __slots__ = ("key",)
-
-    key: int
-
-
-def _forget(owner: _Owner, kept: dict[int, _Block] = _KEPT) -> None:
-    """Drops the block of a dead tensor. `kept` is held here: the last tensors die when this module's names are gone."""
-    block = kept.get(owner.key)
-    if block is not None and block.owner is owner:  # another tensor may live at the same id by now, with a block of its own
-        del kept[owner.key]
-
-
-def _traits(codes: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+def traits_of(codes: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
     """What must not have changed for a kept block to describe this weight."""
     if bias is None:
         return codes.data_ptr(), codes.nbytes, scale.data_ptr(), scale.nbytes
@@ -143,10 +125,10 @@ def _make(x: Tensor, weights: Sequence[PackedWeight], spec: tuple[Any, ...]) -> 
     _, _, layout, rows, dtype = spec
     check_matrix(x)
     k = x.shape[1]
-    grid, width = _packed_grid(layout, k)
+    grid, width = packed_grid(layout, k)
     read = as_rows(as_float(x))
-    usable = [_usable(weight, k, width) for weight in weights]
-    given = _INPUT.pack(read.stride(0), 0, 0, 0, FLOATS[read.dtype], 0, 0.0, *rows)
+    usable = [usable_weight(weight, k, width) for weight in weights]
+    given = INPUT.pack(read.stride(0), 0, 0, 0, FLOATS[read.dtype], 0, 0.0, *rows)
     block = _Block(given, read.shape[0], k, grid, usable, dtype)
     same = read is x and all(
         a is b for found, used in zip(weights, usable, strict=True) for a, b in zip(found, used, strict=True)
@@ -157,22 +139,18 @@ def _make(x: Tensor, weights: Sequence[PackedWeight], spec: tuple[Any, ...]) -> 
 
 
 def _keep(block: _Block, weights: Sequence[PackedWeight], spec: tuple[Any, ...]) -> None:
-    key = id(weights[0][0])
     block.spec = spec
-    block.made_of = [_traits(*weight) for weight in weights]
-    block.owner = _Owner(weights[0][0], _forget)
-    block.owner.key = key
-    _KEPT[key] = block
+    block.made_of = [traits_of(*weight) for weight in weights]
+    _KEPT.put(weights[0][0], block)
 
 
 def _kept(x: Tensor, weights: Sequence[PackedWeight], spec: tuple[Any, ...]) -> _Block | None:
     """The block that was kept for this very call, if nothing has changed since."""
-    first = weights[0][0]
-    block = _KEPT.get(id(first))
-    if block is None or block.owner() is not first or block.spec != spec or not x.is_contiguous():
+    block = _KEPT.get(weights[0][0])
+    if block is None or block.spec != spec or not x.is_contiguous():
         return None
     # the number of weights counts: a block of q, k and v is kept under q
-    return block if block.made_of == [_traits(*weight) for weight in weights] else None
+    return block if block.made_of == [traits_of(*weight) for weight in weights] else None
 
 
 def packed_linear(
@@ -233,9 +211,9 @@ def _of_codes(
     m, k = x_codes.shape
     x, scale = as_rows(x_codes), as_float32(x_scale)
     zero = None if x_zero is None else as_float32(x_zero)
-    usable = _usable(weight, k, width)
+    usable = usable_weight(weight, k, width)
     addresses = scale.data_ptr(), 0 if zero is None else zero.data_ptr()
-    given = _INPUT.pack(x.stride(0), *addresses, 0, DTYPES[torch.int8], 0, 0.0, 0.0, 0.0, 0.0)
+    given = INPUT.pack(x.stride(0), *addresses, 0, DTYPES[torch.int8], 0, 0.0, 0.0, 0.0, 0.0)
     return _Block(given, m, k, grid, [usable], dtype).one(x)
 
 
@@ -267,5 +245,5 @@ def packed_int_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """`reference.packed_int_linear`."""
-    grid, width = _packed_grid(layout, x_codes.shape[-1])
+    grid, width = packed_grid(layout, x_codes.shape[-1])
     return _of_codes(x_codes, x_scale, x_zero, grid, (packed, scale, bias), width, dtype)

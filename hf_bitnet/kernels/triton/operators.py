@@ -12,10 +12,11 @@ from functools import lru_cache
 from typing import Any
 
 from .. import reference
-from ..graph import implement, served, served_linears
+from ..graph import implement, served, served_experts, served_linears
 
 _FILES = {
     "products": ("int_matmul", "int_linear"),
+    "experts": ("packed_experts",),
     "packed": ("packed_int_linear", "packed_linears", "packed_linear"),
     "gradients": ("fixed_matmul",),
     "columns": ("quantize_columns",),
@@ -35,12 +36,14 @@ def _late(file: str, name: str) -> Callable[..., Any]:
 
 
 _LATE = {name: _late(file, name) for file, names in _FILES.items() for name in names}
-_SERVED = [name for name in _LATE if not name.startswith("packed_linear")]
+_LISTS = ("packed_linears", "packed_linear", "packed_experts")
+_SERVED = [name for name in _LATE if name not in _LISTS]
 for _key in _KEYS:
-    implement(_key, {name: _LATE[name] for name in (*_SERVED, "packed_linears")})
+    implement(_key, {name: _LATE[name] for name in (*_SERVED, "packed_linears", "packed_experts")})
 
 # operation -> body with the signature of `reference.py`
 OPERATIONS: dict[str, Callable[..., Any]] = {name: served(name, _LATE[name]) for name in _SERVED}
 OPERATIONS["packed_linears"], OPERATIONS["packed_linear"] = served_linears(
     _LATE["packed_linears"], _LATE["packed_linear"], reference
 )
+OPERATIONS["packed_experts"] = served_experts(_LATE["packed_experts"])

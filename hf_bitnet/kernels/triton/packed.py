@@ -35,7 +35,7 @@ from .weights import unpack
 
 # rows of the row-vector form; rows from which the weight is unpacked first
 _MOST_ROWS, _MANY_ROWS = 4, 256
-_WORD = 4
+WORD = 4
 
 
 def _rows_config(rows: int, warps: int) -> triton.Config:
@@ -43,7 +43,8 @@ def _rows_config(rows: int, warps: int) -> triton.Config:
     return triton.Config({"BLOCK_N": rows, "BLOCK_J": 128 * warps}, num_warps=warps)
 
 
-_ROW_CONFIGS = [_rows_config(rows, warps) for warps in (2, 1, 4, 8) for rows in (4, 8, 2, 16)]
+ROW_CONFIGS = [_rows_config(rows, warps) for warps in (2, 1, 4, 8) for rows in (4, 8, 2, 16)]
+INTERPRETED_ROWS = triton.Config({"BLOCK_N": 8, "BLOCK_J": 16})
 
 
 @triton.jit
@@ -59,9 +60,8 @@ def _multiply_add(levels, x, sums):
     return sums
 
 
-@tuned(triton.Config({"BLOCK_N": 8, "BLOCK_J": 16}), _ROW_CONFIGS, ("m", "n", "words", "BITS", "GROUPED"))
 @triton.jit
-def _rows_kernel(
+def row_products(
     x_ptr,
     x_scale_ptr,
     x_sum_ptr,
@@ -89,6 +89,7 @@ def _rows_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
+    """At most ROWS rows in planes times the words of packed rows; column block `tl.program_id(0)`."""
     row, column = tl.arange(0, ROWS), tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_x, in_w = (row < m)[:, None, None], (column < n)[:, None]
     x_at, w_at = x_ptr + row[:, None, None].to(tl.int64) * words * PER, w_ptr + column[:, None] * w_row
@@ -125,7 +126,44 @@ def _rows_kernel(
     tl.store(out_at, narrowed(y, out_ptr.dtype.element_ty), mask=(row < m)[:, None] & (column < n)[None, :])
 
 
-_TILE_CONFIGS = [
+@tuned(INTERPRETED_ROWS, ROW_CONFIGS, ("m", "n", "words", "BITS", "GROUPED"))
+@triton.jit
+def _rows_kernel(
+    x_ptr,
+    x_scale_ptr,
+    x_sum_ptr,
+    w_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    out_ptr,
+    m,
+    n,
+    words,
+    w_row,
+    w_scale_row,
+    w_scale_step,
+    group,
+    lowest,
+    zero,
+    STEP: tl.constexpr,
+    BITS: tl.constexpr,
+    PER: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUPED: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    row_products(
+        *(x_ptr, x_scale_ptr, x_sum_ptr, w_ptr, w_scale_ptr, bias_ptr, out_ptr, m, n, words),
+        *(w_row, w_scale_row, w_scale_step, group, lowest, zero),
+        *(STEP, BITS, PER, LANES, GROUPED, ONE_SCALE, BIAS, ROWS, BLOCK_N, BLOCK_J),
+    )
+
+
+TILE_CONFIGS = [
     sizes(16, 64, 128, 4, 4),
     sizes(16, 32, 256, 4, 3),
     sizes(16, 128, 64, 4, 4),
@@ -136,7 +174,70 @@ _TILE_CONFIGS = [
 ]
 
 
-@tuned(sizes(16, 32, 32, 4, 1), _TILE_CONFIGS, ("bucket", "n", "width", "BITS", "GROUPED"))
+INTERPRETED_TILES = sizes(16, 32, 32, 4, 1)
+
+
+@triton.jit
+def tile_products(
+    x_ptr,
+    x_scale_ptr,
+    x_sum_ptr,
+    w_ptr,
+    w_scale_ptr,
+    bias_ptr,
+    out_ptr,
+    x_row,
+    row,
+    exists,
+    column,
+    n,
+    width,
+    plane,
+    w_row,
+    w_step,
+    w_scale_row,
+    w_scale_step,
+    group,
+    lowest,
+    zero,
+    STEP: tl.constexpr,
+    BITS: tl.constexpr,
+    PER: tl.constexpr,
+    GROUPED: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Rows `x_row` (BLOCK_M,) in planes times packed rows `column` (BLOCK_N,); results go to the rows `row` that exist."""
+    depth = tl.arange(0, BLOCK_K).to(tl.int64)
+    x_at, w_at = x_ptr + x_row[:, None] * plane * PER, w_ptr + (column % n)[:, None] * w_row
+    scale_at = w_scale_ptr + (column % n) * w_scale_row
+    y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first in range(0, width, group):  # bytes
+        sums, x_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32), tl.zeros((BLOCK_M,), dtype=tl.int32)
+        for start in range(0, group, BLOCK_K):
+            inside = (depth < tl.minimum(group, width - first) - start)[None, :]
+            at = (first + start + depth)[None, :]
+            packed = tl.load(w_at + at * w_step, mask=inside, other=0)
+            for i in tl.static_range(PER):
+                x = tl.load(x_at + i * plane + at, mask=inside, other=0)
+                sums = tl.dot(x, tl.trans(_levels(packed, i, BITS)), sums, out_dtype=tl.int32)
+                if GROUPED:
+                    x_sum += tl.sum(x.to(tl.int32), axis=1)
+        if not GROUPED:
+            x_sum = tl.load(x_sum_ptr + x_row, mask=exists, other=0)
+        part = (sums * STEP + (lowest * x_sum)[:, None]).to(tl.float32) - (zero * x_sum.to(tl.float32))[:, None]
+        if GROUPED:
+            y += part * tl.load(scale_at + first // group * w_scale_step)[None, :]
+        else:
+            y = part
+    x_scale = tl.load(x_scale_ptr + x_row, mask=exists, other=0.0)
+    store(y, out_ptr, x_scale, w_scale_ptr, w_scale_row, bias_ptr, row, exists, column, n, BIAS, ONE_SCALE, GROUPED)
+
+
+@tuned(INTERPRETED_TILES, TILE_CONFIGS, ("bucket", "n", "width", "BITS", "GROUPED"))
 @triton.jit
 def _tiles_kernel(
     x_ptr,
@@ -169,29 +270,11 @@ def _tiles_kernel(
     BLOCK_K: tl.constexpr,
 ):
     row, column = place(m, n, BLOCK_M, BLOCK_N)
-    depth = tl.arange(0, BLOCK_K).to(tl.int64)
-    x_at, w_at = x_ptr + (row % m)[:, None] * plane * PER, w_ptr + (column % n)[:, None] * w_row
-    scale_at = w_scale_ptr + (column % n) * w_scale_row
-    y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first in range(0, width, group):  # bytes
-        sums, x_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32), tl.zeros((BLOCK_M,), dtype=tl.int32)
-        for start in range(0, group, BLOCK_K):
-            inside = (depth < tl.minimum(group, width - first) - start)[None, :]
-            at = (first + start + depth)[None, :]
-            packed = tl.load(w_at + at * w_step, mask=inside, other=0)
-            for i in tl.static_range(PER):
-                x = tl.load(x_at + i * plane + at, mask=inside, other=0)
-                sums = tl.dot(x, tl.trans(_levels(packed, i, BITS)), sums, out_dtype=tl.int32)
-                if GROUPED:
-                    x_sum += tl.sum(x.to(tl.int32), axis=1)
-        if not GROUPED:
-            x_sum = tl.load(x_sum_ptr + row, mask=row < m, other=0)
-        part = (sums * STEP + (lowest * x_sum)[:, None]).to(tl.float32) - (zero * x_sum.to(tl.float32))[:, None]
-        if GROUPED:
-            y += part * tl.load(scale_at + first // group * w_scale_step)[None, :]
-        else:
-            y = part
-    store(y, out_ptr, x_scale_ptr, 1, w_scale_ptr, w_scale_row, bias_ptr, row, column, m, n, BIAS, ONE_SCALE, GROUPED)
+    tile_products(
+        *(x_ptr, x_scale_ptr, x_sum_ptr, w_ptr, w_scale_ptr, bias_ptr, out_ptr, row % m, row, row < m, column, n),
+        *(width, plane, w_row, w_step, w_scale_row, w_scale_step, group, lowest, zero),
+        *(STEP, BITS, PER, GROUPED, ONE_SCALE, BIAS, BLOCK_M, BLOCK_N, BLOCK_K),
+    )
 
 
 @triton.jit
@@ -214,40 +297,49 @@ def _multiply(x: Planes, weight: PackedWeight, layout: Layout, dtype: torch.dtyp
     flags = {"STEP": layout.step, "BITS": layout.bits, "PER": per, "BIAS": bias is not None}
     flags |= {"GROUPED": groups > 1, "ONE_SCALE": scale.numel() == 1, **EXACT}
     with on_device_of(packed):
-        if m <= _MOST_ROWS and _has_dp4a(packed) and (words := _as_words(packed, groups)) is not None:
-            lanes = 0x01010101 * (2**layout.bits - 1)
+        if m <= _MOST_ROWS and has_dp4a(packed) and (words := as_words(packed, groups)) is not None:
             count = words.shape[1]
             _rows_kernel[lambda chosen: (triton.cdiv(n, chosen["BLOCK_N"]),)](
                 *(x.codes.view(torch.int32), x.scale, x.sums, words, scale, held, out, m, n, count, words.stride(0)),
                 *(step, scale.stride(1), count // groups, layout.lowest, layout.zero_point),
-                LANES=lanes - (1 << 32) if lanes >> 31 else lanes,
+                LANES=lanes_of(layout.bits),
                 ROWS=power_of_two(m),
                 **flags,
             )
             return out
-        lowest = layout.lowest + (128 * layout.step if layout.bits == 8 else 0)
         _tiles_kernel[products.grid(m, n)](
             *(x.codes, x.scale, x.sums, packed, scale, held, out, m, n, width, plane),
-            *(*packed.stride(), step, scale.stride(1), width // groups, lowest, layout.zero_point, bucket(m)),
+            *(*packed.stride(), step, scale.stride(1), width // groups, lowest_level(layout), layout.zero_point, bucket(m)),
             **flags,
         )
     return out
 
 
-def _as_words(packed: Tensor, groups: int) -> Tensor | None:
+def lanes_of(bits: int) -> int:
+    """The mask of one level in each byte of a word, as int32."""
+    mask = 0x01010101 * (2**bits - 1)
+    return mask - (1 << 32) if mask >> 31 else mask
+
+
+def lowest_level(layout: Layout) -> int:
+    """The lowest code that tiles see: those of 8 bits are read less 128."""
+    return layout.lowest + (128 * layout.step if layout.bits == 8 else 0)
+
+
+def as_words(packed: Tensor, groups: int) -> Tensor | None:
     """Packed (N, B) as int32 (N, B / 4) where rows and groups are made of whole words, else None."""
     width = packed.shape[1]
-    if width % (_WORD * groups) or packed.stride(1) != 1 or packed.stride(0) % _WORD or packed.storage_offset() % _WORD:
+    if width % (WORD * groups) or packed.stride(1) != 1 or packed.stride(0) % WORD or packed.storage_offset() % WORD:
         return None
     return packed.view(torch.int32)
 
 
-def _has_dp4a(tensor: Tensor) -> bool:
+def has_dp4a(tensor: Tensor) -> bool:
     """Whether the instruction is there, which NVIDIA's assembly names; the interpreter has it spelt out."""
     return INTERPRETED.value or (tensor.is_cuda and torch.version.hip is None)
 
 
-def _fits_tiles(scale: Tensor, k: int, per: int) -> bool:
+def fits_tiles(scale: Tensor, k: int, per: int) -> bool:
     """Whether each group of inputs is a run of whole bytes."""
     groups = scale.shape[1]
     return groups == 1 or (k // groups) % per == 0
@@ -278,10 +370,10 @@ def packed_linears(
     (m, k), per = x.shape, CODES_PER_BYTE[layout.bits]
     for weight in weights:
         check_weight(*weight, k, -(-k // per))
-    if m > _MANY_ROWS or not k or not all(_fits_tiles(scale, k, per) for _, scale, _ in weights):
+    if m > _MANY_ROWS or not k or not all(fits_tiles(scale, k, per) for _, scale, _ in weights):
         codes, x_scale = quantize_rows(x, *rows)
         return [packed_int_linear(codes, x_scale, None, *weight, layout, dtype) for weight in weights]
-    plane = -(-weights[0][0].shape[1] // _WORD) * _WORD
+    plane = -(-weights[0][0].shape[1] // WORD) * WORD
     quantized = quantize_planes(x, plane, per, *rows)
     return [_multiply(quantized, weight, layout, dtype) for weight in weights]
 

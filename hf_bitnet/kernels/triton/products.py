@@ -60,28 +60,26 @@ def scaled(sums, x_scale, w_scale, ONE_SCALE: tl.constexpr):
 def store(
     sums,
     out_ptr,
-    x_scale_ptr,
-    x_scale_step,
+    x_scale,
     w_scale_ptr,
     w_scale_row,
     bias_ptr,
     row,
+    exists,
     column,
-    m,
     n,
     BIAS: tl.constexpr,
     ONE_SCALE: tl.constexpr,
     GROUPED: tl.constexpr,
 ):
     """float32 sums (BLOCK_M, BLOCK_N), times both scales, or, `GROUPED`, that of x alone, plus the bias, rounded once."""
-    x_scale = tl.load(x_scale_ptr + row * x_scale_step, mask=row < m, other=0.0)
     if GROUPED:
         y = sums * x_scale[:, None]
     else:
         y = scaled(sums, x_scale, tl.load(w_scale_ptr + column * w_scale_row, mask=column < n, other=0.0), ONE_SCALE)
     if BIAS:
         y += tl.load(bias_ptr + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
-    inside = (row < m)[:, None] & (column < n)[None, :]
+    inside = exists[:, None] & (column < n)[None, :]
     tl.store(out_ptr + row[:, None] * n + column[None, :], narrowed(y, out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -145,9 +143,8 @@ def _product_kernel(
         if X_ZERO:
             x_zero = tl.load(x_zero_ptr + row * x_zero_step, mask=row < m, other=0.0)
             y -= x_zero[:, None] * (w_sum.to(tl.float32) - w_zero * k)[None, :]
-        store(
-            y, out_ptr, x_scale_ptr, x_scale_step, w_scale_ptr, w_scale_row, bias_ptr, row, column, m, n, BIAS, ONE_SCALE, False
-        )
+        x_scale = tl.load(x_scale_ptr + row * x_scale_step, mask=row < m, other=0.0)
+        store(y, out_ptr, x_scale, w_scale_ptr, w_scale_row, bias_ptr, row, row < m, column, n, BIAS, ONE_SCALE, False)
     else:
         inside = (row < m)[:, None] & (column < n)[None, :]
         tl.store(out_ptr + row[:, None] * n + column[None, :], sums, mask=inside)
@@ -211,7 +208,8 @@ def _grouped_kernel(
         if X_ZERO:
             part -= x_zero[:, None] * (w_sum.to(tl.float32) - w_zero * group)[None, :]
         y += part * tl.load(scale_at + first // group * w_scale_step)[None, :]
-    store(y, out_ptr, x_scale_ptr, x_scale_step, w_scale_ptr, w_scale_row, bias_ptr, row, column, m, n, BIAS, False, True)
+    x_scale = tl.load(x_scale_ptr + row * x_scale_step, mask=row < m, other=0.0)
+    store(y, out_ptr, x_scale, w_scale_ptr, w_scale_row, bias_ptr, row, row < m, column, n, BIAS, False, True)
 
 
 @triton.jit

@@ -90,7 +90,7 @@ static void for_range(int64_t size, int64_t grain, const Body& body) {
 }
 
 // ---- scratch: one growing buffer per thread and slot, 64-byte aligned, so that decoding allocates nothing. NULL: no memory.
-enum Slot { SLOT_CODES = 0, SLOT_PANEL = 1, SLOT_SUMS = 2, SLOT_ROW = 3, SLOT_LAYER = 4, SLOTS = 5 };
+enum Slot { SLOT_CODES, SLOT_PANEL, SLOT_SUMS, SLOT_ROW, SLOT_LAYER, SLOT_TOKENS, SLOT_EXPERT, SLOTS };
 void* scratch(Slot slot, size_t bytes);
 
 // ---- one table per level; `rows` and `product` may each be the table of a lower level ----

@@ -138,4 +138,8 @@ struct Epilogue {
     int out_dtype;
 };
 
+// hb_linear. With `row_of`, weight i meets row row_of[i] of float x alone and has one row of results; at most a few rows.
+int linear(const hb_input& input, int64_t m, int64_t k, const hb_grid& grid, const hb_weight* weights, int64_t count,
+           int out_dtype, const int64_t* row_of);
+
 }  // namespace hb

@@ -78,7 +78,17 @@ struct RowInput {
     int32_t sums[kRowForm];
     float* lane_sums;     // (m, lanes), for group scales: (lowest - zero) * sum of x, what `dot_grouped` adds
     int32_t* lane_group;  // (lanes)
+    int64_t lanes, m;
     int rows;             // of planes: m, and one of ones when the input has zero points
+
+    // Row i alone, of an input without zero points.
+    RowInput row(int64_t i) const {
+        RowInput one = *this;
+        one.planes += i * planes_stride, one.lane_sums += i * lanes;
+        one.scales[0] = scales[i], one.sums[0] = sums[i];
+        one.m = one.rows = 1;
+        return one;
+    }
 };
 
 bool prepare_rows(const Call& call, bool grouped, RowInput* input) {
@@ -86,8 +96,8 @@ bool prepare_rows(const Call& call, bool grouped, RowInput* input) {
     const int planes = 8 / call.grid.bits;
     input->chunks = ceil_div(call.k, int64_t(planes) * body.vector);
     input->planes_stride = input->chunks * planes * body.vector;
-    input->rows = int(call.m) + (call.x.zero ? 1 : 0);
-    const int64_t lanes = input->chunks * body.vector / 4, codes = round_up(call.k, 64) + 64;
+    input->m = call.m, input->rows = int(call.m) + (call.x.zero ? 1 : 0);
+    const int64_t lanes = input->lanes = input->chunks * body.vector / 4, codes = round_up(call.k, 64) + 64;
     auto* codes_buffer = static_cast<int8_t*>(scratch(SLOT_CODES, size_t(codes)));
     input->planes = static_cast<int8_t*>(scratch(SLOT_PANEL, size_t(input->planes_stride * input->rows)));
     auto* row = static_cast<float*>(scratch(SLOT_ROW, size_t(call.x.norm_weight ? call.k + 16 : 16) * 4));
@@ -126,17 +136,17 @@ void rows_of_outputs(const Call& call, const RowInput& input, const hb_weight& w
     Epilogue e = epilogue(call, &weight, input.scales, input.sums);
     if (weight.groups > 1) {
         const float* scale = weight.scale + (weight.scale_rows == 1 ? 0 : begin * weight.groups);
-        call.body.dot_grouped(packed, begin, count, input.planes, input.planes_stride, int(call.m), input.lane_sums, input.lane_group,
+        call.body.dot_grouped(packed, begin, count, input.planes, input.planes_stride, int(input.m), input.lane_sums, input.lane_group,
                               scale, weight.scale_rows == 1 ? 0 : weight.groups, float(call.grid.step),
                               grouped, kTile);
     } else {
         call.body.dot(packed, begin, count, input.planes, input.planes_stride, input.rows, sums, kTile);
     }
-    e.ones = sums + call.m * kTile;
-    call.body.finish(e, 0, call.m, begin, count, sums, weight.groups > 1 ? grouped : nullptr, kTile);
+    e.ones = sums + input.m * kTile;
+    call.body.finish(e, 0, input.m, begin, count, sums, weight.groups > 1 ? grouped : nullptr, kTile);
 }
 
-int linear_rows(const Call& call) {
+int linear_rows(const Call& call, const int64_t* row_of) {
     const bool grouped = call.weights[0].groups > 1;
     RowInput input;
     if (!prepare_rows(call, grouped, &input)) return HB_ERROR_MEMORY;
@@ -145,10 +155,14 @@ int linear_rows(const Call& call) {
     // long tiles are long streams from memory; each thread should have two at least
     const int64_t share = round_up(ceil_div(outputs, 2 * threads()), 16), tile = share > kTile ? kTile : share < 64 ? 64 : share;
     const int64_t tiles = pieces_of_weights(call, tile);
-    const int64_t tile_bytes = tile * ceil_div(call.k * call.grid.bits, 8) * (1 + call.m / 4);
+    const int64_t tile_bytes = tile * ceil_div(call.k * call.grid.bits, 8) * (row_of ? 1 : 1 + call.m / 4);
     take_tasks(tiles, ceil_div(tiles * tile_bytes, kThreadBytes), [](bool) {}, [&](int64_t t) {
         const hb_weight& weight = weight_of(call, tile, &t);
-        rows_of_outputs(call, input, weight, t * tile, smaller(tile, weight.n - t * tile));
+        const int64_t first = t * tile, outputs = smaller(tile, weight.n - first);
+        if (row_of)
+            rows_of_outputs(call, input.row(row_of[&weight - call.weights]), weight, first, outputs);
+        else
+            rows_of_outputs(call, input, weight, first, outputs);
     });
     return HB_OK;
 }
@@ -342,39 +356,54 @@ bool sound(const hb_input& x, int64_t m, int64_t k, const hb_grid& grid, const h
     return true;
 }
 
+// Each weight on its own row, where the forms that take all rows have to serve.
+int linear_each(const hb_input& input, int64_t k, const hb_grid& grid, const hb_weight* weights, int64_t count, int out_dtype,
+                const int64_t* row_of) {
+    for (int64_t i = 0; i < count; ++i) {
+        hb_input row = input;
+        row.x = at(input.x, input.x_dtype, row_of[i] * input.x_stride);
+        if (const int error = hb_linear(&row, 1, k, &grid, &weights[i], 1, out_dtype)) return error;
+    }
+    return HB_OK;
+}
+
 }  // namespace
+
+int linear(const hb_input& input, int64_t m, int64_t k, const hb_grid& grid, const hb_weight* weights, int64_t count,
+           int out_dtype, const int64_t* row_of) {
+    if (!sound(input, m, k, grid, weights, count, out_dtype)) return HB_ERROR_ARGUMENT;
+    if (m == 0) return HB_OK;
+    const ProductBodies& widest = product();
+    const int64_t groups = weights[0].groups, group = k / groups;
+    const bool fits = groups == 1 || group % widest.k_unit == 0 || !widest.finer;
+    const ProductBodies& body = fits ? widest : *widest.finer;
+    hb_grid seen = grid;
+    // 8-bit levels are flipped to the signedness that the body multiplies; `lowest` follows
+    uint8_t flip = 0;
+    if (!grid.packed) {
+        seen.lowest = body.is_signed ? 0 : -128;
+        seen.step = 1;
+        flip = body.is_signed ? 0 : 0x80;
+    } else if (grid.bits == 8 && body.is_signed) {
+        seen.lowest = grid.lowest + 128 * grid.step;
+        flip = 0x80;
+    }
+    const bool ordered = groups == 1 || group % codes_of_word(grid.bits) == 0;
+    const Call call{body, input, m, k, seen, flip, weights, count, out_dtype, ordered};
+    const bool rows_served = groups == 1 || (body.dot_grouped && ordered), few = m <= kRowForm;
+    if (row_of && (k == 0 || !few || !rows_served)) return linear_each(input, k, grid, weights, count, out_dtype, row_of);
+    if (k == 0) return linear_plain(call);
+    if (groups > 1 && (input.zero || !(few ? rows_served : group % body.k_unit == 0))) return linear_plain(call);
+    return few ? linear_rows(call, row_of) : linear_blocks(call);
+}
+
 }  // namespace hb
 
 extern "C" {
 
 int hb_linear(const hb_input* input, int64_t m, int64_t k, const hb_grid* grid, const hb_weight* weights, int64_t count,
               int out_dtype) {
-    using namespace hb;
-    if (!sound(*input, m, k, *grid, weights, count, out_dtype)) return HB_ERROR_ARGUMENT;
-    if (m == 0) return HB_OK;
-    const ProductBodies& widest = product();
-    const int64_t groups = weights[0].groups, group = k / groups;
-    const bool fits = groups == 1 || group % widest.k_unit == 0 || !widest.finer;
-    const ProductBodies& body = fits ? widest : *widest.finer;
-    hb_grid seen = *grid;
-    // 8-bit levels are flipped to the signedness that the body multiplies; `lowest` follows
-    uint8_t flip = 0;
-    if (!grid->packed) {
-        seen.lowest = body.is_signed ? 0 : -128;
-        seen.step = 1;
-        flip = body.is_signed ? 0 : 0x80;
-    } else if (grid->bits == 8 && body.is_signed) {
-        seen.lowest = grid->lowest + 128 * grid->step;
-        flip = 0x80;
-    }
-    const bool ordered = groups == 1 || group % codes_of_word(grid->bits) == 0;
-    const Call call{body, *input, m, k, seen, flip, weights, count, out_dtype, ordered};
-    if (k == 0) return linear_plain(call);
-    if (groups > 1) {
-        const bool served = m <= kRowForm ? body.dot_grouped && ordered : group % body.k_unit == 0;
-        if (input->zero || !served) return linear_plain(call);
-    }
-    return m <= kRowForm ? linear_rows(call) : linear_blocks(call);
+    return hb::linear(*input, m, k, *grid, weights, count, out_dtype, nullptr);
 }
 
 int hb_int_matmul(const int8_t* a, int64_t a_stride, const int8_t* b, int64_t b_stride, int64_t m, int64_t n, int64_t k,

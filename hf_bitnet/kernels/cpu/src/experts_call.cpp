@@ -1,0 +1,179 @@
+// hb_experts_call: the products of each row with the weights of the experts that it chose. Own.
+//
+// A few rows: one parallel region over the outputs of all chosen weights, each on its own row. More: rows are quantized once,
+// gathered by expert, and each expert's products are computed by one thread, the fullest expert first; where there are fewer
+// experts than that takes, all threads work on one after another.
+#include <algorithm>
+
+#include "product.h"
+
+extern "C" {
+
+typedef struct {
+    hb_input input;  // floats
+    int64_t tokens, k;
+    // (tokens, chosen): which expert; other numbers than 0 .. experts - 1: none, whose results are zeros
+    const int64_t* index;
+    int64_t chosen, experts, maps;
+    int32_t out_dtype;
+    hb_grid grid;
+    // hb_weight weights[maps * experts] follow; results (tokens * chosen, n) go to `out` of the first weight of each map
+} hb_experts_block;
+
+static_assert(sizeof(hb_experts_block) % alignof(hb_weight) == 0, "the weights follow without a gap");
+
+}  // extern "C"
+
+namespace hb {
+namespace {
+
+constexpr int64_t kFewTokens = 8, kFewPlaces = 16;  // of the first form
+constexpr int64_t kTogether = 2 * kFewPlaces;       // weights in one region of the first form, at most
+constexpr int64_t kTokenBytes = 16 << 20;           // int8 bytes of rows that are gathered from at a time
+constexpr int64_t kRows = 512;                      // rows of one expert that are multiplied together, at most
+
+struct Call {
+    const hb_experts_block& given;
+    const hb_weight* weights;
+
+    bool exists(int64_t expert) const { return expert >= 0 && expert < given.experts; }
+    const hb_weight& weight(int64_t map, int64_t expert) const { return weights[map * given.experts + expert]; }
+    // Where the results of a map at a place begin.
+    char* result(int64_t map, int64_t place) const {
+        const hb_weight& first = weights[map * given.experts];
+        return at(first.out, given.out_dtype, place * first.n);
+    }
+    size_t bytes(int64_t map) const { return size_t(weights[map * given.experts].n) * size_of(given.out_dtype); }
+    // The weight of a map and an expert, with its results at `out`.
+    hb_weight placed(int64_t map, int64_t expert, void* out) const {
+        hb_weight weight = this->weight(map, expert);
+        weight.out = out, weight.out_stride = weight.n;
+        return weight;
+    }
+};
+
+int few(const Call& call) {
+    const auto& given = call.given;
+    hb_weight weights[kTogether];
+    int64_t rows[kTogether], count = 0, left = given.maps * given.tokens * given.chosen;
+    for (int64_t map = 0; map < given.maps; ++map) {
+        for (int64_t place = 0; place < given.tokens * given.chosen; ++place, --left) {
+            if (call.exists(given.index[place])) {
+                weights[count] = call.placed(map, given.index[place], call.result(map, place));
+                rows[count++] = place / given.chosen;
+            } else {
+                memset(call.result(map, place), 0, call.bytes(map));
+            }
+            if (!count || (count < kTogether && left > 1)) continue;
+            const int error = linear(given.input, given.tokens, given.k, given.grid, weights, count, given.out_dtype, rows);
+            if (error) return error;
+            count = 0;
+        }
+    }
+    return HB_OK;
+}
+
+// Quantized tokens, and the places of each expert: those of expert e are order[starts[e]] to order[starts[e + 1] - 1].
+struct Gathered {
+    const int8_t* codes;
+    const float* scales;
+    const int64_t *order, *starts;
+    int64_t first;  // token that the codes begin with
+};
+
+// The products of `count` <= kRows places of one expert.
+int of_expert(const Call& call, const Gathered& from, int64_t expert, const int64_t* places, int64_t count) {
+    const auto& given = call.given;
+    const int64_t k = given.k;
+    size_t size = size_t(round_up(count * (k + 4), 64));
+    const size_t results_at = size;
+    for (int64_t map = 0; map < given.maps; ++map) size += size_t(count) * call.bytes(map);
+    auto* codes = static_cast<int8_t*>(scratch(SLOT_EXPERT, size));
+    if (!codes) return HB_ERROR_MEMORY;
+    auto* scales = reinterpret_cast<float*>(codes + round_up(count * k, 4));
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = places[i] / given.chosen - from.first;
+        memcpy(codes + i * k, from.codes + row * k, size_t(k));
+        scales[i] = from.scales[row];
+    }
+    const hb_input input = {codes, k, scales, nullptr, nullptr, HB_I8, 0, 0.0f, 0.0f, 0.0f, 0.0f};
+    char* results = reinterpret_cast<char*>(codes) + results_at;
+    for (int64_t map = 0; map < given.maps; ++map) {
+        const hb_weight weight = call.placed(map, expert, results);
+        if (const int error = hb_linear(&input, count, k, &given.grid, &weight, 1, given.out_dtype)) return error;
+        for (int64_t i = 0; i < count; ++i)
+            memcpy(call.result(map, places[i]), results + size_t(i) * call.bytes(map), call.bytes(map));
+        results += size_t(count) * call.bytes(map);
+    }
+    return HB_OK;
+}
+
+int many(const Call& call, int64_t first, int64_t tokens) {
+    const auto& given = call.given;
+    const int64_t places = tokens * given.chosen, experts = given.experts, base = first * given.chosen;
+    const size_t code_bytes = size_t(round_up(tokens * given.k, 64)), numbers = size_t(places + 2 * experts + 1) * 8;
+    auto* memory = static_cast<char*>(scratch(SLOT_TOKENS, code_bytes + size_t(round_up(tokens, 16)) * 4 + numbers));
+    if (!memory) return HB_ERROR_MEMORY;
+    auto* codes = reinterpret_cast<int8_t*>(memory);
+    auto* scales = reinterpret_cast<float*>(memory + code_bytes);
+    auto* order = reinterpret_cast<int64_t*>(scales + round_up(tokens, 16));
+    int64_t *starts = order + places, *active = starts + experts + 1;
+    const hb_input& x = given.input;
+    const int error = hb_quantize_rows(at(x.x, x.x_dtype, first * x.x_stride), x.x_dtype, tokens, given.k, x.x_stride, x.qmin,
+                                       x.qmax, x.eps, codes, scales);
+    if (error) return error;
+
+    memset(starts, 0, size_t(experts + 1) * 8);
+    for (int64_t i = base; i < base + places; ++i)
+        if (call.exists(given.index[i])) ++starts[given.index[i] + 1];
+    for (int64_t e = 0; e < experts; ++e) starts[e + 1] += starts[e];
+    memcpy(active, starts, size_t(experts) * 8);  // where the next place of each goes
+    for (int64_t i = base; i < base + places; ++i) {
+        if (call.exists(given.index[i]))
+            order[active[given.index[i]]++] = i;
+        else
+            for (int64_t map = 0; map < given.maps; ++map) memset(call.result(map, i), 0, call.bytes(map));
+    }
+    int64_t count = 0;
+    for (int64_t e = 0; e < experts; ++e)
+        if (starts[e + 1] > starts[e]) active[count++] = e;
+    const auto rows = [&](int64_t e) { return starts[e + 1] - starts[e]; };
+    std::stable_sort(active, active + count, [&](int64_t a, int64_t b) { return rows(a) > rows(b); });
+
+    const Gathered from{codes, scales, order, starts, first};
+    std::atomic<int> failed{HB_OK};
+    const auto whole = [&](int64_t i) {
+        const int64_t e = active[i];
+        for (int64_t at = starts[e]; at < starts[e + 1]; at += kRows)
+            if (const int error = of_expert(call, from, e, order + at, smaller(kRows, starts[e + 1] - at))) failed = error;
+    };
+    if (count >= 2 * threads())
+        take_tasks(count, count, [](bool) {}, whole);
+    else
+        for (int64_t i = 0; i < count; ++i) whole(i);
+    return failed;
+}
+
+}  // namespace
+}  // namespace hb
+
+extern "C" {
+
+HB_API int hb_experts_call(const hb_experts_block* given) {
+    using namespace hb;
+    const hb::Call call{*given, reinterpret_cast<const hb_weight*>(given + 1)};
+    if (given->tokens < 0 || given->k < 0 || given->chosen < 0 || given->experts < 1 || given->maps < 1) return HB_ERROR_ARGUMENT;
+    if (!is_float(given->input.x_dtype) || given->input.norm_weight || !is_float(given->out_dtype)) return HB_ERROR_ARGUMENT;
+    for (int64_t map = 0; map < given->maps; ++map)
+        for (int64_t expert = 1; expert < given->experts; ++expert)
+            if (call.weight(map, expert).n != call.weight(map, 0).n) return HB_ERROR_ARGUMENT;
+    const int64_t places = given->tokens * given->chosen;
+    if (!places) return HB_OK;
+    if (given->tokens <= kFewTokens && places <= kFewPlaces) return few(call);
+    const int64_t step = kTokenBytes / (given->k + 1) + 1;
+    for (int64_t first = 0; first < given->tokens; first += step)
+        if (const int error = many(call, first, smaller(step, given->tokens - first))) return error;
+    return HB_OK;
+}
+
+}  // extern "C"

@@ -1,0 +1,234 @@
+"""Packed experts by one product for all of them: the same numbers as their layers, and the layers wherever those are wanted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+import hf_bitnet as hb
+from hf_bitnet import kernels
+from hf_bitnet.kernels import Layout, RowQuantization, dispatch, reference
+from hf_bitnet.modules import BitExperts, packed_experts
+from hf_bitnet.surgery import quantized_layers
+from tests.cpu_kernels import needs_cpu_kernels
+from tests.test_experts import CONFIG, EXPERTS, HIDDEN, LAYOUTS, fused, routed
+
+pytestmark = needs_cpu_kernels
+
+
+def packed(kind: Any = MixtralExperts, config: hb.BitNetQuantizationConfig = CONFIG) -> BitExperts:
+    model = nn.ModuleDict({"experts": fused(kind)})
+    hb.pack_model(hb.quantize_model(model, config))
+    found = model["experts"]
+    assert isinstance(found, BitExperts)
+    return found.eval()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The number of weights in each call of the product over experts."""
+    found: list[int] = []
+    plain = kernels.packed_experts
+
+    def counted(x: Tensor, index: Tensor, maps: Any, *rest: Any) -> list[Tensor]:
+        found.append(sum(map(len, maps)))
+        return plain(x, index, maps, *rest)
+
+    monkeypatch.setattr(kernels, "packed_experts", counted)
+    yield found
+
+
+def by_layers(experts: BitExperts, *args: Tensor) -> Tensor:
+    """The same experts, called one after another: somebody listens."""
+    twin = copy.deepcopy(experts)
+    for _, layer in quantized_layers(twin):
+        layer.register_forward_hook(lambda *_: None)
+    return twin(*args)
+
+
+# ---- the same numbers ----
+
+
+@pytest.mark.parametrize("kind", LAYOUTS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("tokens", [0, 1, 3, 40])
+@torch.no_grad()
+def test_the_numbers_of_the_layers(kind: Any, tokens: int, calls: list[int]) -> None:
+    experts = packed(kind)
+    x, index, weights = routed(max(tokens, 1))
+    x, index, weights = x[:tokens], index[:tokens], weights[:tokens]
+    if tokens > 1:
+        index[1, 0] = EXPERTS  # none
+    assert torch.equal(experts(x, index, weights), by_layers(experts, x, index, weights))
+    chosen = index.shape[1] if tokens == 1 else EXPERTS
+    assert calls == [(len(experts.names) - 1) * chosen, chosen]
+
+
+@pytest.mark.parametrize("config", [
+    hb.BitNetQuantizationConfig(weight="int4", granularity="group", group_size=8),
+    hb.BitNetQuantizationConfig(weight="binary", granularity="channel"),
+    hb.BitNetQuantizationConfig(weight="int8", activation="int4"),
+], ids=lambda config: config.weight)  # fmt: skip
+@pytest.mark.parametrize("tokens", [1, 30])
+@torch.no_grad()
+def test_other_schemes(config: hb.BitNetQuantizationConfig, tokens: int, calls: list[int]) -> None:
+    experts = packed(config=config)
+    args = routed(tokens)
+    torch.testing.assert_close(experts(*args), by_layers(experts, *args), rtol=1e-5, atol=1e-6)
+    assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_down_may_have_a_scheme_of_its_own(calls: list[int]) -> None:
+    config = hb.BitNetQuantizationConfig.bitnet_b158(overrides={r"down_proj": {"weight": "int4"}})
+    experts = packed(config=config)
+    args = routed()
+    assert torch.equal(experts(*args), by_layers(experts, *args)) and len(calls) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_other_dtypes(dtype: torch.dtype, calls: list[int]) -> None:
+    experts = packed(GptOssExperts).to(dtype)
+    x, index, weights = routed()
+    args = x.to(dtype), index, weights.to(dtype)
+    y = experts(*args)
+    assert y.dtype == dtype and torch.equal(y, by_layers(experts, *args)) and len(calls) == 2
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(experts(x, index, weights), by_layers(experts, x, index, weights))
+
+
+@torch.inference_mode()
+def test_inference_mode(calls: list[int]) -> None:
+    experts, args = packed(), routed()
+    assert torch.equal(experts(*args), by_layers(experts, *args)) and len(calls) == 2
+
+
+def test_no_break_under_torch_compile() -> None:
+    experts, args = packed(GptOssExperts), routed()
+    with torch.no_grad():
+        compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(*args), experts(*args))
+
+
+# ---- what has changed since the last call ----
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "in place": lambda layer: layer.weight.data.bitwise_not_(),
+    "other memory": lambda layer: setattr(layer.weight, "data", layer.weight.data.flip(0)),
+    "another parameter": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.data.flip(0), requires_grad=False)),
+    "another scale": lambda layer: layer.weight_scale.data.mul_(2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("tokens", [1, 9])
+@torch.no_grad()
+def test_changed_weights_are_seen(change: str, tokens: int) -> None:
+    experts, (x, index, weights) = packed(), routed(tokens)
+    before = experts(x, index, weights)
+    CHANGES[change](experts.experts()[int(index[0, 0])].down_proj)
+    after = experts(x, index, weights)
+    assert not torch.equal(after, before) and torch.equal(after, by_layers(experts, x, index, weights))
+
+
+@torch.no_grad()
+def test_layers_that_are_watched_are_called(calls: list[int]) -> None:
+    experts, args = packed(), routed()
+    experts(*args)
+    seen: list[int] = []
+    layer = experts.experts()[2].up_proj
+    handle = layer.register_forward_hook(lambda *_: seen.append(1))  # type: ignore[union-attr]
+    experts(*args)
+    assert seen == [1] and len(calls) == 2
+    handle.remove()
+    experts(*args)
+    assert len(calls) == 4
+    everywhere = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module is layer))
+    experts(*args)
+    everywhere.remove()
+    assert any(seen[1:]) and len(calls) == 4
+    plain = layer.forward  # type: ignore[union-attr]
+    layer.forward = lambda x: seen.append(2) or plain(x)  # type: ignore[union-attr, method-assign]
+    experts(*args)
+    assert seen[-1] == 2 and len(calls) == 4
+
+
+@torch.no_grad()
+def test_another_layer_in_its_place(calls: list[int]) -> None:
+    experts, args = packed(), routed()
+    experts(*args)
+    experts.experts()[0].gate_proj = nn.Linear(HIDDEN, experts.experts()[0].gate_proj.out_features)  # type: ignore[union-attr]
+    y = experts(*args)
+    assert len(calls) == 2 and torch.equal(y, by_layers(experts, *args))
+
+
+@pytest.mark.parametrize("fields", [
+    {"overrides": {r"experts\.1\.down_proj": {"weight": "int8"}}},
+    {"overrides": {r"experts\.\d\.up_proj": {"weight": "int4"}}},
+    {"activation": "none"},
+    {"sub_norm": ["down_proj"]},
+    {"keep": [r"experts\.3\.up_proj"]},
+], ids=str)  # fmt: skip
+@torch.no_grad()
+def test_layers_that_differ_are_called_as_they_are(fields: dict[str, Any], calls: list[int]) -> None:
+    experts = packed(config=hb.BitNetQuantizationConfig.bitnet_b158(**fields))
+    args = routed()
+    assert torch.equal(experts(*args), by_layers(experts, *args)) and not calls
+
+
+def test_with_gradients_the_layers_are_called(calls: list[int]) -> None:
+    experts, (x, index, weights) = packed(), routed()
+    experts(x, index, weights).sum().backward()
+    assert x.grad is not None and not calls
+
+
+@torch.no_grad()
+def test_without_a_kernel_the_layers_are_called(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
+    experts, args = packed(), routed()
+    expected = experts(*args)
+    monkeypatch.setitem(dispatch._CHOSEN, ("packed_experts", "cpu"), reference.packed_experts)
+    assert torch.equal(experts(*args), expected) and len(calls) == 2
+
+
+@torch.no_grad()
+def test_plans_die_with_their_modules() -> None:
+    experts = packed()
+    experts(*routed())
+    assert experts in packed_experts._PLANS
+    count = len(packed_experts._PLANS)
+    del experts
+    assert len(packed_experts._PLANS) < count
+
+
+# ---- the operation refuses what does not belong together ----
+
+LAYOUT, ROWS = Layout(2, -1), RowQuantization(-128, 127, 1e-5)
+
+
+def weight(n: int = 3, k: int = 8) -> tuple[Tensor, Tensor, None]:
+    return torch.zeros(n, k // 4, dtype=torch.uint8), torch.ones(1, 1), None
+
+
+@pytest.mark.parametrize(
+    ("x", "index", "maps", "message"),
+    [
+        (torch.ones(8), torch.zeros(1, 1, dtype=torch.int64), [[weight()]], "a matrix"),
+        (torch.ones(2, 8), torch.zeros(1, 1, dtype=torch.int64), [[weight()]], r"int64 \(1, 1\) fits no x \(2, 8\)"),
+        (torch.ones(2, 8), torch.zeros(2, 1, dtype=torch.int32), [[weight()]], "int32"),
+        (torch.ones(2, 8), torch.zeros(2, dtype=torch.int64), [[weight()]], "int64 \\(2,\\)"),
+        (torch.ones(2, 8), torch.zeros(2, 1, dtype=torch.int64), [[weight(), weight()], [weight()]], "every map"),
+        (torch.ones(2, 8), torch.zeros(2, 1, dtype=torch.int64), [[weight(), weight(4)]], "not alike"),
+        (torch.ones(2, 8), torch.zeros(2, 1, dtype=torch.int64), [[weight(3, 16)]], r"8 inputs need \(outputs, 2\)"),
+        (torch.ones(2, 8), torch.zeros(2, 1, dtype=torch.int64), [], "every map"),
+    ],
+)
+def test_wrong_operands(x: Tensor, index: Tensor, maps: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kernels.packed_experts(x, index, maps, LAYOUT, ROWS, torch.float32)
