@@ -3,6 +3,7 @@
 parity    every serving kernel against its definition on the CPU, and the losses of 200 steps (`gpu_parity.py`)
 step      a QAT training step: time, memory, host syncs, graph breaks (`gpu_step.py`)
 packed    products with packed weights, one row to thousands (`gpu_packed.py`)
+experts   the experts of a mixture (`gpu_experts.py`)
 kernels   integer products, products of backward, quantization (`gpu_kernels.py`)
 generate  decoding of a 1B model, where time is left (`gpu_generate.py`)
 
@@ -35,7 +36,7 @@ from benchmarks.gpu_common import Section, Settings, say
 from hf_bitnet import kernels
 
 # name -> share of the time that is left when it begins
-SECTIONS = {"parity": 0.3, "step": 0.5, "packed": 0.5, "kernels": 0.6, "generate": 1.0}
+SECTIONS = {"parity": 0.3, "step": 0.5, "packed": 0.45, "experts": 0.25, "kernels": 0.6, "generate": 1.0}
 # beyond the whole time, before a section's process is ended
 _GRACE = 30.0
 

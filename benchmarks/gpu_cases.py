@@ -93,6 +93,16 @@ def _packed_linears(draw: Draw) -> tuple[Any, ...]:
     return x, [(packed, scale, bias), (packed[:half], scale[:half], None)], layout, rows, dtype
 
 
+def _packed_experts(draw: Draw) -> tuple[Any, ...]:
+    packed, layout = draw.packed()
+    scale, experts = draw.scale(), draw.pick([1, 3, 16])
+    weights = [(packed.flip(0) if i % 2 else packed.clone(), scale * (i + 1), draw.normal(draw.n)) for i in range(experts)]
+    chosen = draw.pick([1, 2, 5])
+    index = torch.randint(-1, experts + 1, (draw.m, chosen), generator=draw.generator)
+    x = draw.normal(draw.m, draw.k).to(draw.dtype)
+    return x, index, [weights] * draw.pick([1, 2]), layout, _ROWS, draw.pick(DTYPES)
+
+
 def _packed_int_linear(draw: Draw) -> tuple[Any, ...]:
     packed, layout = draw.packed()
     x_scale = draw.positive(draw.m, 1) * 0.1
@@ -141,6 +151,7 @@ MAKERS: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
     "int_linear": _int_linear,
     "packed_linear": _packed_linear,
     "packed_linears": _packed_linears,
+    "packed_experts": _packed_experts,
     "packed_int_linear": _packed_int_linear,
     "fixed_matmul": _fixed_matmul,
     "quantize_rows": lambda draw: (_rows(draw), *_ROWS),

@@ -90,6 +90,49 @@ def test_products_equal_the_torch_bodies_bit_for_bit(shape: tuple[int, int], zer
         assert torch.equal(OPERATIONS["packed_linear"](*_moved(args)).cpu(), by_torch(*args)), rows
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 30])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_experts_in_both_forms(tokens: int, groups: int) -> None:
+    """Place by place, and tiles of an expert; with biases, none for some places, an expert that nobody chose."""
+    layout, n, k, experts = Layout(2, -1), 21, 256, 5
+    weights = [
+        (torch.randint(0, 171, (n, k // 4), dtype=torch.uint8), torch.rand(n, groups), torch.randn(n)) for _ in range(experts)
+    ]
+    index = torch.randint(0, experts - 1, (tokens, 2))
+    index[0, 1] = experts
+    args = torch.randn(tokens, k), index, [weights, weights[::-1]], layout, INT8, torch.float32
+    found = OPERATIONS["packed_experts"](*_moved(args))
+    _assert_equal(_moved(found, "cpu"), reference.packed_experts(*args), f"{tokens} tokens")
+
+
+def test_distances_between_experts_go_to_the_device_once() -> None:
+    """Every such copy waits for the device, and cannot be captured in a graph."""
+    from hf_bitnet.kernels.triton import experts
+
+    for bias in (None, torch.randn(4)):
+        weights = _moved([(torch.zeros(4, 16, dtype=torch.uint8), torch.ones(1, 1), bias) for _ in range(3)])
+        args = _moved(torch.randn(2, 64)), _moved(torch.tensor([[0, 2], [1, 1]])), [weights], Layout(2, -1), INT8, torch.float32
+        OPERATIONS["packed_experts"](*args)
+        before = experts._distances.cache_info().misses
+        for _ in range(3):
+            OPERATIONS["packed_experts"](*args)
+        assert experts._distances.cache_info().misses == before
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="puts the interpreter's body in the place of the CPU's")
+@pytest.mark.parametrize("tokens", [1, 9])
+@torch.no_grad()
+def test_experts_of_a_model(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    from tests.test_experts_together import packed, routed
+
+    experts, args = packed(GptOssExperts), routed(tokens)
+    expected = experts(*args)
+    monkeypatch.setitem(dispatch._CHOSEN, ("packed_experts", "cpu"), OPERATIONS["packed_experts"])
+    torch.testing.assert_close(experts(*args), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_rows_longer_than_a_program_keeps_are_read_in_parts() -> None:
     x = torch.randn(2, 20_001)
     x[1, 20_000] = 50.0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from hf_bitnet import BitNetQuantizationConfig, kernels, pack_model, quantize_model
 from hf_bitnet.kernels import dispatch
@@ -157,11 +157,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(dispatch._CHOSEN, (operation, "cuda"), body)
 
 
-def _fake_model(packed: bool) -> Any:
+LLAMA = LlamaConfig(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4)
+
+
+def _fake_model(packed: bool, config: Any = LLAMA) -> Any:
     with torch.device("meta"):
-        model = LlamaForCausalLM(
-            LlamaConfig(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4)
-        )
+        model = AutoModelForCausalLM.from_config(config)
     quantize_model(model, BitNetQuantizationConfig.bitnet_b158())
     model = pack_model(model) if packed else model
     for module in model.modules():  # not `to_empty`, which swaps tensors, and fake ones refuse
@@ -184,6 +185,17 @@ def test_a_forward_is_made_of_operators_and_asks_for_no_number(gpu: None, packed
         assert y.device.type == "cuda" and y.dtype == torch.bfloat16
     trained = {"quantize_rows", "mean_magnitudes", "quantize_weight", "int_linear"}
     assert recorder.seen == ({"packed_linears"} if packed else trained)
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_packed_experts_ask_for_no_number(gpu: None, tokens: int) -> None:
+    """Which experts were chosen stays on the device: two operators for all of them."""
+    with FakeTensorMode(), torch.no_grad():
+        block = _fake_model(True, MixtralConfig(**{**LLAMA.to_dict(), "model_type": "mixtral"})).model.layers[0].mlp
+        with _Recorder() as recorder:
+            y = block(torch.zeros(1, tokens, 48, dtype=torch.bfloat16, device="cuda"))
+        assert y.device.type == "cuda" and y.dtype == torch.bfloat16
+    assert recorder.seen == {"packed_experts"}
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
@@ -224,21 +236,22 @@ def _compiled(target: str, *how: str) -> dict[str, dict[str, int]]:
 
 def test_compiles_for_a_gpu_that_is_not_there() -> None:
     found = _compiled("cuda:90")
-    assert len(found) == 14
+    assert len(found) == 16
     assert found["_product_kernel"]["wgmma.mma_async"] and found["_grouped_kernel"]["wgmma.mma_async"]
     assert found["_tiles_kernel"]["mma.sync"] and found["_tiles_kernel"]["cp.async.cg"]
-    assert found["_rows_kernel"]["dp4a"]
+    assert found["_rows_kernel"]["dp4a"] and found["_places_kernel"]["dp4a"]
+    assert found["_experts_kernel"]["mma.sync"] and found["_experts_kernel"]["cp.async.cg"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:89", "cuda:100", "hip:gfx942", "hip:gfx1100"])
 def test_compiles_for_other_gpus(target: str) -> None:
-    assert len(_compiled(target)) >= 13  # without dp4a there is no row-vector form
+    assert len(_compiled(target)) >= 14  # without dp4a there are no row-vector forms
 
 
 @pytest.mark.slow
 def test_every_configuration_compiles() -> None:
-    assert len(_compiled("cuda:90", "all")) == 14
+    assert len(_compiled("cuda:90", "all")) == 16
 
 
 TRAINING = """

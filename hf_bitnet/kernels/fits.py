@@ -66,7 +66,7 @@ def check_experts(maps: Sequence[Sequence[PackedWeight]], k: int, width: int) ->
     check_alike(maps)
     for experts in maps:
         check_weight(*experts[0], k, width)
-        kinds = {(w.shape, w.stride(), scale.shape, scale.stride(), bias is None) for w, scale, bias in experts}
+        kinds = {(w.shape, w.stride(), s.shape, s.stride(), None if b is None else b.dtype) for w, s, b in experts}
         if len(kinds) > 1:
             raise ValueError(f"the experts' weights of one map are not alike: {sorted(map(str, kinds))}")
 

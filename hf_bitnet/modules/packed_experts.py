@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import kernels
 from ..kernels import Layout, PackedWeight, RowQuantization
@@ -157,9 +158,10 @@ def _product(maps: list[list[PackedBitLinear]]) -> _Product | None:
         return None
     found = [[each.operands() for each in of_map] for of_map in maps]
     for weights in found:
-        if any(type(tensor) is not nn.Parameter for weight in weights for tensor in weight if tensor is not None):
+        if any(is_traceable_wrapper_subclass(tensor) for weight in weights for tensor in weight):
             return None  # of a sharded model
-        kinds = {(w.shape, w.stride(), w.device, scale.shape, bias is None) for w, scale, bias in weights}
+        # as kernels want them: they are told of the first alone
+        kinds = {(w.shape, w.stride(), w.device, s.shape, s.stride(), None if b is None else b.dtype) for w, s, b in weights}
         if len(kinds) > 1:
             return None
     return _Product(found, linear.layout, rows)

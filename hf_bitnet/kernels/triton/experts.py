@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -177,56 +178,74 @@ def _distances_of(tensors: Sequence[Tensor]) -> tuple[Tensor, int]:
     return _distances(addresses, size, tensors[0].device), _ALIGNED // size if wide else 1
 
 
-def _multiply(
-    x: Planes, index: Tensor, sorted_places: tuple[Tensor, Tensor] | None, weights: Sequence[PackedWeight], layout: Layout,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Quantized rows times the weights of one map; `sorted_places`: places by expert, and where each expert's begin."""
+class _Map(NamedTuple):
+    """What both kernels are told of the weights of one map, beside the weights themselves.
+
+    Attributes:
+        n: outputs. scale, bias: of the first expert. scales_at, biases_at: how far those of the others are from them.
+        strides: of the scales: between rows, between groups. groups: of inputs with a scale of their own.
+        flags: constants of the kernels.
+    """
+
+    n: int
+    scale: Tensor
+    bias: Tensor
+    scales_at: Tensor
+    biases_at: Tensor
+    strides: tuple[int, int]
+    groups: int
+    flags: dict[str, Any]
+
+
+def _map_of(weights: Sequence[PackedWeight], layout: Layout) -> _Map:
     packed, scale, bias = weights[0]
-    (_, per, plane), (n, width), groups = x.codes.shape, packed.shape, scale.shape[1]
-    out = torch.zeros(index.numel(), n, dtype=dtype, device=packed.device)
-    if not out.numel():
-        return out
-    step = 0 if scale.shape[0] == 1 else scale.stride(0)
-    biases = [out if each is None else each for _, _, each in weights]
-    flags = {"STEP": layout.step, "BITS": layout.bits, "PER": per, "BIAS": bias is not None}
-    flags |= {"GROUPED": groups > 1, "ONE_SCALE": scale.numel() == 1, **EXACT}
-    chosen, experts = index.shape[1], len(weights)
-    scales_at, biases_at = _distances_of([each for _, each, _ in weights])[0], _distances_of(biases)[0]
-    with on_device_of(packed):
-        words = [as_words(each, groups) for each, _, _ in weights] if sorted_places is None else []
-        if sorted_places is None:
-            assert all(each is not None for each in words)
-            found = [each for each in words if each is not None]
-            words_at, unit = _distances_of(found)
-            count = found[0].shape[1]
-            _places_kernel[lambda picked: (triton.cdiv(n, picked["BLOCK_N"]), index.numel())](
-                *(x.codes.view(torch.int32), x.scale, x.sums, found[0], scale, biases[0], out, index),
-                *(words_at, scales_at, biases_at, chosen, experts, n, count, found[0].stride(0)),
-                *(step, scale.stride(1), count // groups, layout.lowest, layout.zero_point),
-                LANES=lanes_of(layout.bits),
-                UNIT=unit,
-                **flags,
-            )
-            return out
-        order, bounds = sorted_places
-        packed_at, unit = _distances_of([each for each, _, _ in weights])
-        rows = order.numel()
+    scales_at, _ = _distances_of([each for _, each, _ in weights])
+    biases = [each.contiguous() for _, _, each in weights if each is not None]
+    biases_at = _distances_of(biases)[0] if biases else scales_at
+    strides = 0 if scale.shape[0] == 1 else scale.stride(0), scale.stride(1)
+    flags = {"STEP": layout.step, "BITS": layout.bits, "PER": CODES_PER_BYTE[layout.bits], "BIAS": bias is not None}
+    flags |= {"GROUPED": scale.shape[1] > 1, "ONE_SCALE": scale.numel() == 1, **EXACT}
+    return _Map(packed.shape[0], scale, biases[0] if biases else scale, scales_at, biases_at, strides, scale.shape[1], flags)
 
-        def grid(picked: dict[str, int]) -> tuple[int]:
-            # every expert may have one tile that is not full
-            tiles = min(rows // picked["BLOCK_M"] + experts, rows)
-            return (tiles * triton.cdiv(n, picked["BLOCK_N"]),)
 
-        _experts_kernel[grid](
-            *(x.codes, x.scale, x.sums, packed, scale, biases[0], out, order, bounds, packed_at, scales_at, biases_at),
-            *(chosen, experts, n, width, plane, *packed.stride(), step, scale.stride(1), width // groups),
-            *(lowest_level(layout), layout.zero_point, bucket(rows)),
-            UNIT=unit,
-            EXPERTS=power_of_two(experts),
-            **flags,
-        )
-    return out
+def _by_place(
+    x: Planes, index: Tensor, words: Sequence[Tensor], weights: Sequence[PackedWeight], layout: Layout, out: Tensor
+) -> None:
+    """Products of each place by itself; `words`: the packed weights as int32."""
+    of = _map_of(weights, layout)
+    words_at, unit = _distances_of(words)
+    count = words[0].shape[1]
+    _places_kernel[lambda picked: (triton.cdiv(of.n, picked["BLOCK_N"]), index.numel())](
+        *(x.codes.view(torch.int32), x.scale, x.sums, words[0], of.scale, of.bias, out, index),
+        *(words_at, of.scales_at, of.biases_at, index.shape[1], len(weights), of.n, count, words[0].stride(0)),
+        *(*of.strides, count // of.groups, layout.lowest, layout.zero_point),
+        LANES=lanes_of(layout.bits),
+        UNIT=unit,
+        **of.flags,
+    )
+
+
+def _by_expert(
+    x: Planes, index: Tensor, order: Tensor, bounds: Tensor, weights: Sequence[PackedWeight], layout: Layout, out: Tensor
+) -> None:
+    """Products of all places of an expert together; `order` and `bounds`: see `_sorted`."""
+    of, packed = _map_of(weights, layout), weights[0][0]
+    packed_at, unit = _distances_of([each for each, _, _ in weights])
+    rows, experts, width = order.numel(), len(weights), packed.shape[1]
+
+    def grid(picked: dict[str, int]) -> tuple[int]:
+        # every expert may have one tile that is not full
+        tiles = min(rows // picked["BLOCK_M"] + experts, rows)
+        return (tiles * triton.cdiv(of.n, picked["BLOCK_N"]),)
+
+    _experts_kernel[grid](
+        *(x.codes, x.scale, x.sums, packed, of.scale, of.bias, out, order, bounds, packed_at, of.scales_at, of.biases_at),
+        *(index.shape[1], experts, of.n, width, x.codes.shape[2], *packed.stride(), *of.strides, width // of.groups),
+        *(lowest_level(layout), layout.zero_point, bucket(rows)),
+        UNIT=unit,
+        EXPERTS=power_of_two(experts),
+        **of.flags,
+    )
 
 
 def packed_experts(
@@ -242,20 +261,32 @@ def packed_experts(
     k, per = x.shape[1], CODES_PER_BYTE[layout.bits]
     width = -(-k // per)
     check_experts(maps, k, width)
-    index = index.contiguous()
-    firsts = [experts[0] for experts in maps]
-    if not k or not all(fits_tiles(scale, k, per) for _, scale, _ in firsts):
-        return _one_by_one(x, index, maps, layout, rows, dtype)
+    index, places = index.contiguous(), index.numel()
+    outs = [torch.zeros(places, experts[0][0].shape[0], dtype=dtype, device=x.device) for experts in maps]
+    if not k or not all(fits_tiles(experts[0][1], k, per) for experts in maps):
+        _one_by_one(x, index, maps, layout, rows, outs)
+        return outs
+    used = [(experts, out) for experts, out in zip(maps, outs, strict=True) if out.numel()]
+    if not used:
+        return outs
     quantized = quantize_planes(x, -(-width // WORD) * WORD, per, *rows)
-    by_place = (
-        index.numel() <= _MOST_PLACES
-        and has_dp4a(x)
-        and all(
-            as_words(packed, firsts[i][1].shape[1]) is not None for i, experts in enumerate(maps) for packed, _, _ in experts
-        )
-    )
-    sorted_places = None if by_place else _sorted(index, len(maps[0]))
-    return [_multiply(quantized, index, sorted_places, experts, layout, dtype) for experts in maps]
+    words = [_words_of(experts) for experts, _ in used] if places <= _MOST_PLACES and has_dp4a(x) else []
+    with on_device_of(x):
+        if words and all(each is not None for each in words):
+            for (experts, out), of_map in zip(used, words, strict=True):
+                _by_place(quantized, index, of_map or (), experts, layout, out)
+            return outs
+        order, bounds = _sorted(index, len(maps[0]))
+        for experts, out in used:
+            _by_expert(quantized, index, order, bounds, experts, layout, out)
+    return outs
+
+
+def _words_of(experts: Sequence[PackedWeight]) -> list[Tensor] | None:
+    """The packed weights as int32, where all of them can be."""
+    found = [as_words(packed, scale.shape[1]) for packed, scale, _ in experts]
+    whole = [each for each in found if each is not None]
+    return whole if len(whole) == len(found) else None
 
 
 def _sorted(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -270,14 +301,13 @@ def _one_by_one(
     maps: Sequence[Sequence[PackedWeight]],
     layout: Layout,
     rows: RowQuantization,
-    dtype: torch.dtype,
-) -> list[Tensor]:
+    outs: Sequence[Tensor],
+) -> None:
     """For scales whose groups begin within a byte."""
     places = index.reshape(-1)
-    results = [torch.zeros(places.numel(), experts[0][0].shape[0], dtype=dtype, device=x.device) for experts in maps]
     for number in range(len(maps[0])):
         at = (places == number).nonzero().squeeze(1)
-        found = packed_linears(x[at // max(index.shape[1], 1)], [experts[number] for experts in maps], layout, rows, dtype)
-        for y, part in zip(results, found, strict=True):
-            y[at] = part
-    return results
+        weights = [experts[number] for experts in maps]
+        found = packed_linears(x[at // max(index.shape[1], 1)], weights, layout, rows, outs[0].dtype)
+        for out, part in zip(outs, found, strict=True):
+            out[at] = part
