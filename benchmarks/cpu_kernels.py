@@ -361,6 +361,8 @@ def main(argv: list[str] | None = None) -> None:
     if reason := library.why_unavailable():
         parser.error(f"there are no CPU kernels to measure: {reason}")
     levels = args.levels or list(library.legal_levels())
+    if illegal := [level for level in levels if level not in library.legal_levels()]:
+        parser.error(f"--levels {' '.join(illegal)}: legal here: {', '.join(library.legal_levels())}")
     with threads_set(args.threads):
         results = measure(args.only, SMOKE if args.smoke else FULL, levels)
         if not args.smoke and args.only == PARTS and not args.levels:

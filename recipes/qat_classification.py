@@ -324,7 +324,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = quantization.config()
     teacher = models.teacher or TRAINING_PRESETS.get(training.training_preset).teacher or "none"
     if teacher == "none":
-        if training.distillation is not None and any(word.startswith("--distillation") for word in argv or sys.argv[1:]):
+        words = sys.argv[1:] if argv is None else argv
+        if training.distillation is not None and any(word.startswith("--distillation") for word in words):
             raise ValueError("--distillation learns from a teacher, and --teacher none has none; leave one of them out")
         training.distillation = None
     folder = Path(training.output_dir).resolve()

@@ -253,11 +253,11 @@ MODELS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ValueError,
         ["the weight of 0 holds 384 NaN or infinite values"],
     ),
-    "unpack a plain model": (lambda: unpack_model(_two()), ValueError, ["has no PackedBitLinear", "pack_model(model)"]),
+    "unpack a plain model": (lambda: unpack_model(_two()), ValueError, ["has no packed layer", "pack_model(model)"]),
     "unpack a trained model": (
         lambda: unpack_model(_quantized()),
         ValueError,
-        ["has no PackedBitLinear layer; call pack_model"],
+        ["has no packed layer; call pack_model"],
     ),
     "unpack without a config": (
         lambda: unpack_model(_without_config()),
@@ -274,7 +274,7 @@ MODELS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ValueError,
         ["1: no latent weight gives these codes", "weight_scale='absmean'", "weight_scale='learned'"],
     ),
-    "dequantize a plain model": (lambda: dequantize_model(_two()), ValueError, ["has no QuantizedLayer", "quantize_model"]),
+    "dequantize a plain model": (lambda: dequantize_model(_two()), ValueError, ["has no quantized layer", "quantize_model"]),
     "strength above one": (lambda: set_strength(_quantized(), 1.5), ValueError, ["from 0 (full precision) to 1", "got 1.5"]),
     "negative strength": (lambda: set_strength(_quantized(), -0.1), ValueError, ["got -0.1"]),
     "strength is NaN": (lambda: set_strength(_quantized(), float("nan")), ValueError, ["got nan"]),
@@ -290,7 +290,7 @@ MODELS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ValueError,
         ["set_strength: the model is packed", "hf_bitnet.unpack_model(model)"],
     ),
-    "harden a plain model": (lambda: harden(_two()), ValueError, ["has no TrainedLayer"]),
+    "harden a plain model": (lambda: harden(_two()), ValueError, ["has no quantized layer to be trained"]),
     "blend above one": (lambda: set_norm_blend(_quantized(), 2), ValueError, ["from 0 (identity) to 1 (RMS norm), got 2"]),
     "blend is text": (lambda: set_norm_blend(_quantized(), "a"), ValueError, ["got 'a'"]),  # type: ignore[arg-type]
     "least squares on too many levels": (

@@ -65,6 +65,22 @@ def test_bitnet_refuses_a_reciprocal_that_float16_does_not_hold(tmp_path: Path) 
     hb.export_model(model.bfloat16(), tmp_path / "out", format="bitnet", progress=False, verify="codes")
 
 
+@pytest.mark.parametrize("name", ["gguf", "i2_s", "onnx"])
+def test_other_formats_refuse_kept_numbers_that_become_infinite(name: str, tmp_path: Path) -> None:
+    """An embedding, which these write in float16 by default or when asked to."""
+    if name == "onnx":
+        pytest.importorskip("onnx")
+    model = scaled(1.0, "ternary")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3, 2] = -1e5
+    options: dict[str, Any] = {"dtype": "float16"} if name == "onnx" else {}
+    way_out = "dtype='float32'" if name == "onnx" else "other='f32'"
+    words = rf"model\.embed_tokens\.weight: -1e\+05 is no number of float16.*; export with {way_out}"
+    with pytest.raises(ValueError, match=words):
+        hb.export_model(model, tmp_path / "out", format=name, progress=False, verify=False, **options)
+    assert not any(tmp_path.iterdir())
+
+
 def test_what_is_refused() -> None:
     infinite = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e-9])
     assert rounded("a", infinite, torch.float16)[:2].isinf().all()  # they were before

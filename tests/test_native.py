@@ -126,7 +126,9 @@ def test_conversions(name: str, plain: dict[str, Any], folders: Path, tmp_path: 
     dense = dequantize_model(load_native(folders / name))
     assert not hasattr(dense.config, "quantization_config")
     assert close(logits(dense, batch), expected, 0.2)  # only the activations' int8 is missing
-    with pytest.raises(ValueError, match=r"convert_native: .* has no NativeLayer layer; call hf_bitnet.load_native"):
+    with pytest.raises(
+        ValueError, match=r"convert_native: .* has no layer of transformers' own bitnet formats; call hf_bitnet.load_native"
+    ):
         convert_native(dense)
 
 

@@ -7,7 +7,21 @@ from typing import Any
 
 from torch import nn
 
-from ..modules import BitEmbedding, QuantizedEmbedding, QuantizedLayer, TrainedLayer
+from ..modules import (
+    BitEmbedding,
+    NativeLayer,
+    PackedBitLinear,
+    QuantizedEmbedding,
+    QuantizedLayer,
+    TrainedLayer,
+)
+
+_IN_WORDS: dict[type[Any], str] = {
+    QuantizedLayer: "quantized layer",
+    TrainedLayer: "quantized layer to be trained",
+    PackedBitLinear: "packed layer",
+    NativeLayer: "layer of transformers' own bitnet formats",
+}
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
@@ -40,5 +54,5 @@ def layers_of(model: nn.Module, kind: type[Any], caller: str, advice: str) -> li
     if not layers and kind is TrainedLayer and next(quantized_layers(model), None) is not None:
         raise ValueError(f"{caller}: the model is packed; call hf_bitnet.unpack_model(model) first")
     if not layers:
-        raise ValueError(f"{caller}: {type(model).__name__} has no {kind.__name__} layer; call {advice} first")
+        raise ValueError(f"{caller}: {type(model).__name__} has no {_IN_WORDS[kind]}; call {advice} first")
     return layers

@@ -16,6 +16,7 @@ from ...modules import QuantizedEmbedding, QuantizedLayer, shape_of
 from ...pages import release_mapped
 from ...quantizers import Quantized
 from ..format import Source
+from ..rounding import rounded
 from .blocks import Steps
 from .kinds import Kind
 
@@ -39,8 +40,9 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class CodesPart:
-    """levels: int8 (R, K). d: (R, number of scales of a row), in the kind's dtype."""
+    """name: of the layer. levels: int8 (R, K). d: (R, number of scales of a row), in the kind's dtype."""
 
+    name: str
     kind: Kind
     steps: Steps
     levels: Tensor
@@ -48,7 +50,9 @@ class CodesPart:
 
     def bytes(self) -> Tensor:
         if self.kind.encode is None:
-            return _as_bytes(self.values().to(self.kind.dtype))
+            return _as_bytes(
+                rounded(self.name, self.values(), self.kind.dtype, "export with kind='F32', or with format='dense'")
+            )
         blocks = self.levels.shape[1] // self.kind.block
         return self.kind.encode(self.levels, self.d.repeat_interleave(blocks // self.d.shape[1], dim=1), self.steps)
 
@@ -80,7 +84,7 @@ class Codes:
             height = max(1, weights // columns)
             for start in range(0, rows, height):
                 part = slice(start, start + height)
-                yield CodesPart(self.kind, self.steps, levels[part], scale[part])
+                yield CodesPart(self.name, self.kind, self.steps, levels[part], scale[part])
 
     def tail(self) -> Tensor:
         """uint8 (kind.tail,): the one scale of the tensor in float32, then zeros."""
@@ -140,10 +144,11 @@ class Floats:
     """A tensor that is not quantized, rounded to the kind's dtype.
 
     Attributes:
-        order: as of `Codes`.
+        name: of the parameter. order: as of `Codes`.
         offset, factor: it stands for (tensor + offset) * factor, in float32.
     """
 
+    name: str
     tensor: Tensor
     kind: Kind
     order: Tensor | None = None
@@ -157,7 +162,7 @@ class Floats:
             values = part.cpu()
             if (self.offset, self.factor) != (0.0, 1.0):
                 values = (values.float() + self.offset) * self.factor
-            yield FloatsPart(values.to(self.kind.dtype))
+            yield FloatsPart(rounded(self.name, values, self.kind.dtype, "export with other='f32'"))
             release_mapped(part)
 
     def tail(self) -> Tensor:

@@ -87,11 +87,11 @@ def plan_of(source: Source, program: str, choice_of: Chooser, other: Kind) -> Pl
         offset = architecture.norm_offset if stored.endswith("norm.weight") else 0.0
         factor = metadata.query_factor(config) if stored.endswith("attn_q_norm.weight") else 1.0
         kind = F32 if tensor.dim() == 1 else other
-        entries.append(Entry(name, stored, kind, Floats(tensor, kind, order, offset, factor)))
+        entries.append(Entry(name, stored, kind, Floats(name, tensor, kind, order, offset, factor)))
     for name, (stored, gain) in architectures.sub_norms(source, architecture).items():
-        entries.append(Entry(name, stored, F32, Floats(gain, F32)))
+        entries.append(Entry(name, stored, F32, Floats(name, gain, F32)))
     for stored, tensor in made.tensors.items():
-        entries.append(Entry("(positions)", stored, F32, Floats(tensor, F32)))
+        entries.append(Entry("(positions)", stored, F32, Floats("(positions)", tensor, F32)))
     return Plan(architecture, made, sorted(entries, key=_place))
 
 
@@ -112,7 +112,7 @@ def _quantized(source: Source, architecture: Architecture, choice_of: Chooser) -
         if bias is not None:
             stored = architecture.stored(f"{name}.bias")
             assert stored is not None
-            entries.append(Entry(f"{name}.bias", stored, F32, Floats(bias, F32, order)))
+            entries.append(Entry(f"{name}.bias", stored, F32, Floats(f"{name}.bias", bias, F32, order)))
     return entries
 
 

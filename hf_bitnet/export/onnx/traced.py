@@ -18,10 +18,12 @@ from ...pages import release_mapped
 from ...surgery import detach, independent_copy, quantized_layers, quantized_tables
 from ...surgery.places import Places
 from ..format import Source
+from ..rounding import rounded
 from ..stream import Planned
 from .blocks import Blocks, plan
 from .operators import GatherBlockQuantized, MatMulNBits
 
+_WAY_OUT = "export with dtype='float32'"
 # numbers that are cast at once
 _AT_ONCE = 2**22
 
@@ -84,9 +86,9 @@ def traced_view(source: Source, wanted: Wanted) -> tuple[Any, dict[str, Planned]
     return model.cpu().eval(), {name: stand_ins.planned[id(each)] for name, each in named}
 
 
-def _cast(parts: Iterable[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+def _cast(name: str, parts: Iterable[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
     for part in parts:
-        yield part.to(dtype)
+        yield rounded(name, part, dtype, _WAY_OUT)
         release_mapped(part)
 
 
@@ -115,9 +117,9 @@ class _StandIns:
 
         def parts() -> Tensor | Iterator[Tensor]:
             if tensor.dim() == 0:
-                return tensor.to(dtype)
+                return rounded(name, tensor, dtype, _WAY_OUT)
             rows = max(1, _AT_ONCE * len(tensor) // max(1, tensor.numel()))
-            return _cast(tensor.detach().split(rows), dtype)
+            return _cast(name, tensor.detach().split(rows), dtype)
 
         return self.add(Planned(name, dtype, tuple(tensor.shape), parts, tensor.numel()))
 
