@@ -26,6 +26,8 @@ from benchmarks.generate import generated_in
 from benchmarks.train_step import make_step
 
 TOKENS, PROMPT = 32, 512
+# different ones in turn: an expert gets another number of tokens in each step of training
+BATCHES = 16
 SHAPE: dict[str, Any] = {
     "vocab_size": 8192,
     "hidden_size": 1024,
@@ -53,7 +55,7 @@ def training(smoke: bool, rounds: int) -> list[dict[str, Any]]:
             shape = SMOKE if smoke else TRAINED | {"num_experts": experts, "num_experts_per_tok": 2}
             plain = made(shape)
             quantized = hb.quantize_model(copy.deepcopy(plain), hb.BitNetQuantizationConfig.bitnet_b158(), progress=False)
-            tokens = torch.randint(0, shape["vocab_size"], (2, 32) if smoke else (8, 256))
+            tokens = torch.randint(0, shape["vocab_size"], (2, 2, 32) if smoke else (BATCHES, 8, 256))
             arms = {"full precision": plain, "hf_bitnet": quantized}
             steps: dict[str, Callable[[], object]] = {
                 name: make_step(model, tokens, mode == "bfloat16", compiled=False) for name, model in arms.items()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -66,14 +67,16 @@ ARMS: dict[str, Callable[[LlamaForCausalLM], nn.Module]] = {
 
 
 def make_step(model: nn.Module, tokens: torch.Tensor, bf16: bool, compiled: bool) -> Callable[[], None]:
-    """One optimizer step on fixed tokens (batch, sequence)."""
+    """One optimizer step on the same tokens (batch, sequence), or on those of (batches, batch, sequence) in turn."""
+    batches = itertools.cycle([tokens] if tokens.dim() == 2 else list(tokens))
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     run: Any = torch.compile(model) if compiled else model
 
     def step() -> None:
+        batch = next(batches)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = run(input_ids=tokens, labels=tokens).loss
+            loss = run(input_ids=batch, labels=batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

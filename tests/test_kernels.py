@@ -277,3 +277,22 @@ def test_environment_variable_forces_a_body(monkeypatch: pytest.MonkeyPatch, for
 def test_environment_variable_with_an_unknown_body(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"HF_BITNET_KERNELS='refrence' names no kernel body; legal: .*reference.* unset"):
         _dispatch_under(monkeypatch, "refrence")
+
+
+# ---- sizes that oneDNN compiles anew ----
+
+
+def test_products_of_bfloat16_take_few_sizes() -> None:
+    sizes = [eager._few_sizes(size) for size in range(1, 5000)]
+    assert all(size <= padded <= max(size * 1.125, size + 15) for size, padded in enumerate(sizes, 1))
+    assert len(set(sizes)) < 60 and all(eager._few_sizes(size) == size for size in (16, 32, 256, 512, 2048, 4096))
+
+
+def test_padding_changes_no_product() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(21, 37, generator=generator).bfloat16(), torch.randn(37, 9, generator=generator).bfloat16()
+    a[3, 5], a[20, 36] = torch.inf, torch.nan
+    for left, right in ((a, b), (a.t(), torch.randn(21, 4, generator=generator).bfloat16()), (a[:0], b), (a[:, :0], b[:0])):
+        found, expected = eager._product(left, right), left.float() @ right.float()
+        assert found.shape == expected.shape and found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.1, equal_nan=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .graph import is_traced
 from .reference import Layout, PackedWeight, RowQuantization
 
 # float32 holds integers up to 2**24 exactly; an int8 x int8 product is at most 2**14
@@ -166,6 +167,26 @@ def place_factors(
     return None, a_scale, scale
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) @ b (K, N), with zeros up to few different sizes where new ones are dear.
+
+    oneDNN compiles a kernel for every new shape of bfloat16 on the CPU, which takes milliseconds; the numbers of tokens that
+    experts get are never the same.
+    """
+    (m, k), padded = a.shape, [_few_sizes(size) for size in a.shape]
+    if a.dtype != torch.bfloat16 or not a.is_cpu or [m, k] == padded or is_traced(a):
+        return a @ b
+    rows, inner = padded
+    a = torch.nn.functional.pad(a, (0, inner - k, 0, rows - m))
+    return (a @ (b if inner == k else torch.nn.functional.pad(b, (0, 0, 0, inner - k))))[:m]
+
+
+def _few_sizes(size: int) -> int:
+    """`size` or somewhat more: multiples of 16, from 256 on of an eighth of a power of two, at most 12 % more."""
+    unit = max(16, 1 << (size.bit_length() - 4)) if size > 8 else 16
+    return -(-size // unit) * unit
+
+
 def fixed_matmul(
     a: Tensor, a_scale: Tensor | None, codes: Tensor, zero_point: float, scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -177,7 +198,7 @@ def fixed_matmul(
     if of_a is not None:
         a = (a * of_a.reshape(1, -1)).to(a.dtype)
     with torch.autocast(a.device.type, enabled=False):  # it would round a float32 product to bfloat16
-        y = a @ levels.to(a.dtype)
+        y = _product(a, levels.to(a.dtype))
     return y.to(dtype) if scale is None else _scale_all(y, scale, dtype)
 
 
