@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +23,7 @@ from tests.cpu_kernels import needs_cpu_kernels
 from tests.test_experts import CONFIG, EXPERTS, HIDDEN, LAYOUTS, fused, routed
 
 pytestmark = needs_cpu_kernels
+LAYOUT, ROWS = Layout(2, -1), RowQuantization(-128, 127, 1e-5)
 
 
 def packed(kind: Any = MixtralExperts, config: hb.BitNetQuantizationConfig = CONFIG) -> BitExperts:
@@ -197,19 +200,125 @@ def test_without_a_kernel_the_layers_are_called(monkeypatch: pytest.MonkeyPatch,
     assert torch.equal(experts(*args), expected) and len(calls) == 2
 
 
+# ---- what is known of the layers ----
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each time that all layers are looked at."""
+    found: list[int] = []
+    plain = packed_experts._look_at
+    monkeypatch.setattr(packed_experts, "_look_at", lambda module: found.append(1) or plain(module))
+    return found
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("kind", ["packed", "watched", "with sub-norms", "offloaded"])
 @torch.no_grad()
-def test_plans_die_with_their_modules() -> None:
+def test_layers_are_looked_at_once(kind: str, tokens: int, looks: list[int]) -> None:
+    norms = ["down_proj"] if kind == "with sub-norms" else []
+    experts, args = packed(config=hb.BitNetQuantizationConfig.bitnet_b158(sub_norm=norms)), routed(tokens)
+    for _, layer in quantized_layers(experts):
+        if kind == "watched":
+            layer.register_forward_hook(lambda *_: None)
+        elif kind == "offloaded":
+            layer.forward = layer.forward
+    for _ in range(5):
+        experts(*args)
+    assert len(looks) == 1
+
+
+@torch.no_grad()
+def test_parameters_that_come_and_go_are_not_kept(looks: list[int]) -> None:
+    """Offloading of whole modules puts other parameters in for each forward; that is given up on."""
+    experts, args = packed(), routed()
+    expected, seen = experts(*args), []
+    for _ in range(20):
+        for _, layer in quantized_layers(experts):
+            layer.weight = nn.Parameter(layer.weight.data.clone(), requires_grad=False)
+            seen.append(weakref.ref(layer.weight))
+        assert torch.equal(experts(*args), expected)
+        for _, layer in quantized_layers(experts):
+            layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+        assert not any(reference() is not None for reference in seen)
+    assert len(looks) < 8
+
+
+@torch.no_grad()
+def test_a_model_that_its_layers_know_can_die() -> None:
     experts = packed()
     experts(*routed())
-    assert experts in packed_experts._PLANS
-    count = len(packed_experts._PLANS)
-    del experts
-    assert len(packed_experts._PLANS) < count
+    layer = experts.experts()[0].up_proj
+    layer.register_forward_hook(lambda *_, model=experts: None)  # type: ignore[union-attr, call-arg]
+    experts(*routed())
+    gone = weakref.ref(experts)
+    del experts, layer
+    gc.collect()
+    assert gone() is None
+
+
+@torch.no_grad()
+def test_copies_and_pickles_know_nothing() -> None:
+    experts, args = packed(), routed()
+    expected = experts(*args)
+    for twin in (copy.deepcopy(experts), copy.copy(experts)):
+        assert torch.equal(twin(*args), expected)
+    assert not copy.deepcopy(experts).together.seen
+
+
+# ---- the roundings of the layers ----
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@torch.no_grad()
+def test_gates_and_ups_may_have_other_groups(tokens: int, calls: list[int]) -> None:
+    config = hb.BitNetQuantizationConfig(
+        weight="int4", granularity="tensor", overrides={r"up_proj": {"granularity": "group", "group_size": 8}}
+    )
+    experts, args = packed(config=config), routed(tokens)
+    for _ in range(3):
+        torch.testing.assert_close(experts(*args), by_layers(experts, *args), rtol=1e-5, atol=1e-6)
+    assert len(calls) == 6
+
+
+@torch.no_grad()
+def test_dtypes_are_those_of_the_layers() -> None:
+    """A gate function in float32 makes the last map one in float32."""
+    experts = packed().bfloat16()
+
+    class Wide(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.silu(x.float())
+
+    experts.fused.act_fn = Wide()
+    x, index, weights = routed()
+    args = x.bfloat16(), index, weights.bfloat16()
+    assert torch.equal(experts(*args), by_layers(experts, *args))
+
+
+@torch.no_grad()
+def test_numbers_of_experts_in_int32(calls: list[int]) -> None:
+    experts, (x, index, weights) = packed(), routed()
+    assert torch.equal(experts(x, index.int(), weights), experts(x, index, weights)) and len(calls) == 2
+
+
+@pytest.mark.parametrize(("tokens", "k", "experts", "chosen"), [(1500, 64, 2, 1), (1300, 32, 3, 2), (4200, 4092, 3, 2)])
+@torch.no_grad()
+def test_many_rows(tokens: int, k: int, experts: int, chosen: int) -> None:
+    """More rows of one expert than are multiplied together, and more than are quantized together."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [
+        (torch.randint(0, 171, (5, -(-k // 4)), dtype=torch.uint8, generator=generator), torch.rand(1, 1) + 0.1, torch.randn(5))
+        for _ in range(experts)
+    ]
+    x, index = torch.randn(tokens, k, generator=generator), torch.randint(0, experts, (tokens, chosen), generator=generator)
+    (y,) = kernels.packed_experts(x, index, [weights], LAYOUT, ROWS, torch.float32)
+    for number, weight in enumerate(weights):
+        at = (index.reshape(-1) == number).nonzero().squeeze(1)
+        assert torch.equal(y[at], kernels.packed_linear(x[at // chosen], *weight, LAYOUT, ROWS, torch.float32))
 
 
 # ---- the operation refuses what does not belong together ----
-
-LAYOUT, ROWS = Layout(2, -1), RowQuantization(-128, 127, 1e-5)
 
 
 def weight(n: int = 3, k: int = 8) -> tuple[Tensor, Tensor, None]:

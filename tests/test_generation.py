@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_bitnet import BitNetQuantizationConfig, kernels, optimize_for_generation, quantize_model
+from hf_bitnet import BitNetQuantizationConfig, kernels, optimize_for_generation, pack_model, quantize_model
 from hf_bitnet.modules import PackedBitLinear
 from hf_bitnet.modules.faster import Faster
 from hf_bitnet.quantizers import ACTIVATION_SCHEMES, WEIGHT_SCHEMES
@@ -322,3 +322,15 @@ def test_optimized_model_compiles() -> None:
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(TypeError, match=r"takes a model \(torch.nn.Module\), not str; for a path"):
         optimize_for_generation("path")  # type: ignore[type-var]
+
+
+@torch.no_grad()
+def test_neighbours_whose_scales_have_other_groups_share_no_product() -> None:
+    """Found by being called with the same input, and not to be computed in one call."""
+    overrides = {r"(up|k)_proj": {"granularity": "group", "group_size": 16}}
+    model, batch = tiny("llama", hidden_size=64, intermediate_size=128)[:2]
+    quantize_model(model, BitNetQuantizationConfig(weight="int4", granularity="tensor", overrides=overrides))
+    packed = pack_model(model.eval())
+    expected = packed(**batch).logits
+    for _ in range(3):
+        assert torch.equal(packed(**batch).logits, expected)

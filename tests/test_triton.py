@@ -119,6 +119,15 @@ def test_distances_between_experts_go_to_the_device_once() -> None:
         assert experts._distances.cache_info().misses == before
 
 
+def test_biases_with_gaps() -> None:
+    apart = [torch.randn(4, 2)[:, 0] for _ in range(3)]
+    weights = [(torch.zeros(4, 16, dtype=torch.uint8), torch.ones(1, 1), bias) for bias in apart]
+    for rows in (2, 12):
+        args = torch.randn(rows, 64), torch.arange(2 * rows).view(rows, 2) % 3, [weights], Layout(2, -1), INT8, torch.float32
+        found = OPERATIONS["packed_experts"](*_moved(args))
+        _assert_equal(_moved(found, "cpu"), reference.packed_experts(*args), f"{rows} rows")
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="puts the interpreter's body in the place of the CPU's")
 @pytest.mark.parametrize("tokens", [1, 9])
 @torch.no_grad()

@@ -239,13 +239,13 @@ def packed_experts_cases(seed: int = 0) -> Iterator[Case]:
             layout, t = Layout(bits, lowest, step, ZERO_POINTS[(i + j) % 2]), tokens[(3 * i + j) % len(tokens)]
             shape = ((1, 1), (n, 1), (n, groups))[(i + 2 * j) % 3]
             maps = []
-            for outputs in (n, n + 3)[: 1 + j % 2]:
+            for outputs, columns in ((n, shape[1]), (n + 3, 1))[: 1 + j % 2]:
                 weights = []
                 for _ in range(experts):
                     packed = _stored(bits, outputs, k, generator)
                     if bits == 8 and lowest != -128:
                         packed = packed.clamp(max=highest - lowest)
-                    scale = torch.rand((outputs if shape[0] > 1 else 1, shape[1]), generator=generator) + 0.1
+                    scale = torch.rand((outputs if shape[0] > 1 else 1, columns), generator=generator) + 0.1
                     weights.append((packed, scale * 1e-3, torch.randn(outputs, generator=generator) if j % 3 == 0 else None))
                 maps.append(weights)
             index = torch.randint(0, experts, (t, chosen), generator=generator)

@@ -61,12 +61,16 @@ def check_alike(maps: Sequence[Sequence[PackedWeight]]) -> None:
             raise ValueError(f"the experts' weights of one map are not alike: they have {sorted(outputs)} outputs")
 
 
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
 def check_experts(maps: Sequence[Sequence[PackedWeight]], k: int, width: int) -> None:
     """`check_alike`, and weights that lie alike, for kernels that are told the sizes of the first."""
     check_alike(maps)
     for experts in maps:
         check_weight(*experts[0], k, width)
-        kinds = {(w.shape, w.stride(), s.shape, s.stride(), None if b is None else b.dtype) for w, s, b in experts}
+        kinds = {tuple(None if each is None else _kind(each) for each in weight) for weight in experts}
         if len(kinds) > 1:
             raise ValueError(f"the experts' weights of one map are not alike: {sorted(map(str, kinds))}")
 

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
-from . import packed_experts
+from .packed_experts import Product, Together, products_of
 
 # where the gate function is from that all experts have whose class defines none
 _OF_TRANSFORMERS = "transformers.integrations.moe"
@@ -38,6 +37,7 @@ class BitExperts(nn.Module):
     Attributes:
         names: of an expert's maps: gate, up and down, or up and down where the model has no gate.
         fused: the module it stands for, without weights; it knows the model's gate function and its numbers.
+        together: what is known of packed experts, see `packed_experts.py`.
 
     In training every expert is called, those without tokens on none: their gradients are then zero and not missing, which
     data-parallel training needs, and all ranks call the same layers.
@@ -56,6 +56,7 @@ class BitExperts(nn.Module):
             self.add_module(str(number), Expert({name: linears[name] for name in names}))
         self.num_experts = len(experts)
         self.post_expert_norm = fused.post_expert_norm if fused.has_post_expert_norm else None
+        self.together = Together()
         self.training = fused.training
 
     @property
@@ -77,7 +78,7 @@ class BitExperts(nn.Module):
         """
         if torch.compiler.is_exporting():
             return self._all(hidden_states, top_k_index, top_k_weights)
-        if (products := packed_experts.products_of(self, top_k_index)) is not None:
+        if (products := products_of(self, top_k_index)) is not None:
             return self._together(*products, hidden_states, top_k_index, top_k_weights)
         everyone = torch.is_grad_enabled() or _in_a_group()
         if len(hidden_states) == 1 and not everyone:
@@ -96,12 +97,10 @@ class BitExperts(nn.Module):
         return (y.view(-1, chosen, y.shape[-1]) * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
 
     def _together(
-        self, first: Any, down: Any, numbers: Tensor, hidden_states: Tensor, index: Tensor, weights: Tensor
+        self, first: Product, down: Product, numbers: Tensor, hidden_states: Tensor, index: Tensor, weights: Tensor
     ) -> Tensor:
         """The same by products over all experts at once, see `packed_experts.py`."""
-        dtype = kernels.autocast_dtype(hidden_states)
-        inner = self._between(first(hidden_states, numbers, dtype))
-        (y,) = down(inner, numbers.view(-1, 1), dtype)
+        (y,) = down(self._between(first(hidden_states, numbers)), numbers.view(-1, 1))
         if self.post_expert_norm is not None:  # of nothing it need not be nothing
             there = (index >= 0) & (index < self.num_experts)
             y = self.post_expert_norm(y) * there.view(-1, 1)

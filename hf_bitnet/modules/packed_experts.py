@@ -1,13 +1,14 @@
 """The experts of `BitExperts` by two products in place of three for each expert, where all of them are packed. Own.
 
 Only without gradients, and where a kernel takes all experts at once. Layers that somebody watches or has replaced (hooks,
-adapters, offloading, other schemes for some of them) are called as the layers they are.
+adapters, offloading, other schemes for some of them) are called as the layers they are. What was found out about the layers
+is kept beside them and holds while they are the same, with the same parameters.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import repeat
 from operator import contains, is_
@@ -22,60 +23,100 @@ from ..kernels import Layout, PackedWeight, RowQuantization
 from .packed_linear import PackedBitLinear
 from .transformed import is_transforming
 
-Maps = list[list[PackedWeight]]
+# after so many looks at the layers that served for nothing they are called for good: their parameters come and go
+_MOST_MISSES = 4
+_call_reference = weakref.ref.__call__
 
 
-class _Product(NamedTuple):
-    """Maps that read the same rows; of each, the weights of all experts."""
+class Product(NamedTuple):
+    """Maps that read the same rows, of all experts or of some.
 
-    maps: Maps
+    Attributes:
+        maps: of each the layers' dicts of parameters, which hold the weights that are there now.
+    """
+
+    maps: list[list[dict[str, Any]]]
     layout: Layout
     rows: RowQuantization
 
-    def __call__(self, x: Tensor, index: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        return kernels.packed_experts(x, index, self.maps, self.layout, self.rows, dtype)
+    def __call__(self, x: Tensor, index: Tensor) -> list[Tensor]:
+        """float (T, K), int64 (T, k) -> for each map (T * k, N) in the dtype that the layers would have."""
+        maps = [[_operands(parameters) for parameters in experts] for experts in self.maps]
+        return kernels.packed_experts(x, index, maps, self.layout, self.rows, kernels.autocast_dtype(x))
 
-    def of(self, numbers: list[int]) -> _Product:
+    def of(self, numbers: list[int]) -> Product:
         """With these experts alone, in this order."""
-        return _Product([[experts[number] for number in numbers] for experts in self.maps], self.layout, self.rows)
+        return Product([[experts[number] for number in numbers] for experts in self.maps], self.layout, self.rows)
 
 
-class _Expert(NamedTuple):
-    """What must still be there for the products to be this expert's.
+def _operands(parameters: dict[str, Any]) -> PackedWeight:
+    return parameters["weight"], parameters["weight_scale"], parameters.get("bias")
+
+
+class _Seen(NamedTuple):
+    """The layers of one expert as they were looked at.
 
     Attributes:
-        owners, names, parts: modules, tensors and schemes that went into it, each with the dict it is in.
+        owners, names, parts: modules and schemes, each with the dict it is in.
+        held_by, held_as, held: parameters, the last held weakly: offloading puts others in their place and frees them.
         hooks: the dicts of all hooks on the layers. own: the dicts of the layers' attributes.
     """
 
     owners: tuple[dict[str, Any], ...]
     names: tuple[str, ...]
     parts: tuple[Any, ...]
+    held_by: tuple[dict[str, Any], ...]
+    held_as: tuple[str, ...]
+    held: tuple[weakref.ref[Tensor], ...]
     hooks: tuple[dict[Any, Any], ...]
     own: tuple[dict[str, Any], ...]
 
-    def holds(self) -> bool:
+    def is_there(self) -> bool:
         # some thirty comparisons an expert and token: loops that the interpreter does not run
-        same = all(map(is_, map(dict.get, self.owners, self.names), self.parts))
-        return same and not any(self.hooks) and not any(map(contains, self.own, repeat("forward")))
+        return all(map(is_, map(dict.get, self.owners, self.names), self.parts)) and all(
+            map(is_, map(dict.get, self.held_by, self.held_as), map(_call_reference, self.held))
+        )
+
+    def is_watched(self) -> bool:
+        return any(self.hooks) or any(map(contains, self.own, repeat("forward")))
 
 
-class _Plan(NamedTuple):
-    first: _Product
-    down: _Product
-    experts: list[_Expert]
+class Together:
+    """What is known of a module's experts; it is on the module, and a copy of it knows nothing.
 
-    def holds(self, numbers: Iterable[int]) -> bool:
+    Attributes:
+        products: of the first maps and of the last; None where the layers have to be called.
+        seen: each expert as it was then; empty before the first look.
+        misses: looks since the last time that what was known served.
+    """
+
+    __slots__ = ("misses", "products", "seen")
+
+    def __init__(self) -> None:
+        self.products: tuple[Product, Product] | None = None
+        self.seen: list[_Seen] = []
+        self.misses = 0
+
+    def __reduce__(self) -> tuple[type[Together], tuple[()]]:
+        return Together, ()
+
+    def for_experts(self, module: Any, numbers: Iterable[int]) -> tuple[Product, Product] | None:
+        """The products, if they are those of the module's experts `numbers` now."""
         everywhere = nn.modules.module
-        watched = everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
-        return not watched and all(self.experts[number].holds() for number in numbers)
+        if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks or self.misses > _MOST_MISSES:
+            return None
+        if self.seen:
+            if any(self.seen[number].is_watched() for number in numbers):
+                return None
+            if all(self.seen[number].is_there() for number in numbers):
+                self.misses = 0
+                return self.products
+        self.products, self.seen = _look_at(module)
+        self.misses += 1
+        return None if any(self.seen[number].is_watched() for number in numbers) else self.products
 
 
-# not on the modules, because a copy of one has other tensors
-_PLANS: weakref.WeakKeyDictionary[nn.Module, _Plan | None] = weakref.WeakKeyDictionary()
-
-
-def products_of(module: Any, index: Tensor) -> tuple[_Product, _Product, Tensor] | None:
+def products_of(module: Any, index: Tensor) -> tuple[Product, Product, Tensor] | None:
     """What computes the first maps and the last one of a `BitExperts`, and the experts' numbers among their weights.
 
     Args:
@@ -83,23 +124,24 @@ def products_of(module: Any, index: Tensor) -> tuple[_Product, _Product, Tensor]
 
     Returns: None where the layers have to be called.
     """
-    if torch.is_grad_enabled() or is_transforming() or not kernels.serves_experts(index):
+    if torch.is_grad_enabled() or is_transforming() or index.dtype != torch.int64 or not kernels.serves_experts(index):
         return None
-    if torch.compiler.is_compiling():
-        plan = _made(module)
-        return None if plan is None or not plan.holds(range(module.num_experts)) else (plan.first, plan.down, index)
-    if torch._C._get_tracing_state() is not None:
+    everyone = range(module.num_experts)
+    if torch.compiler.is_compiling():  # the compiler watches what it has seen
+        products, seen = _look_at(module)
+        return None if products is None or any(seen[number].is_watched() for number in everyone) else (*products, index)
+    if torch._C._get_tracing_state() is not None or not _may_be_packed(module):
         return None
     # a single token on the CPU: what it does not choose need not be looked at
     numbers = index[0].tolist() if len(index) == 1 and index.is_cpu else None
-    if numbers is not None and not all(0 <= number < module.num_experts for number in numbers):
-        numbers = None
-    plan = _plan_of(module, range(module.num_experts) if numbers is None else numbers)
-    if plan is None:
+    if numbers is None or not all(0 <= number < module.num_experts for number in numbers):
+        products = module.together.for_experts(module, everyone)
+        return None if products is None else (*products, index)
+    products = module.together.for_experts(module, numbers)
+    if products is None:
         return None
-    if numbers is None:
-        return plan.first, plan.down, index
-    return plan.first.of(numbers), plan.down.of(numbers), _counted(len(numbers))
+    first, down = products
+    return first.of(numbers), down.of(numbers), _counted(len(numbers))
 
 
 @lru_cache(maxsize=64)
@@ -109,72 +151,60 @@ def _counted(count: int) -> Tensor:
         return torch.arange(count, device="cpu").unsqueeze(0)
 
 
-def _plan_of(module: Any, numbers: Iterable[int]) -> _Plan | None:
-    plan = _PLANS.get(module)
-    if plan is not None and plan.holds(numbers):
-        return plan
-    if plan is None and module in _PLANS and not _may_be_packed(module):
-        return None
-    plan = _PLANS[module] = _made(module)
-    return plan if plan is not None and plan.holds(numbers) else None
-
-
-def _linears(module: Any) -> list[list[Any]]:
-    """For each map the layers of all experts."""
-    experts = module.experts()
-    return [[expert._modules[name] for expert in experts] for name in module.names]
-
-
 def _may_be_packed(module: Any) -> bool:
-    """A look at one layer, for modules of which there was no plan."""
+    """A look at one layer."""
     return type(module.experts()[0]._modules[module.names[0]]) is PackedBitLinear
 
 
-def _made(module: Any) -> _Plan | None:
-    """The plan of a module; None where its layers differ, or are no packed ones."""
-    linears = _linears(module)
-    if not all(type(linear) is PackedBitLinear for of_map in linears for linear in of_map):
-        return None
-    *first, down = linears
-    products = [_product(first), _product([down])]
-    if products[0] is None or products[1] is None:
-        return None
-    experts = [
-        _expert(module, number, expert, [of_map[number] for of_map in linears])
-        for number, expert in enumerate(module.experts())
-    ]
-    return _Plan(products[0], products[1], experts)
+def _look_at(module: Any) -> tuple[tuple[Product, Product] | None, list[_Seen]]:
+    experts = module.experts()
+    seen = [_seen(module, number, expert) for number, expert in enumerate(experts)]
+    maps = [[expert._modules[name] for expert in experts] for name in module.names]
+    if not all(type(layer) is PackedBitLinear for layers in maps for layer in layers):
+        return None, seen
+    first, down = _product(maps[:-1]), _product(maps[-1:])
+    return None if first is None or down is None else (first, down), seen
 
 
-def _product(maps: list[list[PackedBitLinear]]) -> _Product | None:
+def _product(maps: Sequence[Sequence[PackedBitLinear]]) -> Product | None:
     """Of layers that read the same rows, if they quantize them and their weights in one way."""
-    linear = maps[0][0]
-    rows = linear.activation.rows if linear.activation.quantizes else None
+    layer = maps[0][0]
+    rows = layer.activation.rows if layer.activation.quantizes else None
     if rows is None or any(
-        each.layout != linear.layout or each.activation is not linear.activation or each.sub_norm is not None
-        for of_map in maps
-        for each in of_map
+        each.layout != layer.layout or each.activation is not layer.activation or each.sub_norm is not None
+        for layers in maps
+        for each in layers
     ):
         return None
-    found = [[each.operands() for each in of_map] for of_map in maps]
-    for weights in found:
+    for layers in maps:
+        weights = [each.operands() for each in layers]
         if any(is_traceable_wrapper_subclass(tensor) for weight in weights for tensor in weight):
             return None  # of a sharded model
         # as kernels want them: they are told of the first alone
         kinds = {(w.shape, w.stride(), w.device, s.shape, s.stride(), None if b is None else b.dtype) for w, s, b in weights}
         if len(kinds) > 1:
             return None
-    return _Product(found, linear.layout, rows)
+    return Product([[each._parameters for each in layers] for layers in maps], layer.layout, rows)
 
 
-def _expert(module: nn.Module, number: int, expert: nn.Module, linears: list[PackedBitLinear]) -> _Expert:
+def _seen(module: nn.Module, number: int, expert: nn.Module) -> _Seen:
+    layers = [layer for layer in expert._modules.values() if layer is not None]
     parts: list[tuple[dict[str, Any], str, Any]] = [(module._modules, str(number), expert)]
-    for name, linear in expert._modules.items():
-        parts.append((expert._modules, name, linear))
-    for linear in linears:
-        parts += [(linear._parameters, name, linear._parameters.get(name)) for name in ("weight", "weight_scale", "bias")]
-        parts += [(linear._modules, "sub_norm", linear._modules.get("sub_norm"))]
-        parts += [(linear.__dict__, name, linear.__dict__[name]) for name in ("layout", "activation")]
+    parts += [(expert._modules, name, layer) for name, layer in expert._modules.items()]
+    held: list[tuple[dict[str, Any], str, weakref.ref[Tensor]]] = []
+    for layer in layers:
+        if type(layer) is not PackedBitLinear:
+            continue  # that it is there says enough
+        parts += [(layer._modules, "sub_norm", layer._modules.get("sub_norm"))]
+        parts += [(layer.__dict__, name, layer.__dict__[name]) for name in ("layout", "activation")]
+        for name in ("weight", "weight_scale", "bias"):
+            parameter = layer._parameters.get(name)
+            if parameter is None:
+                parts.append((layer._parameters, name, None))
+            else:
+                held.append((layer._parameters, name, weakref.ref(parameter)))
+    hooks = [each for layer in layers for each in (layer._forward_hooks, layer._forward_pre_hooks)]
+    own = tuple(layer.__dict__ for layer in layers)
     owners, names, values = zip(*parts, strict=True)
-    hooks = [each for linear in linears for each in (linear._forward_hooks, linear._forward_pre_hooks)]
-    return _Expert(owners, names, values, tuple(hooks), tuple(linear.__dict__ for linear in linears))
+    by, as_, references = zip(*held, strict=True) if held else ((), (), ())
+    return _Seen(owners, names, values, by, as_, references, tuple(hooks), own)

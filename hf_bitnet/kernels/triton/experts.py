@@ -45,14 +45,15 @@ from .tuning import tuned
 
 # places up to which each is a product by itself: few experts are then chosen twice. Not measured on a GPU
 _MOST_PLACES = 16
-# bytes that addresses are multiples of where loads may be wide
-_ALIGNED = 16
+# bytes of the widest load
+_WIDEST = 16
 
 
 @triton.jit
-def _moved(pointer, distances_ptr, expert, UNIT: tl.constexpr):
-    """`pointer` for another expert; distances are in elements, and multiples of UNIT."""
-    return pointer + tl.multiple_of(tl.load(distances_ptr + expert), UNIT)
+def _moved(pointer, distances_ptr, expert, ALIGNED: tl.constexpr):
+    """`pointer` for another expert; distances are in bytes, and multiples of ALIGNED."""
+    size: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth // 8
+    return pointer + tl.multiple_of(tl.load(distances_ptr + expert) // size, ALIGNED // size if size < ALIGNED else 1)
 
 
 @tuned(INTERPRETED_ROWS, ROW_CONFIGS, ("n", "words", "BITS", "GROUPED"))
@@ -66,9 +67,7 @@ def _places_kernel(
     bias_ptr,
     out_ptr,
     index_ptr,
-    w_distances_ptr,
-    scale_distances_ptr,
-    bias_distances_ptr,
+    distances_ptr,
     chosen,
     experts,
     n,
@@ -86,7 +85,7 @@ def _places_kernel(
     GROUPED: tl.constexpr,
     ONE_SCALE: tl.constexpr,
     BIAS: tl.constexpr,
-    UNIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
@@ -96,8 +95,8 @@ def _places_kernel(
     expert = tl.where(exists, expert, 0)
     row_products(
         *(x_ptr + row * words * PER, x_scale_ptr + row, x_sum_ptr + row),
-        *(_moved(w_ptr, w_distances_ptr, expert, UNIT), _moved(w_scale_ptr, scale_distances_ptr, expert, 1)),
-        *(_moved(bias_ptr, bias_distances_ptr, expert, 1), out_ptr + place * n, exists.to(tl.int32), n, words),
+        *(_moved(w_ptr, distances_ptr, expert, ALIGNED), _moved(w_scale_ptr, distances_ptr + experts, expert, 1)),
+        *(_moved(bias_ptr, distances_ptr + 2 * experts, expert, 1), out_ptr + place * n, exists.to(tl.int32), n, words),
         *(w_row, w_scale_row, w_scale_step, group, lowest, zero),
         *(STEP, BITS, PER, LANES, GROUPED, ONE_SCALE, BIAS, 1, BLOCK_N, BLOCK_J),
     )
@@ -115,9 +114,7 @@ def _experts_kernel(
     out_ptr,
     order_ptr,
     bounds_ptr,
-    w_distances_ptr,
-    scale_distances_ptr,
-    bias_distances_ptr,
+    distances_ptr,
     chosen,
     experts,
     n,
@@ -137,7 +134,7 @@ def _experts_kernel(
     GROUPED: tl.constexpr,
     ONE_SCALE: tl.constexpr,
     BIAS: tl.constexpr,
-    UNIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -158,40 +155,36 @@ def _experts_kernel(
         column = (tl.program_id(0) % across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         tile_products(
             *(x_ptr, x_scale_ptr, x_sum_ptr),
-            *(_moved(w_ptr, w_distances_ptr, expert, UNIT), _moved(w_scale_ptr, scale_distances_ptr, expert, 1)),
-            *(_moved(bias_ptr, bias_distances_ptr, expert, 1), out_ptr, row // chosen, row, exists, column, n),
+            *(_moved(w_ptr, distances_ptr, expert, ALIGNED), _moved(w_scale_ptr, distances_ptr + experts, expert, 1)),
+            *(_moved(bias_ptr, distances_ptr + 2 * experts, expert, 1), out_ptr, row // chosen, row, exists, column, n),
             *(width, plane, w_row, w_step, w_scale_row, w_scale_step, group, lowest, zero),
             *(STEP, BITS, PER, GROUPED, ONE_SCALE, BIAS, BLOCK_M, BLOCK_N, BLOCK_K),
         )
 
 
-@lru_cache(maxsize=4096)
-def _distances(addresses: tuple[int, ...], size: int, device: torch.device) -> Tensor:
-    """How far each address is from the first, in elements of `size` bytes; int64, on `device`."""
-    return torch.tensor([(each - addresses[0]) // size for each in addresses], device=device)
-
-
-def _distances_of(tensors: Sequence[Tensor]) -> tuple[Tensor, int]:
-    """`_distances`, and the elements that they are multiples of: 16 bytes of them, or 1."""
-    addresses, size = tuple(map(Tensor.data_ptr, tensors)), tensors[0].element_size()
-    wide = all(each % _ALIGNED == 0 for each in addresses)
-    return _distances(addresses, size, tensors[0].device), _ALIGNED // size if wide else 1
+# a captured CUDA graph holds the address of what is kept here: more than any model has layers, so that nothing is dropped
+@lru_cache(maxsize=1 << 14)
+def _distances(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """How far each address of a row is from the row's first, in bytes; int64 (rows, experts), on `device`."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("packed experts are called for the first time inside a CUDA graph; call the model once before")
+    return torch.tensor([[each - row[0] for each in row] for row in addresses], device=device)
 
 
 class _Map(NamedTuple):
     """What both kernels are told of the weights of one map, beside the weights themselves.
 
     Attributes:
-        n: outputs. scale, bias: of the first expert. scales_at, biases_at: how far those of the others are from them.
+        n: outputs. scale: of the first expert. biases: of all; one of something else where there are none.
+        distances: see `_distances`, of weights, scales and biases.
         strides: of the scales: between rows, between groups. groups: of inputs with a scale of their own.
         flags: constants of the kernels.
     """
 
     n: int
     scale: Tensor
-    bias: Tensor
-    scales_at: Tensor
-    biases_at: Tensor
+    biases: list[Tensor]
+    distances: Tensor
     strides: tuple[int, int]
     groups: int
     flags: dict[str, Any]
@@ -199,28 +192,27 @@ class _Map(NamedTuple):
 
 def _map_of(weights: Sequence[PackedWeight], layout: Layout) -> _Map:
     packed, scale, bias = weights[0]
-    scales_at, _ = _distances_of([each for _, each, _ in weights])
-    biases = [each.contiguous() for _, _, each in weights if each is not None]
-    biases_at = _distances_of(biases)[0] if biases else scales_at
+    biases = [each.contiguous() for _, _, each in weights if each is not None] or [scale] * len(weights)
+    tensors = [each for each, _, _ in weights], [each for _, each, _ in weights], biases
+    addresses = tuple(tuple(map(Tensor.data_ptr, each)) for each in tensors)
     strides = 0 if scale.shape[0] == 1 else scale.stride(0), scale.stride(1)
     flags = {"STEP": layout.step, "BITS": layout.bits, "PER": CODES_PER_BYTE[layout.bits], "BIAS": bias is not None}
     flags |= {"GROUPED": scale.shape[1] > 1, "ONE_SCALE": scale.numel() == 1, **EXACT}
-    return _Map(packed.shape[0], scale, biases[0] if biases else scale, scales_at, biases_at, strides, scale.shape[1], flags)
+    # loads may be wide where every address is a multiple of their width
+    flags |= {"ALIGNED": _WIDEST if all(each % _WIDEST == 0 for each in addresses[0]) else 1}
+    return _Map(packed.shape[0], scale, biases, _distances(addresses, packed.device), strides, scale.shape[1], flags)
 
 
 def _by_place(
     x: Planes, index: Tensor, words: Sequence[Tensor], weights: Sequence[PackedWeight], layout: Layout, out: Tensor
 ) -> None:
     """Products of each place by itself; `words`: the packed weights as int32."""
-    of = _map_of(weights, layout)
-    words_at, unit = _distances_of(words)
-    count = words[0].shape[1]
+    of, (_, count) = _map_of(weights, layout), words[0].shape
     _places_kernel[lambda picked: (triton.cdiv(of.n, picked["BLOCK_N"]), index.numel())](
-        *(x.codes.view(torch.int32), x.scale, x.sums, words[0], of.scale, of.bias, out, index),
-        *(words_at, of.scales_at, of.biases_at, index.shape[1], len(weights), of.n, count, words[0].stride(0)),
+        *(x.codes.view(torch.int32), x.scale, x.sums, words[0], of.scale, of.biases[0], out, index),
+        *(of.distances, index.shape[1], len(weights), of.n, count, words[0].stride(0)),
         *(*of.strides, count // of.groups, layout.lowest, layout.zero_point),
         LANES=lanes_of(layout.bits),
-        UNIT=unit,
         **of.flags,
     )
 
@@ -230,7 +222,6 @@ def _by_expert(
 ) -> None:
     """Products of all places of an expert together; `order` and `bounds`: see `_sorted`."""
     of, packed = _map_of(weights, layout), weights[0][0]
-    packed_at, unit = _distances_of([each for each, _, _ in weights])
     rows, experts, width = order.numel(), len(weights), packed.shape[1]
 
     def grid(picked: dict[str, int]) -> tuple[int]:
@@ -239,10 +230,9 @@ def _by_expert(
         return (tiles * triton.cdiv(of.n, picked["BLOCK_N"]),)
 
     _experts_kernel[grid](
-        *(x.codes, x.scale, x.sums, packed, of.scale, of.bias, out, order, bounds, packed_at, of.scales_at, of.biases_at),
+        *(x.codes, x.scale, x.sums, packed, of.scale, of.biases[0], out, order, bounds, of.distances),
         *(index.shape[1], experts, of.n, width, x.codes.shape[2], *packed.stride(), *of.strides, width // of.groups),
         *(lowest_level(layout), layout.zero_point, bucket(rows)),
-        UNIT=unit,
         EXPERTS=power_of_two(experts),
         **of.flags,
     )

@@ -1,8 +1,8 @@
 // hb_experts_call: the products of each row with the weights of the experts that it chose. Own.
 //
 // A few rows: one parallel region over the outputs of all chosen weights, each on its own row. More: rows are quantized once,
-// gathered by expert, and each expert's products are computed by one thread, the fullest expert first; where there are fewer
-// experts than that takes, all threads work on one after another.
+// gathered by expert, and some hundred of an expert's are multiplied by one thread, the most first; where there are too few such
+// tasks, all threads work on one after another.
 #include <algorithm>
 
 #include "product.h"
@@ -55,36 +55,47 @@ struct Call {
 int few(const Call& call) {
     const auto& given = call.given;
     hb_weight weights[kTogether];
-    int64_t rows[kTogether], count = 0, left = given.maps * given.tokens * given.chosen;
+    int64_t rows[kTogether], count = 0;
+    const auto flush = [&] {
+        const int64_t together = count;
+        count = 0;
+        if (!together) return int(HB_OK);
+        return linear(given.input, given.tokens, given.k, given.grid, weights, together, given.out_dtype, rows);
+    };
     for (int64_t map = 0; map < given.maps; ++map) {
-        for (int64_t place = 0; place < given.tokens * given.chosen; ++place, --left) {
-            if (call.exists(given.index[place])) {
-                weights[count] = call.placed(map, given.index[place], call.result(map, place));
-                rows[count++] = place / given.chosen;
-            } else {
+        for (int64_t place = 0; place < given.tokens * given.chosen; ++place) {
+            const int64_t expert = given.index[place];
+            if (!call.exists(expert)) {
                 memset(call.result(map, place), 0, call.bytes(map));
+                continue;
             }
-            if (!count || (count < kTogether && left > 1)) continue;
-            const int error = linear(given.input, given.tokens, given.k, given.grid, weights, count, given.out_dtype, rows);
-            if (error) return error;
-            count = 0;
+            // weights of one region have as many groups of inputs each
+            if (count == kTogether || (count && call.weight(map, expert).groups != weights[0].groups))
+                if (const int error = flush()) return error;
+            weights[count] = call.placed(map, expert, call.result(map, place));
+            rows[count++] = place / given.chosen;
         }
     }
-    return HB_OK;
+    return flush();
 }
 
-// Quantized tokens, and the places of each expert: those of expert e are order[starts[e]] to order[starts[e + 1] - 1].
+// Quantized tokens.
 struct Gathered {
     const int8_t* codes;
     const float* scales;
-    const int64_t *order, *starts;
-    int64_t first;  // token that the codes begin with
+    int64_t first;  // token that they begin with
 };
 
-// The products of `count` <= kRows places of one expert.
-int of_expert(const Call& call, const Gathered& from, int64_t expert, const int64_t* places, int64_t count) {
+// Places of one expert that are multiplied together.
+struct Task {
+    int64_t expert, count;
+    const int64_t* places;
+};
+
+// The products of one task.
+int of_expert(const Call& call, const Gathered& from, const Task& task) {
     const auto& given = call.given;
-    const int64_t k = given.k;
+    const int64_t k = given.k, count = task.count, *places = task.places;
     size_t size = size_t(round_up(count * (k + 4), 64));
     const size_t results_at = size;
     for (int64_t map = 0; map < given.maps; ++map) size += size_t(count) * call.bytes(map);
@@ -99,7 +110,7 @@ int of_expert(const Call& call, const Gathered& from, int64_t expert, const int6
     const hb_input input = {codes, k, scales, nullptr, nullptr, HB_I8, 0, 0.0f, 0.0f, 0.0f, 0.0f};
     char* results = reinterpret_cast<char*>(codes) + results_at;
     for (int64_t map = 0; map < given.maps; ++map) {
-        const hb_weight weight = call.placed(map, expert, results);
+        const hb_weight weight = call.placed(map, task.expert, results);
         if (const int error = hb_linear(&input, count, k, &given.grid, &weight, 1, given.out_dtype)) return error;
         for (int64_t i = 0; i < count; ++i)
             memcpy(call.result(map, places[i]), results + size_t(i) * call.bytes(map), call.bytes(map));
@@ -111,13 +122,17 @@ int of_expert(const Call& call, const Gathered& from, int64_t expert, const int6
 int many(const Call& call, int64_t first, int64_t tokens) {
     const auto& given = call.given;
     const int64_t places = tokens * given.chosen, experts = given.experts, base = first * given.chosen;
-    const size_t code_bytes = size_t(round_up(tokens * given.k, 64)), numbers = size_t(places + 2 * experts + 1) * 8;
-    auto* memory = static_cast<char*>(scratch(SLOT_TOKENS, code_bytes + size_t(round_up(tokens, 16)) * 4 + numbers));
+    const int64_t most_tasks = experts + places / kRows;
+    const size_t code_bytes = size_t(round_up(tokens * given.k, 64)), scale_bytes = size_t(round_up(tokens, 16)) * 4;
+    const size_t task_bytes = size_t(most_tasks) * sizeof(Task), numbers = size_t(places + 2 * experts + 1) * 8;
+    auto* memory = static_cast<char*>(scratch(SLOT_TOKENS, code_bytes + scale_bytes + task_bytes + numbers));
     if (!memory) return HB_ERROR_MEMORY;
     auto* codes = reinterpret_cast<int8_t*>(memory);
     auto* scales = reinterpret_cast<float*>(memory + code_bytes);
-    auto* order = reinterpret_cast<int64_t*>(scales + round_up(tokens, 16));
-    int64_t *starts = order + places, *active = starts + experts + 1;
+    auto* tasks = reinterpret_cast<Task*>(memory + code_bytes + scale_bytes);
+    // the places of expert e are order[starts[e]] to order[starts[e + 1] - 1]
+    auto* order = reinterpret_cast<int64_t*>(memory + code_bytes + scale_bytes + task_bytes);
+    int64_t *starts = order + places, *next = starts + experts + 1;
     const hb_input& x = given.input;
     const int error = hb_quantize_rows(at(x.x, x.x_dtype, first * x.x_stride), x.x_dtype, tokens, given.k, x.x_stride, x.qmin,
                                        x.qmax, x.eps, codes, scales);
@@ -127,30 +142,27 @@ int many(const Call& call, int64_t first, int64_t tokens) {
     for (int64_t i = base; i < base + places; ++i)
         if (call.exists(given.index[i])) ++starts[given.index[i] + 1];
     for (int64_t e = 0; e < experts; ++e) starts[e + 1] += starts[e];
-    memcpy(active, starts, size_t(experts) * 8);  // where the next place of each goes
+    memcpy(next, starts, size_t(experts) * 8);
     for (int64_t i = base; i < base + places; ++i) {
         if (call.exists(given.index[i]))
-            order[active[given.index[i]]++] = i;
+            order[next[given.index[i]]++] = i;
         else
             for (int64_t map = 0; map < given.maps; ++map) memset(call.result(map, i), 0, call.bytes(map));
     }
     int64_t count = 0;
     for (int64_t e = 0; e < experts; ++e)
-        if (starts[e + 1] > starts[e]) active[count++] = e;
-    const auto rows = [&](int64_t e) { return starts[e + 1] - starts[e]; };
-    std::stable_sort(active, active + count, [&](int64_t a, int64_t b) { return rows(a) > rows(b); });
+        for (int64_t i = starts[e]; i < starts[e + 1]; i += kRows) tasks[count++] = {e, smaller(kRows, starts[e + 1] - i), order + i};
+    std::stable_sort(tasks, tasks + count, [](const Task& a, const Task& b) { return a.count > b.count; });
 
-    const Gathered from{codes, scales, order, starts, first};
+    const Gathered from{codes, scales, first};
     std::atomic<int> failed{HB_OK};
-    const auto whole = [&](int64_t i) {
-        const int64_t e = active[i];
-        for (int64_t at = starts[e]; at < starts[e + 1]; at += kRows)
-            if (const int error = of_expert(call, from, e, order + at, smaller(kRows, starts[e + 1] - at))) failed = error;
+    const auto compute = [&](int64_t i) {
+        if (const int error = of_expert(call, from, tasks[i])) failed = error;
     };
     if (count >= 2 * threads())
-        take_tasks(count, count, [](bool) {}, whole);
+        take_tasks(count, count, [](bool) {}, compute);
     else
-        for (int64_t i = 0; i < count; ++i) whole(i);
+        for (int64_t i = 0; i < count; ++i) compute(i);
     return failed;
 }
 

@@ -118,17 +118,27 @@ struct Buffers {
     }
 };
 thread_local Buffers buffers;
+thread_local bool inside = false;  // a part of a parallel region
 
 }  // namespace
 
-int threads() { return thread_count ? int(thread_count()) : 1; }
+// Inside a part of a parallel region there is one thread: torch does not nest regions either, but does not say so.
+int threads() { return inside || !thread_count ? 1 : int(thread_count()); }
 
 void parallel(int64_t size, int64_t grain, hb_range_body body, void* context) {
     if (size <= 0) return;
-    if (parallel_for && size > grain)
-        parallel_for(0, size, grain < 1 ? 1 : grain, body, context);
-    else
-        body(0, size, context);
+    if (!parallel_for || inside || size <= grain) return body(0, size, context);
+    struct Part {
+        hb_range_body body;
+        void* context;
+    } part = {body, context};
+    const auto marked = [](int64_t begin, int64_t end, void* given) {
+        const auto* part = static_cast<const Part*>(given);
+        inside = true;
+        part->body(begin, end, part->context);
+        inside = false;
+    };
+    parallel_for(0, size, grain < 1 ? 1 : grain, marked, &part);
 }
 
 void* scratch(Slot slot, size_t bytes) {

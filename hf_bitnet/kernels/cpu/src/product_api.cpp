@@ -97,13 +97,13 @@ bool prepare_rows(const Call& call, bool grouped, RowInput* input) {
     input->chunks = ceil_div(call.k, int64_t(planes) * body.vector);
     input->planes_stride = input->chunks * planes * body.vector;
     input->m = call.m, input->rows = int(call.m) + (call.x.zero ? 1 : 0);
-    const int64_t lanes = input->lanes = input->chunks * body.vector / 4, codes = round_up(call.k, 64) + 64;
+    const int64_t lanes = input->chunks * body.vector / 4, codes = round_up(call.k, 64) + 64;
     auto* codes_buffer = static_cast<int8_t*>(scratch(SLOT_CODES, size_t(codes)));
     input->planes = static_cast<int8_t*>(scratch(SLOT_PANEL, size_t(input->planes_stride * input->rows)));
     auto* row = static_cast<float*>(scratch(SLOT_ROW, size_t(call.x.norm_weight ? call.k + 16 : 16) * 4));
     auto* sums = static_cast<float*>(scratch(SLOT_SUMS, size_t(grouped ? lanes * (call.m + 1) : 16) * 4));
     if (!codes_buffer || !input->planes || !row || !sums) return false;
-    input->lane_sums = sums;
+    input->lane_sums = sums, input->lanes = grouped ? lanes : 0;
     input->lane_group = reinterpret_cast<int32_t*>(sums + lanes * call.m);
     for (int64_t m = 0; m < call.m; ++m) {
         const int8_t* x = codes_of_row(call, m, codes_buffer, row, &input->scales[m], &input->sums[m]);
