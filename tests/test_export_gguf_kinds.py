@@ -35,7 +35,7 @@ def test_blocks_hold_every_level(scheme: str, name: str) -> None:
     scale = (torch.rand(rows, 512 // kind.block) + 0.125).half().float()
     levels = ((codes.float() - grid.zero_point) * steps.factor).to(torch.int8)
     d = torch.ones_like(scale) if kind.tail else scale
-    data = CodesPart(kind, steps, levels, (d / steps.factor).to(kind.scale_dtype)).bytes().numpy()
+    data = CodesPart("layer", kind, steps, levels, (d / steps.factor).to(kind.scale_dtype)).bytes().numpy()
     assert data.dtype == np.uint8 and data.nbytes == kind.size((rows, 512)) - kind.tail
     if name in OWN:
         found = torch.tensor([OWN[name](row.tobytes()) for row in data])

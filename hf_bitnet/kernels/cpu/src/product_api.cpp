@@ -1,4 +1,4 @@
-// hb_linear and hb_int_matmul: cut a product into pieces, spread them over the threads, call the bodies. Own.
+// `linear`: cuts a product into pieces, spreads them over the threads, calls the bodies. Own.
 //
 // Up to kRowForm rows of x take the row form: x is quantized on the calling thread and one parallel region runs over the
 // outputs of all weights. More rows take the matrix form in slabs of x: one region quantizes and lays out x, a second one
@@ -362,7 +362,7 @@ int linear_each(const hb_input& input, int64_t k, const hb_grid& grid, const hb_
     for (int64_t i = 0; i < count; ++i) {
         hb_input row = input;
         row.x = at(input.x, input.x_dtype, row_of[i] * input.x_stride);
-        if (const int error = hb_linear(&row, 1, k, &grid, &weights[i], 1, out_dtype)) return error;
+        if (const int error = linear(row, 1, k, grid, &weights[i], 1, out_dtype, nullptr)) return error;
     }
     return HB_OK;
 }
@@ -398,22 +398,3 @@ int linear(const hb_input& input, int64_t m, int64_t k, const hb_grid& grid, con
 }
 
 }  // namespace hb
-
-extern "C" {
-
-int hb_linear(const hb_input* input, int64_t m, int64_t k, const hb_grid* grid, const hb_weight* weights, int64_t count,
-              int out_dtype) {
-    return hb::linear(*input, m, k, *grid, weights, count, out_dtype, nullptr);
-}
-
-int hb_int_matmul(const int8_t* a, int64_t a_stride, const int8_t* b, int64_t b_stride, int64_t m, int64_t n, int64_t k,
-                  int32_t* out) {
-    if (k == 0 && m > 0 && n > 0) memset(out, 0, size_t(m * n) * 4);
-    if (k == 0) return m < 0 || n < 0 ? HB_ERROR_ARGUMENT : HB_OK;
-    const hb_input input = {a, a_stride, nullptr, nullptr, nullptr, HB_I8, 0, 0.0f, 0.0f, 0.0f, 0.0f};
-    const hb_grid grid = {8, 0, 0, 1, 0.0f};
-    const hb_weight weight = {b, n, b_stride, nullptr, 1, 1, nullptr, 0, out, n};
-    return hb_linear(&input, m, k, &grid, &weight, 1, HB_F32);
-}
-
-}  // extern "C"
