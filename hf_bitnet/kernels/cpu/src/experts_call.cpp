@@ -44,6 +44,9 @@ struct Call {
         return at(first.out, given.out_dtype, place * first.n);
     }
     size_t bytes(int64_t map) const { return size_t(weights[map * given.experts].n) * size_of(given.out_dtype); }
+    void clear(int64_t map, int64_t place) const {
+        if (bytes(map)) memset(result(map, place), 0, bytes(map));
+    }
     // The weight of a map and an expert, with its results at `out`.
     hb_weight placed(int64_t map, int64_t expert, void* out) const {
         hb_weight weight = this->weight(map, expert);
@@ -66,7 +69,7 @@ int few(const Call& call) {
         for (int64_t place = 0; place < given.tokens * given.chosen; ++place) {
             const int64_t expert = given.index[place];
             if (!call.exists(expert)) {
-                memset(call.result(map, place), 0, call.bytes(map));
+                call.clear(map, place);
                 continue;
             }
             // weights of one region have as many groups of inputs each
@@ -110,6 +113,7 @@ int of_expert(const Call& call, const Gathered& from, const Task& task) {
     const hb_input input = {codes, k, scales, nullptr, nullptr, HB_I8, 0, 0.0f, 0.0f, 0.0f, 0.0f};
     char* results = reinterpret_cast<char*>(codes) + results_at;
     for (int64_t map = 0; map < given.maps; ++map) {
+        if (!call.bytes(map)) continue;
         const hb_weight weight = call.placed(map, task.expert, results);
         if (const int error = hb_linear(&input, count, k, &given.grid, &weight, 1, given.out_dtype)) return error;
         for (int64_t i = 0; i < count; ++i)
@@ -147,7 +151,7 @@ int many(const Call& call, int64_t first, int64_t tokens) {
         if (call.exists(given.index[i]))
             order[next[given.index[i]]++] = i;
         else
-            for (int64_t map = 0; map < given.maps; ++map) memset(call.result(map, i), 0, call.bytes(map));
+            for (int64_t map = 0; map < given.maps; ++map) call.clear(map, i);
     }
     int64_t count = 0;
     for (int64_t e = 0; e < experts; ++e)
