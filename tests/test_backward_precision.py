@@ -1,8 +1,9 @@
-"""The fixed-point products of backward: what they round, and that gradients stay as close to float64's as in bfloat16."""
+"""The products of backward, in fixed point or with AMX tiles: what they round, and how close to float64 gradients stay."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -42,7 +43,18 @@ def _operands(m: int = 70, k: int = 130, n: int = 50) -> tuple[Tensor, Tensor, T
     return torch.randn(m, k), torch.rand(k) + 0.5, codes
 
 
+@pytest.fixture
+def no_tiles() -> Iterator[None]:
+    """AMX multiplies bfloat16 as it is; every other level rounds it to fixed point."""
+    level = library.level()
+    if level == "amx":
+        library.choose_level("avx512vnni")
+    yield
+    library.choose_level(level)
+
+
 @needs_library
+@pytest.mark.usefixtures("no_tiles")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_only_the_rounding_to_fixed_point_separates_it_from_float64(dtype: torch.dtype) -> None:
     a, a_scale, codes = _operands()
@@ -54,6 +66,24 @@ def test_only_the_rounding_to_fixed_point_separates_it_from_float64(dtype: torch
     assert _error(found, exact) < 6e-6
     # and the rounding is there: without it the test above would say nothing
     assert _error(found, reference.fixed_matmul(scaled, None, codes, -0.5, torch.tensor(0.3), torch.float64)) > 2e-5
+
+
+@needs_library
+@pytest.mark.skipif("amx" not in (() if REASON else library.legal_levels()), reason="this processor has no AMX tiles")
+@pytest.mark.parametrize(("m", "k", "n"), [(64, 96, 70), (70, 130, 50), (96, 4160, 33)], ids=["in place", "copied", "in parts"])
+def test_amx_rounds_bfloat16_no_further(m: int, k: int, n: int) -> None:
+    a, a_scale, codes = _operands(m, k, n)
+    for operand in (a.bfloat16(), a.t().contiguous().t().bfloat16()):
+        found = fixed.fixed_matmul(operand, None, codes, 0.0, torch.tensor([[0.3]]), torch.float32)
+        exact = reference.fixed_matmul(operand, None, codes, 0.0, torch.tensor(0.3), torch.float64)
+        assert _error(found, exact) < 1e-6
+        # a scale along K costs one rounding to bfloat16, of the operand or of the codes
+        found = fixed.fixed_matmul(operand, a_scale, codes, 0.0, None, torch.float32)
+        exact = reference.fixed_matmul(operand, a_scale, codes, 0.0, None, torch.float64)
+        assert 5e-4 < _error(found, exact) < 2.5e-3
+        operand[3, 5] = float("inf")
+        found = fixed.fixed_matmul(operand, None, codes, 0.0, None, torch.float32)
+        assert not found[3].isfinite().any() and found[:3].isfinite().all() and found[4:].isfinite().all()
 
 
 @needs_library

@@ -210,14 +210,6 @@ def test_a_backward_is_made_of_operators_and_asks_for_no_number(gpu: None, granu
     assert recorder.seen == {"mean_magnitudes", "quantize_weight", "fixed_matmul"}
 
 
-def test_a_processor_with_amx_decides_nothing_for_a_gpu(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_FLOAT_BFLOAT16", True)
-    with FakeTensorMode(), torch.no_grad(), _Recorder() as recorder:
-        a, codes = torch.empty(8, 24, device="cuda", dtype=torch.bfloat16), torch.empty(24, 16, device="cuda", dtype=torch.int8)
-        kernels.fixed_matmul(a, None, codes, 0.0, None, a.dtype)
-    assert recorder.seen == {"fixed_matmul"}
-
-
 # ---- in processes of their own ----
 
 

@@ -125,8 +125,6 @@ if _FORCED and _FORCED not in _NAMES:
 _LEVEL = os.environ.get("HF_BITNET_CPU_LEVEL")
 if _LEVEL and library.why_unavailable() is None:
     library.choose_level(_LEVEL)
-# AMX multiplies bfloat16 at half the rate of int8, so that the two int8 products of a fixed-point one gain nothing there
-_FLOAT_BFLOAT16 = not _FORCED and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def bodies(operation: str) -> tuple[Body, ...]:
@@ -232,8 +230,6 @@ def fixed_matmul(
     a: Tensor, a_scale: Tensor | None, codes: Tensor, zero_point: float, scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """float (M, K), scaled by a_scale (K), x int8 (K, N) -> (M, N) in `dtype`; see `reference.fixed_matmul`."""
-    if a.dtype == torch.bfloat16 and _FLOAT_BFLOAT16 and a.is_cpu:
-        return eager.fixed_matmul(a, a_scale, codes, zero_point, scale, dtype)
     return _body("fixed_matmul", a)(a, a_scale, codes, zero_point, scale, dtype)
 
 
@@ -344,8 +340,6 @@ def explain(device: str = "cpu") -> str:
         reasons = [(body.name, body.why_unavailable(device) or "slower") for body in candidates if body.name != serving]
         others = "; ".join(f"{name}: {reason}" for name, reason in reasons)
         lines.append(f"{operation:<18} {serving:<10} {others or '-'}")
-    if device == "cpu" and _FLOAT_BFLOAT16:
-        lines.append("fixed_matmul of bfloat16: the float body; AMX multiplies bfloat16 as fast as two int8 products")
     if device == "cpu":
         return "\n".join([*lines, f"CPU kernels: {library.describe()}"])
     reason = _why_no_triton(device)

@@ -10,7 +10,8 @@ their scale, and nothing of the weight: codes, scales and STE slopes are derived
 
 Both products of backward have integer codes on one side. On the CPU the gradient on the other side is rounded to 15-bit fixed
 point for them, with one scale for each of its rows (`kernels.fixed_matmul`): an error of about 1e-4 of the result's root mean
-square, a tenth to a hundredth of what bfloat16 makes, in float32 training too. HF_BITNET_KERNELS=float keeps float products.
+square, a tenth to a hundredth of what bfloat16 makes, in float32 training too. With AMX a bfloat16 gradient stays what it is.
+HF_BITNET_KERNELS=float keeps float products.
 `low_precision.py` has both products with the gradient in int8, for layers that are told to take them.
 """
 

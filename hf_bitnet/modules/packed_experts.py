@@ -152,8 +152,8 @@ def _counted(count: int) -> Tensor:
 
 
 def _may_be_packed(module: Any) -> bool:
-    """A look at one layer."""
-    return type(module.experts()[0]._modules[module.names[0]]) is PackedBitLinear
+    """A look at one layer. `experts()` would ask for all of them, for every token."""
+    return type(module._modules["0"]._modules[module.names[0]]) is PackedBitLinear
 
 
 def _look_at(module: Any) -> tuple[tuple[Product, Product] | None, list[_Seen]]:

@@ -3,7 +3,8 @@
 Each row of the float operand is rounded to integers q = rint(a * 32512 / max|row|) = 256 high + low, and the int8 products of
 both bytes are exact. The error of an element is at most max|row| / 65024 whatever its size, where bfloat16's is up to 1/512
 of each element: smaller for rows whose largest element is below some 150 times their root mean square, and gradients are
-such rows. What this costs is two int8 products, half a float32 product or less.
+such rows. What this costs is two int8 products, half a float32 product or less. AMX multiplies bfloat16 at half the rate of
+int8: there a bfloat16 operand is multiplied as it is, codes are exact beside it, and sums are float32.
 
 Leaves out: `products.py` has the products of the forward step.
 """

@@ -11,20 +11,13 @@ constexpr int64_t kSlabBytes = 8 << 20;  // int8 bytes of the float operand laid
 constexpr int64_t kTransposedRows = 48;   // of a transposed operand that are brought into rows at a time
 constexpr int64_t kPartBytes = 1 << 20;  // those that meet one panel: half of a second-level cache
 
-struct FixedCall {
+struct Call : FixedCall {
     const ProductBodies& body;
-    FixedOperand a;
-    const int8_t* b;
-    int64_t b_stride, n;
     uint8_t flip;
     int32_t lowest;
-    float zero_point, scale;
-    void* out;
-    int out_dtype;
-    int64_t out_stride;
 };
 
-bool lay_out(const FixedCall& call, const Slab& slab) {
+bool lay_out(const Call& call, const Slab& slab) {
     const int mr = call.body.mr, pairs = mr / 2;
     if (call.a.stride == 1 && call.a.step != 1 && call.body.fixed_columns) {
         take_tasks(ceil_div(slab.rows, kColumnGroup), ceil_div(slab.rows * slab.kpad, 16384), [](bool) {}, [&](int64_t task) {
@@ -60,7 +53,7 @@ bool lay_out(const FixedCall& call, const Slab& slab) {
 }
 
 // Operand rows [from, to) of the slab times outputs [n0, n0 + nr).
-bool part_of_outputs(const FixedCall& call, const Slab& slab, int64_t from, int64_t to, int64_t n0) {
+bool part_of_outputs(const Call& call, const Slab& slab, int64_t from, int64_t to, int64_t n0) {
     const ProductBodies& body = call.body;
     const int nr = body.nr, pairs = body.mr / 2;
     const int64_t columns = smaller(nr, call.n - n0), span = round_up(to - from, pairs);
@@ -91,20 +84,20 @@ bool part_of_outputs(const FixedCall& call, const Slab& slab, int64_t from, int6
     return true;
 }
 
-int multiply(const FixedCall& call, int64_t m) {
+int multiply(const Call& call) {
     const ProductBodies& body = call.body;
     const int64_t pairs = body.mr / 2;
     Slab slab;
     slab.kpad = round_up(call.a.k, 64), slab.kc = body.kc;
-    const int64_t most = round_up(smaller(m, kSlabBytes / (2 * slab.kpad) + 1), pairs);
+    const int64_t most = round_up(smaller(call.m, kSlabBytes / (2 * slab.kpad) + 1), pairs);
     slab.blocks = static_cast<int8_t*>(scratch(SLOT_CODES, size_t(2 * most * slab.kpad + most * 12)));
     if (!slab.blocks) return HB_ERROR_MEMORY;
     slab.scales = reinterpret_cast<float*>(slab.blocks + 2 * most * slab.kpad);
     slab.sums = reinterpret_cast<int32_t*>(slab.scales + most);
     const int64_t part = round_up(smaller(most, kPartBytes / (2 * slab.kpad) + 1), pairs), panels = ceil_div(call.n, body.nr);
     std::atomic<bool> complete{true};
-    for (slab.m0 = 0; slab.m0 < m; slab.m0 += most) {
-        slab.rows = smaller(most, m - slab.m0), slab.span = round_up(2 * slab.rows, body.mr);
+    for (slab.m0 = 0; slab.m0 < call.m; slab.m0 += most) {
+        slab.rows = smaller(most, call.m - slab.m0), slab.span = round_up(2 * slab.rows, body.mr);
         if (!lay_out(call, slab)) return HB_ERROR_MEMORY;
         const int64_t tasks = ceil_div(slab.rows, part) * panels;
         take_tasks(tasks, tasks, [&](bool first) { first ? body.begin() : body.end(); }, [&](int64_t task) {
@@ -130,7 +123,9 @@ extern "C" int hb_fixed_matmul(const void* a, int a_dtype, int64_t a_stride, int
         return HB_OK;
     }
     const ProductBodies& body = product();
-    const uint8_t flip = body.is_signed ? 0 : 0x80;
     const FixedOperand operand = {a, a_dtype, a_stride, a_step, k, a_scale};
-    return multiply({body, operand, b, b_stride, n, flip, body.is_signed ? 0 : -128, zero_point, scale, out, out_dtype, out_stride}, m);
+    const FixedCall call = {operand, m, b, b_stride, n, zero_point, scale, out, out_dtype, out_stride};
+    int status;
+    if (body.fixed_bf16 && body.fixed_bf16(call, &status)) return status;
+    return multiply({call, body, uint8_t(body.is_signed ? 0 : 0x80), body.is_signed ? 0 : -128});
 }

@@ -64,7 +64,9 @@ Processor::Processor() {
 #ifdef HB_EMULATE_AMX
     legal[HB_AMX] = legal[HB_AVX512VNNI] && product_amx();
 #else
-    const bool amx = (d & (1u << 24)) && (d & (1u << 25)), tiles = (state & 0x60000) == 0x60000;
+    // tiles, of int8 and of bfloat16: there is no processor with one of the two
+    const uint32_t with_tiles = (1u << 22) | (1u << 24) | (1u << 25);
+    const bool amx = (d & with_tiles) == with_tiles, tiles = (state & 0x60000) == 0x60000;
     legal[HB_AMX] = legal[HB_AVX512VNNI] && amx && tiles && may_use_tiles() && product_amx();
 #endif
 #elif defined(__aarch64__)

@@ -49,6 +49,18 @@ struct FixedOperand {
     const float* scale;
 };
 
+// A call of hb_fixed_matmul.
+struct FixedCall {
+    FixedOperand a;
+    int64_t m;
+    const int8_t* b;
+    int64_t b_stride, n;
+    float zero_point, scale;
+    void* out;
+    int out_dtype;
+    int64_t out_stride;
+};
+
 // The left operand of a matrix form, laid out in int8 from row m0 on, and what scales need. Codes [k0, k0 + kc) of all blocks of
 // `mr` rows lie one after another, so that it streams by. hb_fixed_matmul has two rows of bytes for each of its rows.
 struct Slab {
@@ -111,6 +123,9 @@ struct ProductBodies {
     // group scales their float sums are in `grouped`, laid out alike
     void (*finish)(const struct Epilogue& e, int64_t m, int64_t rows, int64_t n, int64_t count, const int32_t* c, const float* grouped,
                    int64_t stride);
+    // hb_fixed_matmul with the operand in bfloat16, as it is, times levels in bfloat16; false: the form above must serve.
+    // NULL where bfloat16 is not multiplied faster than two bytes.
+    bool (*fixed_bf16)(const FixedCall& call, int* status) = nullptr;
 };
 
 // task(i) for all i < count, on as many threads. Tasks are taken, not dealt: a core that others use as well holds nobody up.
@@ -137,6 +152,8 @@ struct Epilogue {
     float zero_point;
     int out_dtype;
 };
+
+bool fixed_bf16(const FixedCall& call, int* status);  // of the AMX level
 
 // hb_linear. With `row_of`, weight i meets row row_of[i] of float x alone and has one row of results; at most a few rows.
 int linear(const hb_input& input, int64_t m, int64_t k, const hb_grid& grid, const hb_weight* weights, int64_t count,
