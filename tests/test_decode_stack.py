@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 
 import hf_bitnet as hb
+from hf_bitnet.surgery import quantized_layers
 from tests.cpu_kernels import failures_in_threads, needs_cpu_kernels
 from tests.test_decode_layer import packed_llama
 from tests.tiny import tiny
@@ -263,3 +266,13 @@ def test_another_default_device(model: LlamaForCausalLM) -> None:
         with torch.device("meta"):
             y = each(ids, past_key_values=cache, position_ids=positions).logits
         same(y, expected[:1])
+
+
+@pytest.mark.parametrize("change", [hb.unpack_model, hb.dequantize_model])
+def test_packed_weights_go_with_their_layers(model: Any, change: Callable[[Any], Any]) -> None:
+    decoded(model)
+    old = [weakref.ref(layer.weight) for _, layer in quantized_layers(model)]
+    assert old
+    change(model)
+    gc.collect()
+    assert all(weight() is None for weight in old)

@@ -341,3 +341,15 @@ def weight(n: int = 3, k: int = 8) -> tuple[Tensor, Tensor, None]:
 def test_wrong_operands(x: Tensor, index: Tensor, maps: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kernels.packed_experts(x, index, maps, LAYOUT, ROWS, torch.float32)
+
+
+@torch.no_grad()
+def test_packed_weights_go_with_their_layers() -> None:
+    model = nn.ModuleDict({"experts": fused(MixtralExperts)})
+    hb.pack_model(hb.quantize_model(model, CONFIG))
+    model.eval()["experts"](*routed(3))
+    old = [weakref.ref(layer.weight) for _, layer in quantized_layers(model)]
+    assert old
+    hb.unpack_model(model)
+    gc.collect()
+    assert all(weight() is None for weight in old)

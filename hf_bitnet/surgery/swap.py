@@ -19,6 +19,7 @@ from ..config import BitNetQuantizationConfig, LayerConfig
 from ..modules import (
     BitConv1D,
     BitEmbedding,
+    BitExperts,
     BitLinear,
     LayerSpec,
     NativeLayer,
@@ -29,6 +30,8 @@ from ..modules import (
     TrainedLayer,
     plain_embedding,
 )
+from ..modules.faster_stack import forget
+from ..modules.packed_experts import Together
 from ..quantizers import ACTIVATION_SCHEMES, WeightQuantizer
 from ..relaxations import RELAXATIONS
 from ..ste import ESTIMATORS
@@ -241,8 +244,17 @@ def unpack_model(model: Model, *, weight_scale: str | None = None) -> Model:
         places = Places(model)
         for old, new in made:
             places.put(old, new)
+    _forget_packed(model)
     attach(model, config, form="train")
     return model
+
+
+def _forget_packed(model: nn.Module) -> None:
+    """What generation knows of packed layers would keep their weights alive."""
+    for module in model.modules():
+        forget(module)
+        if isinstance(module, BitExperts):
+            module.together = Together()
 
 
 def _latent(
@@ -287,6 +299,7 @@ def dequantize_model(model: Model, *, dtype: torch.dtype | None = None) -> Model
         for _, table in quantized_tables(model):
             value = nn.Parameter(table.quantized_weight().dequantize(dtype))
             places.put(table, plain_embedding(table, value))
+    _forget_packed(model)
     fuse_experts(model)
     detach(model)
     return model
