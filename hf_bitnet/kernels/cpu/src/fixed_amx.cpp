@@ -197,35 +197,35 @@ bool part_of_outputs(const FixedCall& call, const Side& left, const Side& right,
 
 }  // namespace
 
-bool fixed_bf16(const FixedCall& call, int* status) {
+int fixed_bf16(const FixedCall& call) {
     const FixedOperand& a = call.a;
-    if (a.dtype != HB_BF16 || (a.step != 1 && a.stride != 1)) return false;
+    if (a.dtype != HB_BF16 || (a.step != 1 && a.stride != 1)) return HB_ERROR_UNSUPPORTED;
     const int64_t kpad = round_up(a.k, kStep);
     const int64_t most_rows = round_up(smaller(call.m, kLeftBytes / (2 * kpad) + 1), kBlockRows);
     const int64_t most_outputs = round_up(smaller(call.n, kRightBytes / (2 * kpad) + 1), kWide);
-    auto* of_left = static_cast<char*>(scratch(SLOT_CODES, size_t(2 * most_rows * kpad)));
-    auto* of_right = static_cast<char*>(scratch(SLOT_PANEL, size_t(2 * most_outputs * kpad)));
-    *status = HB_ERROR_MEMORY;
-    if (!of_left || !of_right) return true;
     const int64_t part = round_up(smaller(most_rows, kPartBytes / (2 * kpad) + 1), kBlockRows);
-    const bool scale_codes = call.n < call.m;  // the smaller side
+    const bool scales_codes = call.n < call.m;  // the smaller side
+    const AnyFloat *of_rows = scales_codes ? nullptr : a.scale, *of_codes = scales_codes ? a.scale : nullptr;
     const auto lay = a.step == 1 ? lay_rows : lay_columns;
     // rows a multiple of 4 KB apart share a set of the first-level cache
-    const bool in_place = a.step == 1 && !(a.scale && !scale_codes) && call.m % kBlockRows == 0 && a.k % kStep == 0 && a.stride % 2048;
+    const bool in_place = a.step == 1 && !of_rows && call.m % kBlockRows == 0 && a.k % kStep == 0 && a.stride % 2048;
+    auto* of_left = in_place ? nullptr : static_cast<char*>(scratch(SLOT_CODES, size_t(2 * most_rows * kpad)));
+    auto* of_right = static_cast<char*>(scratch(SLOT_PANEL, size_t(2 * most_outputs * kpad)));
+    if ((!in_place && !of_left) || !of_right) return HB_ERROR_MEMORY;
     std::atomic<bool> complete{true};
     for (int64_t n0 = 0; n0 < call.n; n0 += most_outputs) {
         const int64_t outputs = smaller(most_outputs, call.n - n0), wides = ceil_div(outputs, kWide);
         const Side right = {of_right, round_up(outputs, 32), kpad};
         for (int64_t m0 = 0; m0 < call.m; m0 += most_rows) {
             const int64_t rows = smaller(most_rows, call.m - m0), groups = in_place ? 0 : ceil_div(rows, kGroup);
-            const Side left = {in_place ? nullptr : of_left, round_up(rows, kBlockRows), kpad};
+            const Side left = {of_left, round_up(rows, kBlockRows), kpad};
             const int64_t first = m0 == 0 ? wides : 0;
             take_tasks(groups + first, ceil_div((4 * groups + 2 * first) * kpad, 1024), [](bool) {}, [&](int64_t task) {
                 if (task < first) {
-                    lay_codes(call, scale_codes ? a.scale : nullptr, n0, task * kWide, smaller(kWide, outputs - task * kWide), right);
+                    lay_codes(call, of_codes, n0, task * kWide, smaller(kWide, outputs - task * kWide), right);
                 } else {
                     const int64_t row = (task - first) * kGroup;
-                    lay(a, scale_codes ? nullptr : a.scale, m0, row, smaller(kGroup, rows - row), left);
+                    lay(a, of_rows, m0, row, smaller(kGroup, rows - row), left);
                 }
             });
             const int64_t panels = ceil_div(outputs, kBlockColumns), tasks = ceil_div(rows, part) * panels;
@@ -235,11 +235,10 @@ bool fixed_bf16(const FixedCall& call, int* status) {
             });
         }
     }
-    *status = complete ? HB_OK : HB_ERROR_MEMORY;
-    return true;
+    return complete ? HB_OK : HB_ERROR_MEMORY;
 }
 
 }  // namespace hb
 #else
-bool hb::fixed_bf16(const FixedCall&, int*) { return false; }
+int hb::fixed_bf16(const FixedCall&) { return HB_ERROR_UNSUPPORTED; }
 #endif

@@ -125,7 +125,7 @@ extern "C" int hb_fixed_matmul(const void* a, int a_dtype, int64_t a_stride, int
     const ProductBodies& body = product();
     const FixedOperand operand = {a, a_dtype, a_stride, a_step, k, a_scale};
     const FixedCall call = {operand, m, b, b_stride, n, zero_point, scale, out, out_dtype, out_stride};
-    int status;
-    if (body.fixed_bf16 && body.fixed_bf16(call, &status)) return status;
+    const int status = body.fixed_bf16 ? body.fixed_bf16(call) : HB_ERROR_UNSUPPORTED;
+    if (status != HB_ERROR_UNSUPPORTED) return status;
     return multiply({call, body, uint8_t(body.is_signed ? 0 : 0x80), body.is_signed ? 0 : -128});
 }

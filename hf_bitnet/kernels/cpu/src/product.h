@@ -123,9 +123,9 @@ struct ProductBodies {
     // group scales their float sums are in `grouped`, laid out alike
     void (*finish)(const struct Epilogue& e, int64_t m, int64_t rows, int64_t n, int64_t count, const int32_t* c, const float* grouped,
                    int64_t stride);
-    // hb_fixed_matmul with the operand in bfloat16, as it is, times levels in bfloat16; false: the form above must serve.
-    // NULL where bfloat16 is not multiplied faster than two bytes.
-    bool (*fixed_bf16)(const FixedCall& call, int* status) = nullptr;
+    // hb_fixed_matmul with the operand in bfloat16, as it is, times levels in bfloat16; HB_ERROR_UNSUPPORTED: the form above must
+    // serve. NULL where bfloat16 is not multiplied faster than two bytes.
+    int (*fixed_bf16)(const FixedCall& call) = nullptr;
 };
 
 // task(i) for all i < count, on as many threads. Tasks are taken, not dealt: a core that others use as well holds nobody up.
@@ -153,7 +153,7 @@ struct Epilogue {
     int out_dtype;
 };
 
-bool fixed_bf16(const FixedCall& call, int* status);  // of the AMX level
+int fixed_bf16(const FixedCall& call);  // of the AMX level
 
 // hb_linear. With `row_of`, weight i meets row row_of[i] of float x alone and has one row of results; at most a few rows.
 int linear(const hb_input& input, int64_t m, int64_t k, const hb_grid& grid, const hb_weight* weights, int64_t count,
