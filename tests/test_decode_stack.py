@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 
 import hf_bitnet as hb
+from hf_bitnet.modules import faster_layer, faster_stack
 from hf_bitnet.surgery import quantized_layers
 from tests.cpu_kernels import failures_in_threads, needs_cpu_kernels
 from tests.test_decode_layer import packed_llama
@@ -276,3 +277,29 @@ def test_packed_weights_go_with_their_layers(model: Any, change: Callable[[Any],
     change(model)
     gc.collect()
     assert all(weight() is None for weight in old)
+
+
+@pytest.mark.parametrize("where", ["model", "layers"])
+@torch.no_grad()
+def test_what_changes_at_every_token_is_not_proven_for_ever(
+    where: str, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proofs cost more than the model's own forward."""
+    proofs: list[str] = []
+    for each, name in ((faster_stack, "_prove"), (faster_layer, "_agrees")):
+        proof = getattr(each, name)
+        monkeypatch.setattr(each, name, lambda *args, name=name, proof=proof: proofs.append(name) or proof(*args))
+    expected, cache, layers = decoded(plain(model), 30), DynamicCache(), model.model.layers
+    model(PROMPT[:1], past_key_values=cache)
+    for token in range(30):
+        if where == "model":
+            model.model.count = token
+        else:
+            for layer in layers:
+                layer.mlp.up_proj.weight = nn.Parameter(layer.mlp.up_proj.weight.data.clone(), requires_grad=False)
+        same(model(torch.tensor([[1 + token]]), past_key_values=cache).logits, expected[token : token + 1])
+    assert proofs.count("_prove") < 10 and proofs.count("_agrees") < 10 * len(layers)
+    decoded(model, 40)  # nothing changes any more
+    called = forwards(model)
+    decoded(model)
+    assert called == [4]

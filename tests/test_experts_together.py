@@ -69,7 +69,8 @@ def test_the_numbers_of_the_layers(kind: Any, tokens: int, calls: list[int]) -> 
     if tokens > 1:
         index[1, 0] = EXPERTS  # none
     assert torch.equal(experts(x, index, weights), by_layers(experts, x, index, weights))
-    chosen = index.shape[1] if tokens == 1 else EXPERTS
+    few = [number for number in dict.fromkeys(index.reshape(-1).tolist()) if number < EXPERTS] or [0]
+    chosen = len(few) if index.numel() <= 16 else EXPERTS
     assert calls == [(len(experts.names) - 1) * chosen, chosen]
 
 
@@ -242,6 +243,43 @@ def test_parameters_that_come_and_go_are_not_kept(looks: list[int]) -> None:
             layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
         assert not any(reference() is not None for reference in seen)
     assert len(looks) < 8
+
+
+@torch.no_grad()
+def test_changes_now_and_then_are_looked_at(calls: list[int], looks: list[int]) -> None:
+    """However many there were: only those that never end are waited for, longer and longer."""
+    experts, args = packed(), routed()
+
+    def change() -> None:
+        layer = experts.experts()[0].up_proj
+        layer.weight = nn.Parameter(layer.weight.data.clone(), requires_grad=False)  # type: ignore[union-attr]
+
+    for _ in range(12):
+        change()
+        for _ in range(10):
+            experts(*args)
+    assert len(calls) == 12 * 10 * 2 and len(looks) == 12
+    looks.clear()
+    for _ in range(100):
+        change()
+        experts(*args)
+    assert len(looks) < 12
+    for _ in range(100):
+        experts(*args)
+    calls.clear()
+    experts(*args)
+    assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_a_bias_that_has_gone_is_seen() -> None:
+    experts, args = packed(GptOssExperts), routed()
+    experts(*args)
+    for layer in experts.experts():
+        layer.down_proj.bias = None  # type: ignore[union-attr]
+    assert torch.equal(experts(*args), by_layers(experts, *args))
+    experts.experts()[0]._modules[experts.names[0]].bias = None  # type: ignore[union-attr]
+    assert torch.equal(experts(*args), by_layers(experts, *args))
 
 
 @torch.no_grad()

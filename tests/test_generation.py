@@ -325,12 +325,13 @@ def test_what_is_no_model_is_refused() -> None:
 
 
 @torch.no_grad()
-def test_neighbours_whose_scales_have_other_groups_share_no_product() -> None:
-    """Found by being called with the same input, and not to be computed in one call."""
+def test_neighbours_whose_scales_have_other_groups_share_a_call(calls: list[int]) -> None:
     overrides = {r"(up|k)_proj": {"granularity": "group", "group_size": 16}}
     model, batch = tiny("llama", hidden_size=64, intermediate_size=128)[:2]
     quantize_model(model, BitNetQuantizationConfig(weight="int4", granularity="tensor", overrides=overrides))
     packed = pack_model(model.eval())
     expected = packed(**batch).logits
     for _ in range(3):
+        calls.clear()
         assert torch.equal(packed(**batch).logits, expected)
+    assert calls == [3, 1, 2, 1] * packed.config.num_hidden_layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -105,18 +106,38 @@ def test_experts_in_both_forms(tokens: int, groups: int) -> None:
     _assert_equal(_moved(found, "cpu"), reference.packed_experts(*args), f"{tokens} tokens")
 
 
-def test_distances_between_experts_go_to_the_device_once() -> None:
-    """Every such copy waits for the device, and cannot be captured in a graph."""
+def test_experts_are_described_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How far they are apart goes to the device with it: every such copy waits, and cannot be captured in a graph."""
     from hf_bitnet.kernels.triton import experts
 
+    looks: list[Any] = []
+    plain = experts._describe
+    monkeypatch.setattr(experts, "_describe", lambda *args: looks.append(args) or plain(*args))
     for bias in (None, torch.randn(4)):
-        weights = _moved([(torch.zeros(4, 16, dtype=torch.uint8), torch.ones(1, 1), bias) for _ in range(3)])
-        args = _moved(torch.randn(2, 64)), _moved(torch.tensor([[0, 2], [1, 1]])), [weights], Layout(2, -1), INT8, torch.float32
-        OPERATIONS["packed_experts"](*args)
-        before = experts._distances.cache_info().misses
-        for _ in range(3):
-            OPERATIONS["packed_experts"](*args)
-        assert experts._distances.cache_info().misses == before
+        weights = [(torch.full((4, 16), number, dtype=torch.uint8), torch.ones(1, 1), bias) for number in range(3)]
+        weights, x, index = _moved(weights), _moved(torch.randn(2, 64)), _moved(torch.tensor([[0, 2], [1, 1]]))
+
+        def product() -> Any:
+            return OPERATIONS["packed_experts"](x, index, [weights], Layout(2, -1), INT8, torch.float32)  # noqa: B023
+
+        looks.clear()
+        (before,), _ = product(), product()
+        assert len(looks) == 1
+        weights[2][0].data = weights[2][0].data.flip(0).bitwise_not()  # elsewhere
+        (after,) = product()
+        assert len(looks) == 2 and not torch.equal(before[1], after[1]) and torch.equal(before[0], after[0])
+
+
+def test_a_description_goes_with_the_experts() -> None:
+    from hf_bitnet.kernels.triton import experts
+
+    weights = _moved([(torch.zeros(4, 16, dtype=torch.uint8), torch.ones(1, 1), None) for _ in range(3)])
+    args = _moved(torch.randn(2, 64)), _moved(torch.tensor([[0, 2], [1, 1]])), [weights], Layout(2, -1), INT8, torch.float32
+    OPERATIONS["packed_experts"](*args)
+    assert experts._KEPT.get(weights[0][0]) is not None
+    seen = [weakref.ref(tensor) for weight in weights for tensor in weight[:2]]
+    del weights, args
+    assert not any(each() is not None for each in seen)
 
 
 def test_biases_with_gaps() -> None:

@@ -45,11 +45,11 @@ def text_windows(tokenizer: Any, source: Source, length: int = 256, *, max_windo
     if max_windows is not None and (isinstance(max_windows, bool) or not isinstance(max_windows, int) or max_windows < 1):
         raise ValueError(f"max_windows must be a whole number of at least 1 or None, got {max_windows!r}")
     wanted = math.inf if max_windows is None else max_windows * length
-    found, parts = 0, [torch.empty(0, dtype=torch.int64)]
+    found, parts = 0, [torch.empty(0, dtype=torch.int64, device="cpu")]
     for texts in _handfuls(_texts(source)):
         # whole texts are meant, whatever length the model takes: no warning about that
         for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
-            parts.append(torch.tensor(ids, dtype=torch.int64))
+            parts.append(torch.tensor(ids, dtype=torch.int64, device="cpu"))
             found += len(ids)
         if found >= wanted:
             break

@@ -78,7 +78,7 @@ def _rounds(arguments: argparse.Namespace, models: dict[str, Any]) -> dict[str, 
 def _timed(arguments: argparse.Namespace, model: Any) -> Clock:
     vocabulary = int(model.get_input_embeddings().num_embeddings)
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(vocabulary, (1, arguments.prompt_tokens), generator=generator).to(model.device)
+    prompt = torch.randint(vocabulary, (1, arguments.prompt_tokens), generator=generator, device="cpu").to(model.device)
     clock, count = Clock(), arguments.new_tokens
     model.generate(
         prompt,

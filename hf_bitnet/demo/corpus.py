@@ -133,7 +133,7 @@ def token_windows(tokenizer: PreTrainedTokenizerFast, documents: list[str], leng
     encoded = tokenizer(documents, add_special_tokens=False)["input_ids"]
     stream = [token for tokens in encoded for token in (*tokens, tokenizer.eos_token_id)]
     count = len(stream) // length
-    return torch.tensor(stream[: count * length], dtype=torch.int64).view(count, length)
+    return torch.tensor(stream[: count * length], dtype=torch.int64, device="cpu").view(count, length)
 
 
 def _reference_topics() -> Iterator[tuple[str, str]]:

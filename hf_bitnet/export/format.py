@@ -125,7 +125,9 @@ class Source:
         vocabulary = self._vocabulary
         assert vocabulary is not None, "asked for by `inputs`"
         shape = 1, self._within_positions(length)
-        return torch.randint(min(3, vocabulary - 1), vocabulary, shape, generator=torch.Generator().manual_seed(0))
+        return torch.randint(
+            min(3, vocabulary - 1), vocabulary, shape, generator=torch.Generator().manual_seed(0), device="cpu"
+        )
 
     def inputs(self) -> dict[str, Tensor] | None:
         """What the model's forward is called with to compare logits, always the same; None where that is not known."""
@@ -139,13 +141,15 @@ class Source:
             shape = None
         else:
             return None
-        inputs = {main: self.probe() if shape is None else torch.randn(shape, generator=generator)}
+        inputs = {main: self.probe() if shape is None else torch.randn(shape, generator=generator, device="cpu")}
         if config.is_encoder_decoder:
             vocabulary = getattr(config.get_text_config(decoder=True), "vocab_size", None)
             if vocabulary is None:
                 return None
             shape = 1, self._within_positions(8)
-            inputs["decoder_input_ids"] = torch.randint(min(3, vocabulary - 1), vocabulary, shape, generator=generator)
+            inputs["decoder_input_ids"] = torch.randint(
+                min(3, vocabulary - 1), vocabulary, shape, generator=generator, device="cpu"
+            )
         return inputs
 
 

@@ -137,7 +137,7 @@ class _Making:
         if leaf == _SCALE:
             return Planned(name, stand.dtype, shape, self._scale, 0)
         if leaf == _LIKE:
-            return Planned(name, stand.dtype, shape, lambda: torch.ones(shape, dtype=stand.dtype), 0)
+            return Planned(name, stand.dtype, shape, lambda: torch.ones(shape, dtype=stand.dtype, device="cpu"), 0)
         if isinstance(layer := self._layer, NativeLayer):
             return Planned(name, stand.dtype, shape, lambda: layer.converted().state_dict()[leaf], 0)
         return None

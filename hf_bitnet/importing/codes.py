@@ -160,7 +160,7 @@ def _positive(foreign: Levels) -> tuple[Tensor, Tensor]:
 def _present(levels: Tensor) -> list[int]:
     """The different levels, ascending. Sorting them all would take longer than everything else."""
     lowest, highest = (int(each) for each in torch.aminmax(levels))
-    counts = torch.zeros(highest - lowest + 1, dtype=torch.int64)
+    counts = torch.zeros(highest - lowest + 1, dtype=torch.int64, device=levels.device)
     for rows in levels.split(max(1, _COUNTED_AT_ONCE // levels.shape[1])):
         # int16 does not hold the distance of all int16 levels
         counts += torch.bincount((rows.to(torch.int32) - lowest).flatten(), minlength=counts.numel())
@@ -186,7 +186,7 @@ def _fewest(levels: Tensor, scale: Tensor) -> Tensor:
     """
     used = levels.reshape(scale.numel(), -1).ne(0).any(dim=-1).reshape(scale.shape)
     if not bool(used.any()):
-        return torch.ones(1, 1)
+        return scale.new_ones(1, 1)
     lowest, highest = torch.where(used, scale, torch.inf), torch.where(used, scale, -torch.inf)
     if bool(lowest.amin() == highest.amax()):
         return lowest.amin().reshape(1, 1)

@@ -146,7 +146,7 @@ class GGUFModel:
         rows, count = stored.shape[0], int(getattr(self.config, key))
         if rows % (2 * count):
             raise ValueError(f"{self.source}: {stored.name} has {rows} rows, which are no {count} heads of an even size")
-        return torch.arange(rows).reshape(count, -1, 2).transpose(1, 2).reshape(-1)
+        return torch.arange(rows, device="cpu").reshape(count, -1, 2).transpose(1, 2).reshape(-1)
 
     def _names(self, wanted: Wanted) -> dict[str, str]:
         """Name in the file -> name of the parameter."""

@@ -124,6 +124,6 @@ def _divided(file: GGUFFile, config: PreTrainedConfig) -> bool:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     compute: Callable[..., Any] = ROPE_INIT_FUNCTIONS[_LLAMA3["rope_type"]]
-    frequencies = 1.0 / theta ** (torch.arange(0, size, 2).float() / size)
+    frequencies = 1.0 / theta ** (torch.arange(0, size, 2, device="cpu").float() / size)
     found = compute(config, torch.device("cpu"))[0]
     return found.shape == frequencies.shape and torch.allclose(found, frequencies / divided_by, rtol=1e-4)

@@ -37,14 +37,14 @@ class _Blocks(NamedTuple):
 
 def _fields(codes: Tensor, bits: int, run: int) -> Tensor:
     """uint8 (B, n) -> (B, n * 8 / bits): fields from the lowest on; those of one byte are `run` weights apart."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8).view(1, 1, -1, 1)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device).view(1, 1, -1, 1)
     parts = codes.reshape(codes.shape[0], -1, 1, run) >> shifts
     return (parts & (2**bits - 1)).reshape(codes.shape[0], -1).to(torch.int16)
 
 
 def _trits(codes: Tensor, weights: int) -> Tensor:
     """uint8 (B, n) -> (B, weights): base 3, the most significant first, as a fraction of 256."""
-    powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.int32).view(1, -1, 1)
+    powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.int32, device=codes.device).view(1, -1, 1)
     shifted = (codes.to(torch.int32).unsqueeze(1) * powers) % 256
     return (shifted * 3 // 256).reshape(codes.shape[0], -1)[:, :weights].to(torch.int16)
 

@@ -110,5 +110,6 @@ def _quantized(weight: Tensor, scale: Tensor, bits: int, outside: str) -> Found 
     if bits == 2:
         return found(steps.float(), scale.float() / 2, with_half_levels(), learned=True)
     # a third of 1.5 rounded to the dtype, as they round it before they multiply
-    unit = torch.ones((), dtype=weight.dtype) / 1.5 if bits == 0 else torch.ones((), dtype=weight.dtype)
+    one = weight.new_ones(())
+    unit = one / 1.5 if bits == 0 else one
     return fit(Levels(steps.to(torch.int16), scale.float() * unit.float(), max(bits, 2), learned=True), outside)

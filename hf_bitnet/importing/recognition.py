@@ -107,7 +107,7 @@ def _levels(rows: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 def _may_be(rows: Tensor, grid: Grid) -> bool:
     """False where a look at a few rows shows that they are not on the grid."""
-    few = rows[torch.linspace(0, rows.shape[0] - 1, min(rows.shape[0], _FEW_ROWS)).long()]
+    few = rows[torch.linspace(0, rows.shape[0] - 1, min(rows.shape[0], _FEW_ROWS), device=rows.device).long()]
     ordered = few[:, :_MANY_COLUMNS].sort(dim=-1).values
     if bool(((ordered[:, 1:] != ordered[:, :-1]).sum(dim=-1) >= grid.levels).any()):
         return False

@@ -34,6 +34,7 @@ from .dispatch import (
     unpack,
     unpack_trits,
 )
+from .fits import kinds_of
 from .graph import is_recording
 from .reference import Layout, PackedWeight, RowQuantization
 
@@ -57,6 +58,7 @@ __all__ = [
     "int_linear",
     "int_matmul",
     "is_recording",
+    "kinds_of",
     "mean_magnitudes",
     "norm_quantize_rows",
     "pack",

@@ -225,6 +225,8 @@ def packed_linears_cases(seed: int = 0) -> Iterator[Case]:
         half = packed.shape[0] // 2
         first = (packed[:half], scale[:half] if scale.shape[0] > 1 else scale, None)
         weights = [first, (packed, scale, bias)] if half else [(packed, scale, bias)]
+        if scale.shape[1] > 1:
+            weights.append((packed, scale[:, :1].contiguous(), None))
         yield name, (x, weights, layout, rows, dtype)
 
 

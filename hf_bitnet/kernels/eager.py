@@ -67,7 +67,7 @@ def make_int_linear(int_matmul: Callable[[Tensor, Tensor], Tensor]) -> Callable[
         if w_scale.shape[-1] > 1:
             return _grouped_linear(x_codes, x_scale, x_zero, w_codes, w_scale, w_zero, bias, dtype)
         # what a zero point of the input takes off: its multiple of each row's sum of levels
-        w_sum = torch.zeros(())
+        w_sum = torch.zeros((), device=w_codes.device)
         if x_zero is not None:
             w_sum = w_codes.sum(dim=-1, dtype=torch.int32).float() - w_zero * w_codes.shape[-1]
         w_scale = w_scale.reshape(1, -1)

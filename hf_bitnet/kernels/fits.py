@@ -52,27 +52,38 @@ def check_places(x: Tensor, index: Tensor) -> None:
         )
 
 
-def check_alike(maps: Sequence[Sequence[PackedWeight]]) -> None:
-    """For each map one weight of every expert, with as many outputs each."""
+def check_counts(maps: Sequence[Sequence[PackedWeight]]) -> None:
+    """For each map one weight of every expert."""
     if not maps or not maps[0] or any(len(experts) != len(maps[0]) for experts in maps):
         raise ValueError(f"every map needs a weight of each expert; there are {[len(experts) for experts in maps]}")
+
+
+def check_alike(maps: Sequence[Sequence[PackedWeight]]) -> None:
+    """`check_counts`, and the weights of a map have as many outputs each."""
+    check_counts(maps)
     for experts in maps:
         if len(outputs := {weight[0].shape[0] for weight in experts}) > 1:
             raise ValueError(f"the experts' weights of one map are not alike: they have {sorted(outputs)} outputs")
+
+
+def kinds_of(weights: Sequence[PackedWeight]) -> set[tuple[object, ...]]:
+    """What a kernel takes to be the same of all weights when it is told of the first: one kind, where they lie alike."""
+    return {(*_kind(packed), *_kind(scale), *_kind_of_bias(bias)) for packed, scale, bias in weights}
 
 
 def _kind(tensor: Tensor) -> tuple[object, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def check_experts(maps: Sequence[Sequence[PackedWeight]], k: int, width: int) -> None:
-    """`check_alike`, and weights that lie alike, for kernels that are told the sizes of the first."""
-    check_alike(maps)
-    for experts in maps:
-        check_weight(*experts[0], k, width)
-        kinds = {tuple(None if each is None else _kind(each) for each in weight) for weight in experts}
-        if len(kinds) > 1:
-            raise ValueError(f"the experts' weights of one map are not alike: {sorted(map(str, kinds))}")
+def _kind_of_bias(bias: Tensor | None) -> tuple[object, ...]:
+    return () if bias is None else (bias.shape, bias.dtype, bias.device)  # one with gaps is copied
+
+
+def check_experts(experts: Sequence[PackedWeight], k: int, width: int) -> None:
+    """Weights of one map that lie alike, for kernels that are told the sizes of the first."""
+    check_weight(*experts[0], k, width)
+    if len(kinds := kinds_of(experts)) > 1:
+        raise ValueError(f"the experts' weights of one map are not alike: {sorted(map(str, kinds))}")
 
 
 def check_scale(scale: Tensor, n: int, k: int) -> None:

@@ -69,4 +69,4 @@ def _windows(predictions: list[Any], tokenizer: Any, length: int, max_windows: i
         raise ValueError(
             f"Perplexity: windows of {min(lengths)} to {max(lengths)} tokens; all must be as long, as those of text_windows are"
         )
-    return torch.tensor(predictions[:max_windows], dtype=torch.int64)
+    return torch.tensor(predictions[:max_windows], dtype=torch.int64, device="cpu")

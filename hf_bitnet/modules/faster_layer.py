@@ -23,6 +23,7 @@ from .. import kernels
 from . import faster_ahead
 from .faster import Faster, epsilon, epsilon_name
 from .packed_linear import PackedBitLinear
+from .patience import Patience
 from .sub_norm import SubNorm
 
 _ATTENDING = (None, "sdpa", "eager")
@@ -60,10 +61,12 @@ class _Plan(NamedTuple):
     """A layer as one call, and what must still be there for it to be the layer.
 
     Attributes:
+        patience: with a layer whose parts change at every token; a plan costs a proof.
         owners, names, parts: modules, tensors, numbers and schemes that went into it, each with the dict it is in.
         blends, versions: of sub-norms, whose values went into it.
     """
 
+    patience: Patience
     described: kernels.DescribedLayer
     owners: tuple[dict[str, Any], ...]
     names: tuple[str, ...]
@@ -174,11 +177,15 @@ def _plan_of(module: nn.Module) -> _Plan | None:
     if not _attends_to_all(module):
         return None
     if plan is not None and plan.holds():
+        plan.patience.served()
         return None if plan.watchers.are_there() else plan
     # nothing is remembered of a layer that is unpacked or watched just now: the proof would call the watchers
     if not is_decoder_layer(module) or _watchers_of(module).are_there():
         return None
-    plan = _PLANS[module] = _make(module)
+    patience = Patience() if plan is None else plan.patience
+    if not patience.may_look():
+        return None
+    plan = _PLANS[module] = _make(module, patience)
     return plan
 
 
@@ -202,7 +209,7 @@ def _watchers_of(module: Any) -> _Watchers:
     return _Watchers(hooks, tuple(part.__dict__ for part in parts), module.self_attn)
 
 
-def _make(module: Any) -> _Plan | None:
+def _make(module: Any, patience: Patience) -> _Plan | None:
     """The plan of a layer; None where its parts compute something else together. `is_decoder_layer` has to hold."""
     linears: list[PackedBitLinear] = _linears(module)
     layout, activation = linears[0].layout, linears[0].activation
@@ -213,7 +220,7 @@ def _make(module: Any) -> _Plan | None:
     owners, names = (tuple(column) for column in zip(*_ingredients(module, linears), strict=True))
     now = tuple(map(dict.get, owners, names))
     blends = tuple(part.blend for part in _modules_of(module) if isinstance(part, SubNorm))
-    return _Plan(described, owners, names, now, blends, _versions(blends), _watchers_of(module))
+    return _Plan(patience, described, owners, names, now, blends, _versions(blends), _watchers_of(module))
 
 
 def _ingredients(module: Any, linears: list[PackedBitLinear]) -> list[tuple[dict[str, Any], str]]:
@@ -289,7 +296,7 @@ def _describe(
 
 def _activation(function: Any) -> str:
     """The name by which the kernel knows an activation function. Raises ValueError for others."""
-    line = torch.linspace(-6.0, 6.0, 49)
+    line = torch.linspace(-6.0, 6.0, 49, device="cpu")
     found = function(line)
     for name, known in kernels.ACTIVATIONS.items():
         if torch.allclose(found, known(line), atol=1e-6):
@@ -307,7 +314,7 @@ def _agrees(module: Any, described: kernels.DescribedLayer) -> bool:
     generator = torch.Generator().manual_seed(0)
 
     def random(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).to(dtype)
+        return torch.randn(*size, generator=generator, device="cpu").to(dtype)
 
     # small, so that the residual does not hide what the parts add to it
     x = random(2, 1, described.hidden) * 0.05

@@ -25,6 +25,7 @@ from . import faster_ahead, faster_layer
 from .faster import Faster
 from .faster_cache import show
 from .faster_layer import described_of
+from .patience import Patience
 
 # arguments of a forward that are looked at; any other has to be None
 _ARGUMENTS = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"})
@@ -47,11 +48,17 @@ class _Stack(NamedTuple):
 
 
 class _Proven(NamedTuple):
-    """What was found for a model with these parts and settings: the class of its outputs, None where its forward does more."""
+    """What was found for a model with these parts and settings.
+
+    Attributes:
+        kind: the class of its outputs, None where its forward does more.
+        patience: with a model whose settings change at every token; a proof costs several.
+    """
 
     stack: _Stack
     settings: dict[str, Any]
     kind: type | None
+    patience: Patience
 
 
 _PROVEN: weakref.WeakKeyDictionary[nn.Module, _Proven] = weakref.WeakKeyDictionary()
@@ -107,8 +114,13 @@ def _token(model: Any, plainly: Callable[..., Any], given: Mapping[str, Any]) ->
     if len(layers) < len(stack.layers):
         return None
     proven, settings = _PROVEN.get(model), _settings(model)
-    if proven is None or proven.stack != stack or proven.settings != settings:
-        proven = _PROVEN[model] = _Proven(stack, settings, _prove(stack, layers, plainly))
+    if proven is not None and proven.stack == stack and proven.settings == settings:
+        proven.patience.served()
+    else:
+        patience = Patience() if proven is None else proven.patience
+        if not patience.may_look():
+            return None
+        proven = _PROVEN[model] = _Proven(stack, settings, _prove(stack, layers, plainly), patience)
     if proven.kind is None:
         return None
     y = _compute(stack, layers, ids, cache, given.get("position_ids"), length)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from itertools import repeat
-from operator import contains, is_
+from operator import contains, is_, is_not
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +20,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .. import kernels
 from ..kernels import Layout, PackedWeight, RowQuantization
 from .packed_linear import PackedBitLinear
+from .patience import Patience
 from .transformed import is_transforming
 
-# after so many looks at the layers that served for nothing they are called for good: their parameters come and go
-_MOST_MISSES = 4
+# so many places on the CPU are looked at one by one: experts that nobody chose need not be there
+_FEW_PLACES = 16
 _call_reference = weakref.ref.__call__
 
 
@@ -73,9 +73,10 @@ class _Seen(NamedTuple):
 
     def is_there(self) -> bool:
         # some thirty comparisons an expert and token: loops that the interpreter does not run
-        return all(map(is_, map(dict.get, self.owners, self.names), self.parts)) and all(
-            map(is_, map(dict.get, self.held_by, self.held_as), map(_call_reference, self.held))
-        )
+        if not all(map(is_, map(dict.get, self.owners, self.names), self.parts)):
+            return False
+        held = tuple(map(_call_reference, self.held))
+        return all(map(is_, map(dict.get, self.held_by, self.held_as), held)) and all(map(is_not, held, repeat(None)))
 
     def is_watched(self) -> bool:
         return any(self.hooks) or any(map(contains, self.own, repeat("forward")))
@@ -87,15 +88,15 @@ class Together:
     Attributes:
         products: of the first maps and of the last; None where the layers have to be called.
         seen: each expert as it was then; empty before the first look.
-        misses: looks since the last time that what was known served.
+        patience: with layers whose parameters come and go.
     """
 
-    __slots__ = ("misses", "products", "seen")
+    __slots__ = ("patience", "products", "seen")
 
     def __init__(self) -> None:
         self.products: tuple[Product, Product] | None = None
         self.seen: list[_Seen] = []
-        self.misses = 0
+        self.patience = Patience()
 
     def __reduce__(self) -> tuple[type[Together], tuple[()]]:
         return Together, ()
@@ -103,16 +104,17 @@ class Together:
     def for_experts(self, module: Any, numbers: Iterable[int]) -> tuple[Product, Product] | None:
         """The products, if they are those of the module's experts `numbers` now."""
         everywhere = nn.modules.module
-        if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks or self.misses > _MOST_MISSES:
+        if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
             return None
         if self.seen:
             if any(self.seen[number].is_watched() for number in numbers):
                 return None
             if all(self.seen[number].is_there() for number in numbers):
-                self.misses = 0
+                self.patience.served()
                 return self.products
+        if not self.patience.may_look():
+            return None
         self.products, self.seen = _look_at(module)
-        self.misses += 1
         return None if any(self.seen[number].is_watched() for number in numbers) else self.products
 
 
@@ -132,23 +134,18 @@ def products_of(module: Any, index: Tensor) -> tuple[Product, Product, Tensor] |
         return None if products is None or any(seen[number].is_watched() for number in everyone) else (*products, index)
     if torch._C._get_tracing_state() is not None or not _may_be_packed(module):
         return None
-    # a single token on the CPU: what it does not choose need not be looked at
-    numbers = index[0].tolist() if len(index) == 1 and index.is_cpu else None
-    if numbers is None or not all(0 <= number < module.num_experts for number in numbers):
+    if not index.is_cpu or index.numel() > _FEW_PLACES:
         products = module.together.for_experts(module, everyone)
         return None if products is None else (*products, index)
+    chosen = index.reshape(-1).tolist()
+    numbers = [number for number in dict.fromkeys(chosen) if 0 <= number < module.num_experts] or [0]
     products = module.together.for_experts(module, numbers)
     if products is None:
         return None
     first, down = products
-    return first.of(numbers), down.of(numbers), _counted(len(numbers))
-
-
-@lru_cache(maxsize=64)
-def _counted(count: int) -> Tensor:
-    """0, 1, ...; (1, count)."""
-    with torch.inference_mode(False):
-        return torch.arange(count, device="cpu").unsqueeze(0)
+    among = {number: place for place, number in enumerate(numbers)}
+    renamed = torch.tensor([among.get(number, len(numbers)) for number in chosen], dtype=torch.int64, device="cpu")
+    return first.of(numbers), down.of(numbers), renamed.view(index.shape)
 
 
 def _may_be_packed(module: Any) -> bool:
@@ -180,9 +177,7 @@ def _product(maps: Sequence[Sequence[PackedBitLinear]]) -> Product | None:
         weights = [each.operands() for each in layers]
         if any(is_traceable_wrapper_subclass(tensor) for weight in weights for tensor in weight):
             return None  # of a sharded model
-        # as kernels want them: they are told of the first alone
-        kinds = {(w.shape, w.stride(), w.device, s.shape, s.stride(), None if b is None else b.dtype) for w, s, b in weights}
-        if len(kinds) > 1:
+        if len(kernels.kinds_of(weights)) > 1:  # kernels are told of the first alone
             return None
     return Product([[each._parameters for each in layers] for layers in maps], layer.layout, rows)
 

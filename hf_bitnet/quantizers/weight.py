@@ -99,7 +99,7 @@ class WeightQuantizer:
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(f"group_size must be a positive whole number, got {self.group_size!r}; try group_size=128")
         if self.scale_rule == "threshold" or (self.scale_rule == "least_squares" and scheme.grid.levels > 16):
-            SCALE_RULES.get(self.scale_rule)(torch.ones(1, 1), scheme.grid)  # refuses a grid it does not serve
+            SCALE_RULES.get(self.scale_rule)(torch.ones(1, 1, device="cpu"), scheme.grid)  # refuses a grid it does not serve
 
     @property
     def grid(self) -> Grid:

@@ -98,7 +98,7 @@ def _computes_rms_norm(kind: type, epsilon: float, features: int, dtype: torch.d
     known = _proven(kind, epsilon, features, dtype)
     if not known:
         generator = torch.Generator().manual_seed(0)
-        weight, x = (torch.randn(*shape, features, generator=generator).to(dtype) for shape in ((), (3,)))
+        weight, x = (torch.randn(*shape, features, generator=generator, device="cpu").to(dtype) for shape in ((), (3,)))
         known.append(
             _agree(
                 lambda: torch.func.functional_call(module, {"weight": weight}, (x,)),
@@ -120,7 +120,7 @@ def _is_attention(kind: type) -> bool:
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 4, 3, 8), (2, 2, 3, 8), (2, 3, 8), (2, 3, 8))
     for dtype in (torch.float32, torch.bfloat16):
-        arguments = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+        arguments = [torch.randn(shape, generator=generator, device="cpu").to(dtype) for shape in shapes]
         if not _agree(lambda a=arguments: rotate(*a), lambda a=arguments: reference.rotate(*a)):
             return False
     return True

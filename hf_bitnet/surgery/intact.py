@@ -44,6 +44,6 @@ def check_codes(model: nn.Module) -> None:
 def _legal_bytes(quantizer: WeightQuantizer, bits: int) -> Tensor:
     """Bool (256,): the bytes all of whose codes are on the grid."""
     grid = quantizer.grid
-    values = torch.arange(256, dtype=torch.uint8).reshape(256, 1)
+    values = torch.arange(256, dtype=torch.uint8, device="cpu").reshape(256, 1)
     codes = kernels.unpack(values, bits, grid.lowest, grid.step, 8 // bits)
     return ((codes >= grid.lowest) & (codes <= grid.highest)).all(dim=-1)

@@ -88,7 +88,7 @@ class QuantMonitor:
         sqnr, cosine = torch.stack(distances).unbind(dim=1)
         total, watched = (sum(each) for each in zip(*sizes, strict=True))
         mean = (flips / total, zeros / total, sqnr.mean(), cosine.mean(), changed / watched, sqnr.min())
-        shares = every[:, :2] / torch.tensor([[size] for size, _ in sizes]).to(every.device, non_blocking=True)
+        shares = every[:, :2] / torch.tensor([[size] for size, _ in sizes], device="cpu").to(every.device, non_blocking=True)
         return torch.cat((torch.stack(mean), torch.cat((shares, sqnr[:, None], cosine[:, None]), dim=1).flatten()))
 
     def _layers(self, model: nn.Module) -> list[tuple[str, TrainedLayer]]:

@@ -94,7 +94,7 @@ class Architecture:
             return None
         heads = config.num_attention_heads if kind == "attn_q" else heads_of_keys(config)
         # halves of a head become neighbours
-        return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
+        return torch.arange(rows, device="cpu").view(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
 
 
 LLAMA = Architecture(

@@ -114,7 +114,7 @@ def i2_s(levels: Tensor, d: Tensor, steps: Steps) -> Tensor:
 
 def _blocks(d: Tensor, *parts: int) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Room for rows of blocks, uint8 (R, bytes), and views (R, blocks, n) of the n bytes of each of its `parts`."""
-    out = torch.empty(*d.shape, sum(parts), dtype=torch.uint8)
+    out = torch.empty(*d.shape, sum(parts), dtype=torch.uint8, device=d.device)
     return out.flatten(1), out.split(parts, dim=2)
 
 
@@ -139,7 +139,7 @@ def _wrapped(number: int) -> int:
 def _trits(levels: Tensor, apart: int, out: Tensor) -> None:
     """Levels -1 .. 1 that lie `apart` in (R, blocks, n * apart) as one number in base 3, the first in the highest place."""
     parts = levels.unflatten(2, (-1, apart)).unbind(2)
-    number = sum(((part + 1).to(torch.int32) * place for part, place in zip(parts, _TRITS, strict=False)), torch.zeros(()))
+    number = sum(((part + 1).to(torch.int32) * place for part, place in zip(parts, _TRITS, strict=False)), levels.new_zeros(()))
     # floor((256 number + 242) / 243) by a multiplication, exact for the 243 numbers there are
     out.copy_(((number.to(torch.int32) * 256 + 242) * 17261 >> 22).to(torch.uint8))
 
@@ -177,5 +177,6 @@ def _from_neighbours(data: Tensor, bits: int, lowest: int, step: int, block: int
 @functools.cache
 def _levels_in(bits: int, lowest: int, step: int) -> Tensor:
     """float32 (256, 8 / bits): the levels in a byte, those in the lowest bits first."""
-    indices = (torch.arange(256)[:, None] >> torch.arange(0, 8, bits)) & (1 << bits) - 1
+    every = torch.arange(256, device="cpu")
+    indices = (every[:, None] >> every[:8:bits]) & (1 << bits) - 1
     return (indices * step + lowest).float()

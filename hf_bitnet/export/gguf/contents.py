@@ -88,7 +88,7 @@ class Codes:
 
     def tail(self) -> Tensor:
         """uint8 (kind.tail,): the one scale of the tensor in float32, then zeros."""
-        out = torch.zeros(self.kind.tail, dtype=torch.uint8)
+        out = torch.zeros(self.kind.tail, dtype=torch.uint8, device="cpu")
         if self.kind.tail:
             scale = next(Source.blocks(self.layer)).scale.detach().float().cpu().reshape(1)
             out[:4] = (scale / self.steps.factor).view(torch.uint8)
@@ -166,7 +166,7 @@ class Floats:
             release_mapped(part)
 
     def tail(self) -> Tensor:
-        return torch.zeros(0, dtype=torch.uint8)
+        return torch.zeros(0, dtype=torch.uint8, device="cpu")
 
 
 def shape(content: Codes | Floats) -> tuple[int, ...]:

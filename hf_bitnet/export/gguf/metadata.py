@@ -133,7 +133,7 @@ def _add_scaling(made: Metadata, config: Any, rope: dict[str, Any]) -> None:
     scaled, attention = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layers)
     if kind == "llama3":
         size = head_size(config)
-        plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+        plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size)
         made.tensors["rope_freqs.weight"] = plain / scaled
         return
     if kind == "longrope":
@@ -141,7 +141,9 @@ def _add_scaling(made: Metadata, config: Any, rope: dict[str, Any]) -> None:
         made.integers["rope.scaling.original_context_length"] = original
         made.floats["rope.scaling.attn_factor"] = float(attention)
         for which in ("long", "short"):
-            made.tensors[f"rope_factors_{which}.weight"] = torch.tensor(rope[f"{which}_factor"], dtype=torch.float32)
+            made.tensors[f"rope_factors_{which}.weight"] = torch.tensor(
+                rope[f"{which}_factor"], dtype=torch.float32, device="cpu"
+            )
         made.notes.append(
             f"llama.cpp takes the angles for long texts where its context is longer than {original}, transformers where the "
             "text is"

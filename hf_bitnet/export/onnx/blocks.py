@@ -78,7 +78,7 @@ class Blocks:
     def zeros(self, dtype: torch.dtype) -> Tensor:
         """(rows * blocks,), only where `zero` is a float."""
         assert self.zero is not None
-        return torch.full((self.rows * self.count,), self.zero, dtype=dtype)
+        return torch.full((self.rows * self.count,), self.zero, dtype=dtype, device="cpu")
 
 
 def plan(quantizer: WeightQuantizer, rows: int, columns: int, *, min_bits: int, float_zero: bool) -> Blocks:

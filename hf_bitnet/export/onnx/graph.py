@@ -80,15 +80,15 @@ def _cached(model: Any) -> _Signature:
     names = [f"past_key_values.{i}.{what}" for i in range(len(shapes) // 2) for what in ("key", "value")]
     inputs: dict[str, Any] = _tokens(_LENGTH, _PAST)
     dims: dict[str, Any] = {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "total"}}
-    inputs["past"] = [torch.zeros(_BATCH, shape[1], _PAST, shape[3], dtype=model.dtype) for shape in shapes]
+    inputs["past"] = [torch.zeros(_BATCH, shape[1], _PAST, shape[3], dtype=model.dtype, device="cpu") for shape in shapes]
     dims["past"] = [{0: "batch", 2: "past"}] * len(shapes)
     presents = [name.replace("past_key_values", "present") for name in names]
     return _Signature(_Cached(model), inputs, dims, ["input_ids", "attention_mask", *names], ["logits", *presents])
 
 
 def _tokens(length: int, past: int = 0) -> dict[str, Tensor]:
-    ids = torch.zeros(_BATCH, length, dtype=torch.long)
-    return {"input_ids": ids, "attention_mask": torch.ones(_BATCH, past + length, dtype=torch.long)}
+    ids = torch.zeros(_BATCH, length, dtype=torch.long, device="cpu")
+    return {"input_ids": ids, "attention_mask": torch.ones(_BATCH, past + length, dtype=torch.long, device="cpu")}
 
 
 def trace(model: Any, *, kv_cache: bool, opset: int) -> Any:
@@ -145,7 +145,7 @@ def write(graph: Any, planned: dict[str, Planned], folder: Path, progress: Calla
             file.write(b"\0" * (-file.tell() % _ALIGNMENT))
             start = file.tell()
             append(file, each)
-            dtype = ir.DataType.from_numpy(torch.empty(0, dtype=each.dtype).numpy().dtype)
+            dtype = ir.DataType.from_numpy(torch.empty(0, dtype=each.dtype, device="cpu").numpy().dtype)
             shape = ir.Shape(each.shape)
             values[name].const_value = ir.ExternalTensor(DATA, start, each.bytes, dtype, shape=shape, name=name)
             progress(each.weights)

@@ -106,7 +106,7 @@ class _StandIns:
         self.planned: dict[int, Planned] = {}
 
     def add(self, planned: Planned) -> nn.Parameter:
-        parameter = nn.Parameter(torch.zeros((), dtype=planned.dtype).expand(planned.shape), requires_grad=False)
+        parameter = nn.Parameter(torch.zeros((), dtype=planned.dtype, device="cpu").expand(planned.shape), requires_grad=False)
         self._kept.append(parameter)
         self.planned[id(parameter)] = planned
         return parameter

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Generic, TypeVar
-
 import torch
 from torch import Tensor
-
-Value = TypeVar("Value")
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DTYPES = {**FLOATS, torch.int8: 3}
@@ -43,24 +38,3 @@ def require_cpu(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None and not tensor.is_cpu:
             raise ValueError(f"all tensors of a CPU kernel have to be on the CPU, one is on {tensor.device}")
-
-
-class KeptFor(Generic[Value]):
-    """What is kept for a tensor: found by the tensor's identity, and gone when it dies."""
-
-    def __init__(self) -> None:
-        self._found: dict[int, tuple[weakref.ref[Tensor], Value]] = {}
-
-    def get(self, tensor: Tensor) -> Value | None:
-        found = self._found.get(id(tensor))
-        return found[1] if found is not None and found[0]() is tensor else None
-
-    def put(self, tensor: Tensor, value: Value) -> None:
-        key, all_of_them = id(tensor), self._found
-
-        def forget(owner: weakref.ref[Tensor]) -> None:
-            found = all_of_them.get(key)
-            if found is not None and found[0] is owner:  # another tensor may live at the same id by now
-                del all_of_them[key]
-
-        all_of_them[key] = weakref.ref(tensor, forget), value

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .. import reference
 from ..fits import check_alike, check_places
+from ..kept import KeptFor
 from ..reference import Layout, PackedWeight, RowQuantization
-from .common import FLOATS, KeptFor, as_float, as_rows, check, require_cpu
+from .common import FLOATS, as_float, as_rows, check, require_cpu
 from .library import functions
 from .products import GRID, INPUT, describe, packed_grid, traits_of, usable_weight
 

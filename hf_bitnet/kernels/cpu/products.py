@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from .. import reference
 from ..fits import check_codes, check_input, check_matrix, check_weight
+from ..kept import KeptFor
 from ..reference import CODES_PER_BYTE, Layout, PackedWeight, RowQuantization
-from .common import DTYPES, FLOATS, KeptFor, as_float, as_float32, as_rows, check, require_cpu
+from .common import DTYPES, FLOATS, as_float, as_float32, as_rows, check, require_cpu
 from .library import functions
 
 # parts of the block, in the layout of src/hf_bitnet_cpu.h
@@ -185,8 +187,15 @@ def packed_linears(
         return block.all(x)
     if x.shape[-1] == 0:
         return reference.packed_linears(x, weights, layout, rows, dtype)
+    alike = [list(run) for _, run in groupby(weights, _groups_of)]
+    if len(alike) > 1:  # a call of the library has one size of groups
+        return [y for run in alike for y in packed_linears(x, run, layout, rows, dtype)]
     block, read, _alive = _make(x, weights, spec)
     return block.all(read)
+
+
+def _groups_of(weight: PackedWeight) -> torch.Size:
+    return weight[1].shape[1:]
 
 
 # ---- codes ----

@@ -12,8 +12,8 @@ Not done: unpacking weights first where experts have hundreds of rows, as `packe
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..fits import check_experts, check_places
+from ..fits import check_counts, check_experts, check_places
+from ..kept import KeptFor
 from ..reference import CODES_PER_BYTE, Layout, PackedWeight, RowQuantization
 from .language import EXACT
 from .packed import (
@@ -162,55 +163,92 @@ def _experts_kernel(
         )
 
 
-# a captured CUDA graph holds the address of what is kept here: more than any model has layers, so that nothing is dropped
-@lru_cache(maxsize=1 << 14)
-def _distances(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """How far each address of a row is from the row's first, in bytes; int64 (rows, experts), on `device`."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("packed experts are called for the first time inside a CUDA graph; call the model once before")
-    return torch.tensor([[each - row[0] for each in row] for row in addresses], device=device)
-
-
 class _Map(NamedTuple):
     """What both kernels are told of the weights of one map, beside the weights themselves.
 
     Attributes:
-        n: outputs. scale: of the first expert. biases: of all; one of something else where there are none.
-        distances: see `_distances`, of weights, scales and biases.
+        made_of: what must not have changed for it to describe these weights.
+        n: outputs. width: bytes of a packed row.
+        distances: of the experts' weights, scales and biases from the first one's, in bytes; int64 (3, experts).
         strides: of the scales: between rows, between groups. groups: of inputs with a scale of their own.
+        whole: whether every weight begins where a word may.
+        copies: of biases with gaps.
         flags: constants of the kernels.
     """
 
+    made_of: tuple[Any, ...]
     n: int
-    scale: Tensor
-    biases: list[Tensor]
+    width: int
     distances: Tensor
     strides: tuple[int, int]
     groups: int
+    whole: bool
+    copies: list[Tensor]
     flags: dict[str, Any]
 
+    def bias(self, weight: PackedWeight) -> Tensor:
+        """Of the first expert; something else where there are none."""
+        if self.copies:
+            return self.copies[0]
+        return weight[1] if weight[2] is None else weight[2]
 
-def _map_of(weights: Sequence[PackedWeight], layout: Layout) -> _Map:
+
+# for the first expert's packed tensor. A captured CUDA graph holds the address of the distances, which live as long as it
+_KEPT: KeptFor[_Map] = KeptFor()
+_nbytes = attrgetter("nbytes")
+
+
+def _addresses(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    return tuple(map(Tensor.data_ptr, tensors))
+
+
+def _map_of(weights: Sequence[PackedWeight], k: int, layout: Layout) -> _Map:
+    """What there is to know of weights; looked at when they are first seen. Raises ValueError where they are not alike."""
+    packed, scales, biases = zip(*weights, strict=True)
+    given = tuple(0 if bias is None else bias.data_ptr() for bias in biases)
+    dtype = None if biases[0] is None else biases[0].dtype
+    made_of = k, layout, _addresses(packed), tuple(map(_nbytes, packed)), _addresses(scales), given, dtype
+    found = _KEPT.get(packed[0])
+    if found is None or found.made_of != made_of:
+        check_experts(weights, k, -(-k // CODES_PER_BYTE[layout.bits]))
+        found = _describe(weights, layout, made_of)
+        if not found.copies:  # which are for one call
+            _KEPT.put(packed[0], found)
+    return found
+
+
+def _describe(weights: Sequence[PackedWeight], layout: Layout, made_of: tuple[Any, ...]) -> _Map:
     packed, scale, bias = weights[0]
-    biases = [each.contiguous() for _, _, each in weights if each is not None] or [scale] * len(weights)
-    tensors = [each for each, _, _ in weights], [each for _, each, _ in weights], biases
-    addresses = tuple(tuple(map(Tensor.data_ptr, each)) for each in tensors)
-    strides = 0 if scale.shape[0] == 1 else scale.stride(0), scale.stride(1)
+    if packed.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("packed experts are called for the first time inside a CUDA graph; call the model once before")
+    given = [each for _, _, each in weights if each is not None]
+    gaps = any(not each.is_contiguous() for each in given)
+    biases = [each.contiguous() for each in given] or [scale] * len(weights)
+    rows = [_addresses(each) for each in ([each for each, _, _ in weights], [each for _, each, _ in weights], biases)]
     flags = {"STEP": layout.step, "BITS": layout.bits, "PER": CODES_PER_BYTE[layout.bits], "BIAS": bias is not None}
     flags |= {"GROUPED": scale.shape[1] > 1, "ONE_SCALE": scale.numel() == 1, **EXACT}
     # loads may be wide where every address is a multiple of their width
-    flags |= {"ALIGNED": _WIDEST if all(each % _WIDEST == 0 for each in addresses[0]) else 1}
-    return _Map(packed.shape[0], scale, biases, _distances(addresses, packed.device), strides, scale.shape[1], flags)
+    flags |= {"ALIGNED": _WIDEST if all(each % _WIDEST == 0 for each in rows[0]) else 1}
+    return _Map(
+        made_of,
+        *packed.shape,
+        distances=torch.tensor([[each - row[0] for each in row] for row in rows], device=packed.device),
+        strides=(0 if scale.shape[0] == 1 else scale.stride(0), scale.stride(1)),
+        groups=scale.shape[1],
+        whole=all(each % WORD == 0 for each in rows[0]),
+        copies=biases if gaps else [],
+        flags=flags,
+    )
 
 
 def _by_place(
-    x: Planes, index: Tensor, words: Sequence[Tensor], weights: Sequence[PackedWeight], layout: Layout, out: Tensor
+    x: Planes, index: Tensor, words: Tensor, of: _Map, weights: Sequence[PackedWeight], layout: Layout, out: Tensor
 ) -> None:
-    """Products of each place by itself; `words`: the packed weights as int32."""
-    of, (_, count) = _map_of(weights, layout), words[0].shape
+    """Products of each place by itself; `words`: the first packed weight as int32."""
+    count = words.shape[1]
     _places_kernel[lambda picked: (triton.cdiv(of.n, picked["BLOCK_N"]), index.numel())](
-        *(x.codes.view(torch.int32), x.scale, x.sums, words[0], of.scale, of.biases[0], out, index),
-        *(of.distances, index.shape[1], len(weights), of.n, count, words[0].stride(0)),
+        *(x.codes.view(torch.int32), x.scale, x.sums, words, weights[0][1], of.bias(weights[0]), out, index),
+        *(of.distances, index.shape[1], len(weights), of.n, count, words.stride(0)),
         *(*of.strides, count // of.groups, layout.lowest, layout.zero_point),
         LANES=lanes_of(layout.bits),
         **of.flags,
@@ -218,11 +256,18 @@ def _by_place(
 
 
 def _by_expert(
-    x: Planes, index: Tensor, order: Tensor, bounds: Tensor, weights: Sequence[PackedWeight], layout: Layout, out: Tensor
+    x: Planes,
+    index: Tensor,
+    order: Tensor,
+    bounds: Tensor,
+    of: _Map,
+    weights: Sequence[PackedWeight],
+    layout: Layout,
+    out: Tensor,
 ) -> None:
     """Products of all places of an expert together; `order` and `bounds`: see `_sorted`."""
-    of, packed = _map_of(weights, layout), weights[0][0]
-    rows, experts, width = order.numel(), len(weights), packed.shape[1]
+    packed, scale, _ = weights[0]
+    rows, experts = order.numel(), len(weights)
 
     def grid(picked: dict[str, int]) -> tuple[int]:
         # every expert may have one tile that is not full
@@ -230,8 +275,8 @@ def _by_expert(
         return (tiles * triton.cdiv(of.n, picked["BLOCK_N"]),)
 
     _experts_kernel[grid](
-        *(x.codes, x.scale, x.sums, packed, of.scale, of.biases[0], out, order, bounds, of.distances),
-        *(index.shape[1], experts, of.n, width, x.codes.shape[2], *packed.stride(), *of.strides, width // of.groups),
+        *(x.codes, x.scale, x.sums, packed, scale, of.bias(weights[0]), out, order, bounds, of.distances),
+        *(index.shape[1], experts, of.n, of.width, x.codes.shape[2], *packed.stride(), *of.strides, of.width // of.groups),
         *(lowest_level(layout), layout.zero_point, bucket(rows)),
         EXPERTS=power_of_two(experts),
         **of.flags,
@@ -248,35 +293,34 @@ def packed_experts(
 ) -> list[Tensor]:
     """`reference.packed_experts`: x is quantized once."""
     check_places(x, index)
+    check_counts(maps)
     k, per = x.shape[1], CODES_PER_BYTE[layout.bits]
-    width = -(-k // per)
-    check_experts(maps, k, width)
+    described = [_map_of(experts, k, layout) for experts in maps]
     index, places = index.contiguous(), index.numel()
-    outs = [torch.zeros(places, experts[0][0].shape[0], dtype=dtype, device=x.device) for experts in maps]
+    outs = [torch.zeros(places, of.n, dtype=dtype, device=x.device) for of in described]
     if not k or not all(fits_tiles(experts[0][1], k, per) for experts in maps):
         _one_by_one(x, index, maps, layout, rows, outs)
         return outs
-    used = [(experts, out) for experts, out in zip(maps, outs, strict=True) if out.numel()]
+    used = [each for each in zip(described, maps, outs, strict=True) if each[2].numel()]
     if not used:
         return outs
-    quantized = quantize_planes(x, -(-width // WORD) * WORD, per, *rows)
-    words = [_words_of(experts) for experts, _ in used] if places <= _MOST_PLACES and has_dp4a(x) else []
+    quantized = quantize_planes(x, -(-described[0].width // WORD) * WORD, per, *rows)
+    words = [_words_of(of, experts) for of, experts, _ in used] if places <= _MOST_PLACES and has_dp4a(x) else [None]
     with on_device_of(x):
-        if words and all(each is not None for each in words):
-            for (experts, out), of_map in zip(used, words, strict=True):
-                _by_place(quantized, index, of_map or (), experts, layout, out)
+        if all(each is not None for each in words):
+            for (of, experts, out), first in zip(used, words, strict=True):
+                assert first is not None
+                _by_place(quantized, index, first, of, experts, layout, out)
             return outs
         order, bounds = _sorted(index, len(maps[0]))
-        for experts, out in used:
-            _by_expert(quantized, index, order, bounds, experts, layout, out)
+        for of, experts, out in used:
+            _by_expert(quantized, index, order, bounds, of, experts, layout, out)
     return outs
 
 
-def _words_of(experts: Sequence[PackedWeight]) -> list[Tensor] | None:
-    """The packed weights as int32, where all of them can be."""
-    found = [as_words(packed, scale.shape[1]) for packed, scale, _ in experts]
-    whole = [each for each in found if each is not None]
-    return whole if len(whole) == len(found) else None
+def _words_of(of: _Map, experts: Sequence[PackedWeight]) -> Tensor | None:
+    """The first packed weight as int32, where all of them can be."""
+    return as_words(experts[0][0], of.groups) if of.whole else None
 
 
 def _sorted(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,7 @@ def drawn_windows(
 
 def with_drawn(model: PreTrainedModel, windows: Tensor, share: float, most: int, *, seed: int, progress: bool) -> Tensor:
     """At most `most` of the windows (count, length), taken from everywhere; a share of them goes on as `model` writes it."""
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:most]
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed), device="cpu")[:most]
     count = round(share * len(order))
     starts = windows[order[:count], : min(_START, windows.shape[1] - 1)]
     if not count:
