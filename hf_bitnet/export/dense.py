@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..modules import BitConv1D, PackedBitLinear, QuantizedEmbedding, QuantizedLayer, shape_of
+from ..quantizers import Quantized
 from ..surgery import separates_what_files_hold_fused
 from .format import EXPORT_FORMATS, ExportFormat, Progress, Source
 from .names import origins, saved_names
@@ -130,8 +131,12 @@ def _floats(name: str, layer: QuantizedLayer | QuantizedEmbedding, dtype: torch.
 
     def made() -> Tensor | Iterator[Tensor]:
         if is_conv1d(layer):
-            return _rounded(name, layer.quantized_weight().dequantize(), dtype).T
-        return (_rounded(name, part.dequantize(), dtype) for part in Source.blocks(layer))
+            return values(layer.quantized_weight()).T
+        return map(values, Source.blocks(layer))
+
+    def values(part: Quantized) -> Tensor:
+        # float16 does not hold every one of them
+        return _rounded(name, part.dequantize(), dtype) if dtype == torch.float16 else part.dequantize(dtype)
 
     shape = shape_of(layer)
     return Planned(name, dtype, shape[::-1] if is_conv1d(layer) else shape, made, shape[0] * shape[1])

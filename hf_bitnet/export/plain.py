@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -100,9 +101,17 @@ def _is_stored(stored: Stored, name: str, planned: Planned) -> bool:
     for wanted in planned.parts():
         found = stored.rows(name, start, start + len(wanted)) if planned.shape else stored.get(name)
         start += len(wanted) if planned.shape else 0
-        if found is None or found.dtype != wanted.dtype or not torch.equal(found, wanted):
+        if found is None or found.dtype != wanted.dtype or not _are_same_bits(found, wanted):
             return False
     return not planned.shape or start == planned.shape[0]
+
+
+def _are_same_bits(found: Tensor, wanted: Tensor) -> bool:
+    one, other = (each.contiguous().reshape(-1).view(torch.uint8).numpy() for each in (found, wanted))
+    if found.shape != wanted.shape:
+        return False
+    # torch.equal takes bfloat16 number by number
+    return np.array_equal(one.view(np.int64), other.view(np.int64)) if one.size % 8 == 0 else np.array_equal(one, other)
 
 
 def compare_logits(reader: str, found: Tensor, expected: Tensor, limit: float) -> Check:

@@ -16,6 +16,8 @@ def rounded(what: str, exact: Tensor, dtype: torch.dtype, way_out: str = OTHER_D
     cast = exact.to(dtype)
     if dtype != torch.float16 or exact.dtype == dtype:
         return cast
+    if not is_scale and cast.numel() and bool(torch.stack(torch.aminmax(cast)).isfinite().all()):
+        return cast  # as nearly always; a NaN would be one of the two
     lost = exact.isfinite() & ~cast.isfinite()
     if is_scale:
         lost |= (cast == 0) & (exact != 0)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import kernels
+
 
 class Quantized(NamedTuple):
     """Integer codes and what turns them back into values: `value = (codes - zero_point) * scale`.
@@ -33,9 +35,16 @@ class Quantized(NamedTuple):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values, computed in float32 and rounded once to `dtype`; same shape as the codes."""
-        levels = self.levels(torch.float32)
         groups = self.scale.shape[-1]
+        if groups == 1 and self._is_of_plain_rows():
+            return kernels.scale_rows(self.codes, self.scale.expand(len(self.codes), 1), dtype)
+        levels = self.levels(torch.float32)
         if groups > 1:
             levels = levels.unflatten(-1, (groups, -1))
             return (levels * self.scale.unsqueeze(-1)).flatten(-2).to(dtype)
         return (levels * self.scale).to(dtype)
+
+    def _is_of_plain_rows(self) -> bool:
+        """Whether the values are codes times scales of rows, and nobody asks for their gradient."""
+        plain = type(self.codes) is Tensor and self.codes.dim() == 2 and not isinstance(self.zero_point, Tensor)
+        return plain and self.zero_point == 0.0 and not (torch.is_grad_enabled() and self.scale.requires_grad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ LIMIT = 0.03
 _OF_ROUNDING = 1.5
 # weights that are decoded at once, to several arrays of floats
 _AT_ONCE = 1 << 18
+# threads that decode; numpy's operations are large enough for some
+_MOST_READERS = 4
 # architectures whose files transformers' own reader takes
 _TRANSFORMERS = ("llama", "qwen2")
 
@@ -45,8 +48,10 @@ def compare_values(path: Path, plan: Plan) -> Check:
         stored = found.get(entry.stored)
         if stored is None or (stored.kind, stored.shape) != (entry.kind.id, entry.shape):
             return Check(reader, what, False, f"{entry.stored} is missing or of another kind or shape")
-    # not in threads: decoding is many small operations of numpy, which wait for each other
-    different = next((entry for entry in plan.entries if not _equal(path, entry, found[entry.stored])), None)
+    with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), _MOST_READERS))) as pool:
+        equal = pool.map(lambda entry: _equal(path, entry, found[entry.stored]), plan.entries)
+        different = next((entry for entry, same in zip(plan.entries, equal, strict=True) if not same), None)
+        pool.shutdown(cancel_futures=True)
     if different is not None:
         return Check(reader, what, False, f"{different.stored} is another")
     counted = Counter(f"{entry.kind.name} decoded by {decoded_by(entry.kind)}" for entry in plan.entries)
