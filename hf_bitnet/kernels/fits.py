@@ -101,5 +101,7 @@ def check_gain(gain: Tensor, k: int) -> None:
 def check_levels(a: Tensor, a_scale: Tensor | None, codes: Tensor) -> None:
     """float (M, K) and int8 (K, N), a_scale of K elements or None."""
     k = a.shape[1]
-    if codes.dtype != torch.int8 or codes.shape[0] != k or (a_scale is not None and a_scale.numel() != k):
+    if codes.dtype != torch.int8 or codes.dim() != 2 or codes.shape[0] != k:
         raise ValueError(f"codes of {codes.dtype} {tuple(codes.shape)} fit no left operand of shape {tuple(a.shape)}")
+    if a_scale is not None and a_scale.numel() != k:
+        raise ValueError(f"scales of shape {tuple(a_scale.shape)} fit no left operand of shape {tuple(a.shape)}: {k}, one each")
