@@ -167,14 +167,19 @@ def place_factors(
     return None, a_scale, scale
 
 
+# multiplications that take ten times as long as compiling a kernel
+_LARGE = 1 << 33
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) @ b (K, N), with zeros up to few different sizes where new ones are dear.
 
     oneDNN compiles a kernel for every new shape of bfloat16 on the CPU, which takes milliseconds; the numbers of tokens that
-    experts get are never the same.
+    experts get are never the same. A large product takes longer than that, and multiplies no zeros.
     """
     (m, k), padded = a.shape, [_few_sizes(size) for size in a.shape]
-    if a.dtype != torch.bfloat16 or not a.is_cpu or [m, k] == padded or is_traced(a):
+    small = m * k * b.shape[1] < _LARGE
+    if not small or a.dtype != torch.bfloat16 or not a.is_cpu or [m, k] == padded or is_traced(a):
         return a @ b
     rows, inner = padded
     a = torch.nn.functional.pad(a, (0, inner - k, 0, rows - m))

@@ -46,5 +46,6 @@ class Quantized(NamedTuple):
 
     def _is_of_plain_rows(self) -> bool:
         """Whether the values are codes times scales of rows, and nobody asks for their gradient."""
-        plain = type(self.codes) is Tensor and self.codes.dim() == 2 and not isinstance(self.zero_point, Tensor)
-        return plain and self.zero_point == 0.0 and not (torch.is_grad_enabled() and self.scale.requires_grad)
+        if type(self.codes) is not Tensor or self.codes.dim() != 2 or isinstance(self.zero_point, Tensor):
+            return False
+        return self.zero_point == 0.0 and not (torch.is_grad_enabled() and self.scale.requires_grad)

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from ..decoder import ACTIVATIONS, DecoderLayer, Norm, fits
+from ..reference import PackedWeight
 from .common import FLOATS, check
 from .library import functions
+from .products import NO_RESULT, describe
 
 # hb_decoder_layer and hb_decode_step of src/hf_bitnet_decode.h
 _SIZES = struct.Struct("@6q")
 _NORM = struct.Struct("@Pfi")
 _NUMBERS = struct.Struct("@ffffiiiifi")
-_WEIGHT = struct.Struct("@PqqPqqPqPq")
 _STEP = struct.Struct("@PPP4qP")
 
 
@@ -77,7 +78,7 @@ class Described:
                     *(layer.scaling, *layer.rows, layout.bits, 1, layout.lowest, layout.step, layout.zero_point),
                     list(ACTIVATIONS).index(layer.activation),
                 ),
-                *(_pack(*weight) for weight in _weights(layer)),
+                *(describe(weight) + NO_RESULT for weight in _weights(layer)),
             )
         )
         self.address = ctypes.cast(ctypes.c_char_p(self._bytes), ctypes.c_void_p).value
@@ -135,7 +136,7 @@ def decode_layers(steps: Sequence[tuple[Described, Place, int]], x: Tensor, cos:
     return results
 
 
-def _weights(layer: DecoderLayer) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+def _weights(layer: DecoderLayer) -> list[PackedWeight]:
     return [*layer.qkv, layer.attention_out, *layer.gate_up, layer.down]
 
 
@@ -147,10 +148,3 @@ def _tensors(layer: DecoderLayer) -> list[Tensor]:
 
 def _pack_norm(norm: Norm | None) -> bytes:
     return _NORM.pack(0, 0.0, 0) if norm is None else _NORM.pack(norm.weight.data_ptr(), norm.eps, norm.once)
-
-
-def _pack(packed: Tensor, scale: Tensor, bias: Tensor | None) -> bytes:
-    address, dtype = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype])
-    return _WEIGHT.pack(
-        packed.data_ptr(), packed.shape[0], packed.stride(0), scale.data_ptr(), *scale.shape, address, dtype, 0, 0
-    )

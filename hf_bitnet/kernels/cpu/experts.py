@@ -19,13 +19,11 @@ from ..kept import KeptFor
 from ..reference import Layout, PackedWeight, RowQuantization
 from .common import FLOATS, as_float, as_rows, check, require_cpu
 from .library import functions
-from .products import GRID, INPUT, describe, packed_grid, traits_of, usable_weight
+from .products import GRID, INPUT, NO_RESULT, RESULT, describe, packed_grid, traits_of, usable_weight
 
 # parts of hb_experts_block; its weights follow, each with the address and the stride of its results
 _HEAD = struct.Struct("@P")  # x, before INPUT
 _SIZES = struct.Struct("@qqPqqqi")  # tokens, k, index, chosen, experts, maps, out dtype
-_RESULT = struct.Struct("@Pq")
-_NO_RESULT = _RESULT.pack(0, 0)
 
 # for a packed tensor: inputs and bytes of a row, traits, description
 _KEPT: KeptFor[tuple[int, int, tuple[Any, ...], bytes]] = KeptFor()
@@ -71,8 +69,8 @@ def packed_experts(
         GRID.pack(*grid),
     ]
     for of_one, out in zip(maps, outs, strict=True):
-        parts += (_description(of_one[0], k, width, alive), _RESULT.pack(out.data_ptr(), out.shape[1]))
+        parts += (_description(of_one[0], k, width, alive), RESULT.pack(out.data_ptr(), out.shape[1]))
         for weight in of_one[1:]:
-            parts += (_description(weight, k, width, alive), _NO_RESULT)
+            parts += (_description(weight, k, width, alive), NO_RESULT)
     check(functions().hb_experts_call(b"".join(parts)))
     return outs if computed is dtype else [out.to(dtype) for out in outs]

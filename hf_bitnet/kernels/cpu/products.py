@@ -30,7 +30,9 @@ from .library import functions
 INPUT = struct.Struct("@qPPPiiffff")  # after x: stride, scale, zero, norm weight, dtype, its dtype, norm eps, qmin, qmax, eps
 _SIZES = struct.Struct("@qqqi")  # m, k, count, out dtype
 GRID = struct.Struct("@iiiif")  # bits, packed, lowest, step, zero point
-WEIGHT = struct.Struct("@PqqPqqPq")  # weight, n, stride, scale, its rows, its groups, bias, its dtype; then out, its stride
+_WEIGHT = struct.Struct("@PqqPqqPq")  # weight, n, stride, scale, its rows, its groups, bias, its dtype; then RESULT
+RESULT = struct.Struct("@Pq")  # address and stride of what a weight's products are written to
+NO_RESULT = RESULT.pack(0, 0)
 
 
 class _Grid(NamedTuple):
@@ -89,9 +91,10 @@ class _Block:
 
 
 def describe(weight: PackedWeight) -> bytes:
+    """The first part of `hb_weight`; RESULT has the rest. The tensors have to be `usable_weight`s."""
     codes, scale, bias = weight
     address, dtype = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype])
-    return WEIGHT.pack(codes.data_ptr(), codes.shape[0], codes.stride(0), scale.data_ptr(), *scale.shape, address, dtype)
+    return _WEIGHT.pack(codes.data_ptr(), codes.shape[0], codes.stride(0), scale.data_ptr(), *scale.shape, address, dtype)
 
 
 def usable_weight(weight: PackedWeight, k: int, width: int) -> PackedWeight:
