@@ -95,7 +95,8 @@ def packed_llama(**changes: object) -> LlamaForCausalLM:
 
 
 def plans(model: LlamaForCausalLM) -> list[object]:
-    return [faster_layer._PLANS.get(layer) for layer in model.model.layers]
+    found = [faster_layer._PLANS.get(layer) for layer in model.model.layers]
+    return [plan if isinstance(plan, faster_layer._Plan) else None for plan in found]
 
 
 @torch.no_grad()

@@ -303,3 +303,15 @@ def test_what_changes_at_every_token_is_not_proven_for_ever(
     called = forwards(model)
     decoded(model)
     assert called == [4]
+
+
+@torch.no_grad()
+def test_weights_that_are_replaced_do_not_stay_for_the_layers_plan(model: LlamaForCausalLM) -> None:
+    decoded(model)
+    layer, cache, gone = model.model.layers[1].mlp.up_proj, DynamicCache(), []
+    model(PROMPT[:1], past_key_values=cache)
+    for token in range(20):
+        gone.append(weakref.ref(layer.weight))
+        layer.weight = nn.Parameter(layer.weight.data.clone(), requires_grad=False)
+        model(torch.tensor([[1 + token]]), past_key_values=cache)
+        assert not any(each() is not None for each in gone)

@@ -128,6 +128,18 @@ def test_experts_are_described_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(looks) == 2 and not torch.equal(before[1], after[1]) and torch.equal(before[0], after[0])
 
 
+def test_scales_of_another_shape_where_the_old_ones_were() -> None:
+    memory = [torch.rand(4, 1) + 0.5 for _ in range(3)]
+    weights = [(torch.full((4, 16), 100 + number, dtype=torch.uint8), memory[number][:1], None) for number in range(3)]
+    moved = _moved(weights)
+    args = torch.randn(2, 64), torch.tensor([[0, 2], [1, 1]]), [moved], Layout(2, -1), INT8, torch.float32
+    OPERATIONS["packed_experts"](*_moved(args[:2]), *args[2:])
+    for number, (_, scale, _) in enumerate(moved):
+        scale.data = memory[number].to(scale.device)
+    found = OPERATIONS["packed_experts"](*_moved(args[:2]), *args[2:])
+    _assert_equal(_moved(found, "cpu"), reference.packed_experts(*args[:2], _moved([moved], "cpu"), *args[3:]), "")
+
+
 def test_a_description_goes_with_the_experts() -> None:
     from hf_bitnet.kernels.triton import experts
 

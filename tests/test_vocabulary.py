@@ -82,6 +82,17 @@ def test_rows_are_those_of_the_dequantized_table(scheme: str, group_size: int | 
     assert packed.weight.dtype == torch.uint8 and packed.weight.numel() == 11 * 24 * packed.bits // 8
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*jit.trace.*is deprecated:DeprecationWarning",
+    "ignore::torch.jit.TracerWarning",  # how many groups of scales there are is part of the trace
+)
+@torch.no_grad()
+def test_traced_tables_take_other_lengths() -> None:
+    packed = PackedEmbedding.from_trained(table("int8")).eval()
+    traced = torch.jit.trace(packed, (torch.arange(6),), check_trace=False)
+    assert torch.equal(traced(torch.arange(9)), packed(torch.arange(9)))
+
+
 def test_the_gradient_reaches_the_float_rows() -> None:
     trained = table("int4")
     ids, weights = torch.tensor([3, 3, 2, 5]), torch.randn(4, 24)

@@ -129,14 +129,14 @@ def _matrices(source: Source) -> dict[str, QuantizedLayer | QuantizedEmbedding]:
 def _floats(name: str, layer: QuantizedLayer | QuantizedEmbedding, dtype: torch.dtype) -> Planned:
     """The values of a layer or table, laid out as its plain one has them."""
 
+    def values(part: Quantized) -> Tensor:
+        # float16 does not hold every one of them
+        return _rounded(name, part.dequantize(), dtype) if dtype == torch.float16 else part.dequantize(dtype)
+
     def made() -> Tensor | Iterator[Tensor]:
         if is_conv1d(layer):
             return values(layer.quantized_weight()).T
         return map(values, Source.blocks(layer))
-
-    def values(part: Quantized) -> Tensor:
-        # float16 does not hold every one of them
-        return _rounded(name, part.dequantize(), dtype) if dtype == torch.float16 else part.dequantize(dtype)
 
     shape = shape_of(layer)
     return Planned(name, dtype, shape[::-1] if is_conv1d(layer) else shape, made, shape[0] * shape[1])

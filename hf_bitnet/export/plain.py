@@ -107,11 +107,13 @@ def _is_stored(stored: Stored, name: str, planned: Planned) -> bool:
 
 
 def _are_same_bits(found: Tensor, wanted: Tensor) -> bool:
-    one, other = (each.contiguous().reshape(-1).view(torch.uint8).numpy() for each in (found, wanted))
+    """Of tensors of one dtype. torch.equal takes bfloat16 number by number, and no NaN to be itself."""
     if found.shape != wanted.shape:
         return False
-    # torch.equal takes bfloat16 number by number
-    return np.array_equal(one.view(np.int64), other.view(np.int64)) if one.size % 8 == 0 else np.array_equal(one, other)
+    one, other = (each.contiguous().reshape(-1).view(torch.uint8).numpy() for each in (found, wanted))
+    if one.size % 8 == 0:
+        one, other = one.view(np.int64), other.view(np.int64)
+    return np.array_equal(one, other)
 
 
 def compare_logits(reader: str, found: Tensor, expected: Tensor, limit: float) -> Check:

@@ -68,7 +68,7 @@ def check_alike(maps: Sequence[Sequence[PackedWeight]]) -> None:
 
 def kinds_of(weights: Sequence[PackedWeight]) -> set[tuple[object, ...]]:
     """What a kernel takes to be the same of all weights when it is told of the first: one kind, where they lie alike."""
-    return {(*_kind(packed), *_kind(scale), *_kind_of_bias(bias)) for packed, scale, bias in weights}
+    return {(_kind(packed), _kind(scale), _kind_of_bias(bias)) for packed, scale, bias in weights}
 
 
 def _kind(tensor: Tensor) -> tuple[object, ...]:

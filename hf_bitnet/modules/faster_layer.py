@@ -61,7 +61,7 @@ class _Plan(NamedTuple):
     """A layer as one call, and what must still be there for it to be the layer.
 
     Attributes:
-        patience: with a layer whose parts change at every token; a plan costs a proof.
+        patience: with a layer whose parts change at every token.
         owners, names, parts: modules, tensors, numbers and schemes that went into it, each with the dict it is in.
         blends, versions: of sub-norms, whose values went into it.
     """
@@ -87,7 +87,9 @@ def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
 
 
 # not on the modules: addresses must not be copied or pickled with them
-_PLANS: weakref.WeakKeyDictionary[nn.Module, _Plan | None] = weakref.WeakKeyDictionary()
+_PLANS: weakref.WeakKeyDictionary[nn.Module, _Plan | Patience | None] = weakref.WeakKeyDictionary()
+# a token asks for a plan up to three times, and a plan costs two proofs
+_WORTH = 4
 
 
 class FasterLayer(Faster):
@@ -171,19 +173,21 @@ def described_of(layers: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, kerne
 
 def _plan_of(module: nn.Module) -> _Plan | None:
     """The plan by which a layer may be computed now. It is made when first asked for, and again when it no longer holds."""
-    plan = _PLANS.get(module)
-    if plan is None and module in _PLANS:
+    known = _PLANS.get(module)
+    if known is None and module in _PLANS:
         return None
     if not _attends_to_all(module):
         return None
-    if plan is not None and plan.holds():
-        plan.patience.served()
-        return None if plan.watchers.are_there() else plan
+    if isinstance(known, _Plan):
+        if known.holds():
+            known.patience.served()
+            return None if known.watchers.are_there() else known
+        known = _PLANS[module] = known.patience  # weights that are gone from the layer must not stay for the plan
     # nothing is remembered of a layer that is unpacked or watched just now: the proof would call the watchers
     if not is_decoder_layer(module) or _watchers_of(module).are_there():
         return None
-    patience = Patience() if plan is None else plan.patience
-    if not patience.may_look():
+    patience = Patience(_WORTH) if known is None else known
+    if not patience.begins_look():
         return None
     plan = _PLANS[module] = _make(module, patience)
     return plan

@@ -52,7 +52,7 @@ class _Proven(NamedTuple):
 
     Attributes:
         kind: the class of its outputs, None where its forward does more.
-        patience: with a model whose settings change at every token; a proof costs several.
+        patience: with a model whose settings change at every token.
     """
 
     stack: _Stack
@@ -61,7 +61,9 @@ class _Proven(NamedTuple):
     patience: Patience
 
 
-_PROVEN: weakref.WeakKeyDictionary[nn.Module, _Proven] = weakref.WeakKeyDictionary()
+_PROVEN: weakref.WeakKeyDictionary[nn.Module, _Proven | Patience] = weakref.WeakKeyDictionary()
+# tokens; a proof costs some
+_WORTH = 3
 
 
 class FasterStack(Faster):
@@ -113,18 +115,26 @@ def _token(model: Any, plainly: Callable[..., Any], given: Mapping[str, Any]) ->
     layers = list(described_of(stack.layers))
     if len(layers) < len(stack.layers):
         return None
-    proven, settings = _PROVEN.get(model), _settings(model)
-    if proven is not None and proven.stack == stack and proven.settings == settings:
-        proven.patience.served()
-    else:
-        patience = Patience() if proven is None else proven.patience
-        if not patience.may_look():
-            return None
-        proven = _PROVEN[model] = _Proven(stack, settings, _prove(stack, layers, plainly), patience)
-    if proven.kind is None:
+    proven = _known(model, stack, _settings(model), lambda: _prove(stack, layers, plainly))
+    if proven is None or proven.kind is None:
         return None
     y = _compute(stack, layers, ids, cache, given.get("position_ids"), length)
     return None if y is None else proven.kind(last_hidden_state=y, past_key_values=cache)
+
+
+def _known(model: nn.Module, stack: _Stack, settings: dict[str, Any], prove: Callable[[], type | None]) -> _Proven | None:
+    """What is proven for a model with these parts and settings; None where it is not the time to prove it."""
+    known = _PROVEN.get(model)
+    if isinstance(known, _Proven):
+        if known.stack == stack and known.settings == settings:
+            known.patience.served()
+            return known
+        known = _PROVEN[model] = known.patience  # parts that are gone from the model must not stay
+    patience = Patience(_WORTH) if known is None else known
+    if not patience.begins_look():
+        return None
+    proven = _PROVEN[model] = _Proven(stack, settings, prove(), patience)
+    return proven
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:

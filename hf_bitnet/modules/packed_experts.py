@@ -96,7 +96,7 @@ class Together:
     def __init__(self) -> None:
         self.products: tuple[Product, Product] | None = None
         self.seen: list[_Seen] = []
-        self.patience = Patience()
+        self.patience = Patience(worth=1)
 
     def __reduce__(self) -> tuple[type[Together], tuple[()]]:
         return Together, ()
@@ -112,7 +112,7 @@ class Together:
             if all(self.seen[number].is_there() for number in numbers):
                 self.patience.served()
                 return self.products
-        if not self.patience.may_look():
+        if not self.patience.begins_look():
             return None
         self.products, self.seen = _look_at(module)
         return None if any(self.seen[number].is_watched() for number in numbers) else self.products
@@ -134,7 +134,8 @@ def products_of(module: Any, index: Tensor) -> tuple[Product, Product, Tensor] |
         return None if products is None or any(seen[number].is_watched() for number in everyone) else (*products, index)
     if torch._C._get_tracing_state() is not None or not _may_be_packed(module):
         return None
-    if not index.is_cpu or index.numel() > _FEW_PLACES:
+    # numbers that are looked at would be part of a graph
+    if kernels.is_recording() or not index.is_cpu or index.numel() > _FEW_PLACES:
         products = module.together.for_experts(module, everyone)
         return None if products is None else (*products, index)
     chosen = index.reshape(-1).tolist()

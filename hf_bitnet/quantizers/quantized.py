@@ -37,7 +37,7 @@ class Quantized(NamedTuple):
         """The values, computed in float32 and rounded once to `dtype`; same shape as the codes."""
         groups = self.scale.shape[-1]
         if groups == 1 and self._is_of_plain_rows():
-            return kernels.scale_rows(self.codes, self.scale.expand(len(self.codes), 1), dtype)
+            return kernels.scale_rows(self.codes, self.scale.expand(self.codes.shape[0], 1), dtype)
         levels = self.levels(torch.float32)
         if groups > 1:
             levels = levels.unflatten(-1, (groups, -1))
@@ -46,6 +46,7 @@ class Quantized(NamedTuple):
 
     def _is_of_plain_rows(self) -> bool:
         """Whether the values are codes times scales of rows, and nobody asks for their gradient."""
-        if type(self.codes) is not Tensor or self.codes.dim() != 2 or isinstance(self.zero_point, Tensor):
+        codes, scale, zero = self
+        if type(codes) is not Tensor or codes.dim() != 2 or scale.dim() != 2 or isinstance(zero, Tensor):
             return False
-        return self.zero_point == 0.0 and not (torch.is_grad_enabled() and self.scale.requires_grad)
+        return zero == 0.0 and not (torch.is_grad_enabled() and (codes.requires_grad or scale.requires_grad))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,6 @@ LIMIT = 0.03
 _OF_ROUNDING = 1.5
 # weights that are decoded at once, to several arrays of floats
 _AT_ONCE = 1 << 18
-# threads that decode; numpy's operations are large enough for some
-_MOST_READERS = 4
 # architectures whose files transformers' own reader takes
 _TRANSFORMERS = ("llama", "qwen2")
 
@@ -48,26 +46,31 @@ def compare_values(path: Path, plan: Plan) -> Check:
         stored = found.get(entry.stored)
         if stored is None or (stored.kind, stored.shape) != (entry.kind.id, entry.shape):
             return Check(reader, what, False, f"{entry.stored} is missing or of another kind or shape")
-    with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), _MOST_READERS))) as pool:
-        equal = pool.map(lambda entry: _equal(path, entry, found[entry.stored]), plan.entries)
-        different = next((entry for entry, same in zip(plan.entries, equal, strict=True) if not same), None)
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(1) as decoder:
+        different = next((entry for entry in plan.entries if not _equal(path, entry, found[entry.stored], decoder)), None)
     if different is not None:
         return Check(reader, what, False, f"{different.stored} is another")
     counted = Counter(f"{entry.kind.name} decoded by {decoded_by(entry.kind)}" for entry in plan.entries)
     return Check(reader, what, True, "bit for bit: " + ", ".join(f"{n} x {kind}" for kind, n in counted.items()))
 
 
-def _equal(path: Path, entry: Entry, stored: Stored) -> bool:
+def _equal(path: Path, entry: Entry, stored: Stored, decoder: Executor) -> bool:
+    """Whether a tensor holds what it has to. `decoder` reads a part while the next one's values are made here."""
     rows, start = rows_of(path, stored, entry.kind), 0
+    before: tuple[Future[Tensor], Tensor] | None = None
     for part in entry.content.parts(_AT_ONCE):
         wanted = part.values()
-        found = rows(start, start + len(wanted))
+        found = decoder.submit(rows, start, start + len(wanted))
         start += len(wanted)
-        # of some MB, torch.equal takes four times as long
-        if not np.array_equal(found.view(wanted.shape).numpy(), wanted.numpy()):
+        if before is not None and not _are_the_same(*before):
             return False
-    return True
+        before = found, wanted
+    return before is None or _are_the_same(*before)
+
+
+def _are_the_same(found: Future[Tensor], wanted: Tensor) -> bool:
+    # of some MB, torch.equal takes four times as long
+    return np.array_equal(found.result().view(wanted.shape).numpy(), wanted.numpy())
 
 
 class References:

@@ -191,7 +191,7 @@ def packed_linears(
     if x.shape[-1] == 0:
         return reference.packed_linears(x, weights, layout, rows, dtype)
     alike = [list(run) for _, run in groupby(weights, _groups_of)]
-    if len(alike) > 1:  # a call of the library has one size of groups
+    if len(alike) > 1:  # a call of the library has one size of groups; each quantizes x
         return [y for run in alike for y in packed_linears(x, run, layout, rows, dtype)]
     block, read, _alive = _make(x, weights, spec)
     return block.all(read)

@@ -193,7 +193,8 @@ class _Map(NamedTuple):
         return weight[1] if weight[2] is None else weight[2]
 
 
-# for the first expert's packed tensor. A captured CUDA graph holds the address of the distances, which live as long as it
+# for the first expert's packed tensor. A captured CUDA graph holds the address of the distances, which live as long as that
+# tensor does, unless it is then called with other experts beside it
 _KEPT: KeptFor[_Map] = KeptFor()
 _nbytes = attrgetter("nbytes")
 
@@ -207,7 +208,10 @@ def _map_of(weights: Sequence[PackedWeight], k: int, layout: Layout) -> _Map:
     packed, scales, biases = zip(*weights, strict=True)
     given = tuple(0 if bias is None else bias.data_ptr() for bias in biases)
     dtype = None if biases[0] is None else biases[0].dtype
-    made_of = k, layout, _addresses(packed), tuple(map(_nbytes, packed)), _addresses(scales), given, dtype
+    # of the first one all that the others are told, of every one where it lies and how long it is
+    first = packed[0].shape, packed[0].stride(), scales[0].shape, scales[0].stride(), dtype
+    sizes = *map(_nbytes, packed), *map(_nbytes, scales)
+    made_of = k, layout, _addresses(packed), _addresses(scales), given, sizes, first
     found = _KEPT.get(packed[0])
     if found is None or found.made_of != made_of:
         check_experts(weights, k, -(-k // CODES_PER_BYTE[layout.bits]))
@@ -219,10 +223,12 @@ def _map_of(weights: Sequence[PackedWeight], k: int, layout: Layout) -> _Map:
 
 def _describe(weights: Sequence[PackedWeight], layout: Layout, made_of: tuple[Any, ...]) -> _Map:
     packed, scale, bias = weights[0]
-    if packed.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("packed experts are called for the first time inside a CUDA graph; call the model once before")
     given = [each for _, _, each in weights if each is not None]
     gaps = any(not each.is_contiguous() for each in given)
+    if packed.is_cuda and torch.cuda.is_current_stream_capturing():
+        first = "packed experts are called for the first time inside a CUDA graph; call the model once before"
+        copied = "biases of packed experts have gaps and are copied at each call, which no CUDA graph can; make them contiguous"
+        raise RuntimeError(copied if gaps else first)
     biases = [each.contiguous() for each in given] or [scale] * len(weights)
     rows = [_addresses(each) for each in ([each for each, _, _ in weights], [each for _, each, _ in weights], biases)]
     flags = {"STEP": layout.step, "BITS": layout.bits, "PER": CODES_PER_BYTE[layout.bits], "BIAS": bias is not None}
@@ -305,11 +311,11 @@ def packed_experts(
     if not used:
         return outs
     quantized = quantize_planes(x, -(-described[0].width // WORD) * WORD, per, *rows)
-    words = [_words_of(of, experts) for of, experts, _ in used] if places <= _MOST_PLACES and has_dp4a(x) else [None]
+    few = places <= _MOST_PLACES and has_dp4a(x)
+    words = [found for of, experts, _ in used if (found := _words_of(of, experts)) is not None] if few else []
     with on_device_of(x):
-        if all(each is not None for each in words):
+        if len(words) == len(used):
             for (of, experts, out), first in zip(used, words, strict=True):
-                assert first is not None
                 _by_place(quantized, index, first, of, experts, layout, out)
             return outs
         order, bounds = _sorted(index, len(maps[0]))
