@@ -224,8 +224,15 @@ def test_full_precision_twin() -> None:
     torch.testing.assert_close(logits(twin, BATCH), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-@pytest.mark.parametrize("form", ["hf_bitnet", "dense"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("mixtral", "dense"),
+        ("qwen3_moe", "hf_bitnet"),
+        pytest.param("mixtral", "hf_bitnet", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "dense", marks=pytest.mark.slow),
+    ],
+)
 def test_exported(name: str, form: str, tmp_path: Path) -> None:
     """The gate reads the files with the library, and the dense ones without it."""
     model = hb.quantize_model(moe(name), CONFIG)

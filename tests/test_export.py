@@ -23,7 +23,7 @@ def quantized(family: str = "llama", **fields: Any) -> Any:
     return hb.quantize_model(tiny(family)[0], hb.BitNetQuantizationConfig(**fields))
 
 
-@pytest.mark.parametrize("form", ["train", "packed", "folder"])
+@pytest.mark.parametrize("form", ["train", pytest.param("packed", marks=pytest.mark.slow), "folder"])
 def test_dense_export(tmp_path: Path, form: str) -> None:
     """Of a model in either form, or of a folder; read by plain transformers."""
     model: Any = quantized(weight="int4", embeddings="int8")

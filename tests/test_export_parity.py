@@ -34,7 +34,7 @@ def run_here(folder: Path, kind: str, inputs: Any, dtype: torch.dtype, with_libr
     return {name: each.float() for name, each in output.items() if isinstance(each, Tensor)}
 
 
-@pytest.mark.parametrize("format", ["dense", "hf_bitnet", "bitnet"])
+@pytest.mark.parametrize("format", ["dense", *(pytest.param(name, marks=pytest.mark.slow) for name in ("hf_bitnet", "bitnet"))])
 def test_the_attention_of_the_model_is_not_the_readers(tmp_path: Path, format: str) -> None:
     """In bfloat16 sums in another order are another number; the model's own choice stays what it was."""
     model = quantized(tiny("llama")[0]).bfloat16()

@@ -65,7 +65,7 @@ def test_bitnet_refuses_a_reciprocal_that_float16_does_not_hold(tmp_path: Path) 
     hb.export_model(model.bfloat16(), tmp_path / "out", format="bitnet", progress=False, verify="codes")
 
 
-@pytest.mark.parametrize("name", ["gguf", "i2_s", "onnx"])
+@pytest.mark.parametrize("name", ["gguf", "i2_s", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_other_formats_refuse_kept_numbers_that_become_infinite(name: str, tmp_path: Path) -> None:
     """An embedding, which these write in float16 by default or when asked to."""
     if name == "onnx":

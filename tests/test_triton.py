@@ -22,9 +22,10 @@ INT8 = RowQuantization(-128, 127, 1e-5)
 # the interpreter takes a second for some cases: of these a part in the fast suite, all in the slow one
 EVERY = {
     "packed_linear": 9,
-    "packed_linears": 5,
+    "packed_linears": 8,
     "packed_int_linear": 4,
-    "packed_experts": 3,
+    "packed_experts": 5,
+    "quantize_columns": 3,
     "quantize_pack": 4,
     "norm_quantize_rows": 4,
 }
