@@ -168,6 +168,9 @@ def test_quantization_options(words: list[str], fields: dict[str, Any]) -> None:
         (["train", "{base}", "o", "--set", "quantization_schedule=liner"], "unknown ramp 'liner'; legal: 'none', 'linear'"),
         (["train", "{base}", "o", "--training-preset", "w4a9"], "unknown training preset 'w4a9'; legal: 'scratch_b158', "),
         (["train", "{base}", "o", "--resume", "--force"], "not allowed with argument --resume"),
+        (["train", "{base}", "o", "--min-coverage", "1.5"], "must be 0 to 1, got 1.5"),
+        (["chat", "{base}", "--temperature", "-1"], "must be 0 to inf, got -1"),
+        (["chat", "{base}", "--top-p", "2"], "must be 0 to 1, got 2"),
     ],
 )
 def test_wrong_command_line_is_exit_2(
@@ -266,6 +269,8 @@ def test_train(base: Path, tmp_path: Path, capsys: Captured) -> None:
     assert hb.perplexity(saved, windows(base)) == pytest.approx(results["perplexity"]["packed"], rel=1e-6)
     code, _, err = run(capsys, *words)
     assert code == 1 and "continue that run (--resume), or replace it (--force)" in err
+    code, _, err = run(capsys, *words, "--force", "--teacher", str(out / "sefl"))
+    assert code == 1 and (out / "packed").is_dir() and json.loads((out / "results.json").read_text()) == results
     code, printed, _ = run(capsys, *words, "--resume", "--json")
     assert code == 0 and json.loads(printed)["perplexity"] == results["perplexity"]
 

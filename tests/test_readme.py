@@ -44,7 +44,9 @@ def test_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for snippet in found:
         # a run of the test suite shows no progress bars and needs no accelerator
         snippet = snippet.replace("path/or/hub-name", "model").replace("path/or/name-of-a-mixture", "mixture")
-        snippet = re.sub(r"(QATArguments|QATSFTConfig)\(", r"\1(use_cpu=True, disable_tqdm=True, ", snippet, count=1)
+        snippet = re.sub(
+            r"\b(QATArguments|QATSFTConfig|TrainingArguments)\(", r"\1(use_cpu=True, disable_tqdm=True, ", snippet, count=1
+        )
         exec(compile(snippet, "README.md", "exec"), names)
     assert torch.isfinite(names["model"](input_ids=tokens).logits).all()
     assert names["config"].bits == 1.58 and hb.coverage(names["mixture"]).fraction > 0.9

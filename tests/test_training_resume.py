@@ -182,10 +182,14 @@ def test_random_states_of_all_ranks_are_needed(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-3"
     folder.mkdir()
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
+    assert last_complete_checkpoint(tmp_path, 2) is None  # no weights
+    (folder / "model.safetensors").touch()
     assert last_complete_checkpoint(tmp_path, 2) == str(folder)  # save_only_model
     (folder / "rng_state_0.pth").touch()
     assert last_complete_checkpoint(tmp_path, 2) is None
     (folder / "rng_state_1.pth").touch()
+    assert last_complete_checkpoint(tmp_path, 2) is None  # with random states, yet without an optimizer
+    (folder / "optimizer.pt").touch()
     assert last_complete_checkpoint(tmp_path, 2) == str(folder)
     assert last_complete_checkpoint(tmp_path / "nowhere", 1) is None
 
@@ -203,6 +207,33 @@ def test_another_teacher_is_noticed(tmp_path: Path) -> None:
     trained = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2", dtype=torch.float32)
     with pytest.raises(ValueError, match="trained with another teacher"):
         make_trainer(tmp_path, trained, teacher="self", max_steps=4).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="trained with a teacher, and there is no teacher now"):
+        make_trainer(tmp_path, quantized(), max_steps=4).train(resume_from_checkpoint=True)
+
+
+def test_a_teacher_that_was_not_there_is_noticed(tmp_path: Path) -> None:
+    make_trainer(tmp_path, quantized(), max_steps=2, save_strategy="steps", save_steps=2).train()
+    with pytest.raises(ValueError, match="trained with no teacher, and there is a teacher now"):
+        make_trainer(tmp_path, quantized(), teacher="self", max_steps=4).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("other", [{"weight": "int4"}, {"granularity": "channel"}, {"activation": "int4"}], ids=str)
+def test_another_quantization_is_noticed(other: dict[str, Any], tmp_path: Path) -> None:
+    make_trainer(tmp_path, quantized(), max_steps=2, save_strategy="steps", save_steps=2).train()
+    words = r"another quantization of 14 layers.* was ternary, absmean scales a tensor, inputs \w+ and is "
+    with pytest.raises(ValueError, match=words):
+        make_trainer(tmp_path, quantized(**other), max_steps=4).train(resume_from_checkpoint=True)
+
+
+def test_a_run_that_is_over_stays_over(tmp_path: Path) -> None:
+    """Stock Trainer makes one more step, with the learning rate of nowhere."""
+    run = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    trainer = make_trainer(tmp_path, quantized(), **run)
+    trainer.train()
+    again = make_trainer(tmp_path, quantized(), **run)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    assert_same(weights(again.model), weights(trainer.model))
 
 
 def test_another_schedule_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

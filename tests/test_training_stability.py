@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers as tf
 
 from hf_bitnet import QATArguments
@@ -239,6 +240,25 @@ def test_stuck_weights_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture
     words = [line for line in said(caplog) if "of the float weights changed" in line]
     assert len(words) == 1
     assert "step 3: only 0.0 %" in words[0] and "Raise latent_learning_rate" in words[0]
+
+
+def test_weights_that_adapters_stand_for_are_not_stuck(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(quantized(model=ONE_LAYER), peft.LoraConfig(target_modules=["q_proj"]))
+    make_trainer(tmp_path, model, learning_rate=1e-3, max_steps=6).train()
+    assert not [line for line in said(caplog) if "of the float weights changed" in line]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_batches_without_a_label_are_said(masked: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
+        ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in rows])
+        labels = torch.full_like(ids, -100)
+        labels[:, -1 if not masked else ids.shape[1] :] = 3
+        return {"input_ids": ids, "labels": labels}
+
+    make_trainer(tmp_path, quantized(model=ONE_LAYER), max_steps=2, data_collator=collate).train()
+    assert bool([line for line in said(caplog) if "every label of the first batch is -100" in line]) == masked
 
 
 def test_moving_weights_are_not() -> None:

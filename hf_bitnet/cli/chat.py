@@ -58,7 +58,7 @@ def _settings(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> dict
     """Of `generate`; what was not asked for stays as the model's generation config says."""
     # beams cannot be streamed
     settings: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "num_beams": 1, "num_return_sequences": 1}
-    if arguments.temperature is not None and arguments.temperature <= 0:
+    if arguments.temperature == 0:
         settings["do_sample"] = False
     elif arguments.temperature is not None or arguments.top_p is not None:
         given = {"temperature": arguments.temperature, "top_p": arguments.top_p}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from typing import Any
 
 # exit code: what was read back is not what was written
@@ -90,7 +91,7 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
         help="layers that differ: 'k_proj=keep' or 'down_proj=weight:int4,granularity:channel'; first match wins; repeatable",
     )
     group.add_argument(
-        "--min-coverage", type=float, metavar="X", help="fail when less of the linear weights would be quantized"
+        "--min-coverage", type=between(0, 1), metavar="X", help="fail when less of the linear weights would be quantized"
     )
 
 
@@ -107,6 +108,18 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def between(low: float, high: float) -> Callable[[str], float]:
+    """Reads a number from `low` to `high`, both legal."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:  # a NaN is not between
+            raise argparse.ArgumentTypeError(f"must be {low:g} to {high:g}, got {text}")
+        return value
+
+    return number
 
 
 def _override(text: str) -> tuple[str, str | dict[str, Any]]:

@@ -15,6 +15,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..config import BitNetQuantizationConfig, NativeBitNetConfig
 from ..modules import BitLinear, QuantizedEmbedding, QuantizedLayer
+from .adapters import own_modules
 from .coverage import config_place
 from .experts import has_separate_experts
 from .select import HEADS, is_linear, is_table
@@ -88,7 +89,7 @@ def _configs(model: nn.Module) -> list[PreTrainedConfig]:
 def _patterns(model: nn.Module) -> list[str]:
     """Names of the quantized modules; numbers are written as "*" where that covers no linear map and no table that is kept."""
     quantized, kept = [], set()
-    for name, module in model.named_modules():
+    for name, module in own_modules(model):
         if isinstance(module, QuantizedLayer | QuantizedEmbedding):
             quantized.append(name)
         elif is_linear(module) or is_table(module):
@@ -110,7 +111,7 @@ def _native_settings(model: nn.Module, config: BitNetQuantizationConfig) -> dict
     base_prefix = getattr(model, "base_model_prefix", None)
     if config.form != "train" or base_prefix is None or not _has_head(model) or has_separate_experts(model):
         return None
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
+    layers = [(name, module) for name, module in own_modules(model) if isinstance(module, QuantizedLayer)]
     if any(isinstance(module, QuantizedEmbedding) for module in model.modules()) or head_layers(model, config):
         return None
     if any(type(layer) is not BitLinear or not config.layer(name).is_native for name, layer in layers):
@@ -136,7 +137,7 @@ def kept_for_native(model: nn.Module) -> list[str]:
     """
     base_prefix = getattr(model, "base_model_prefix", "")
     quantized, kept = [], set()
-    for name, module in model.named_modules():
+    for name, module in own_modules(model):
         if isinstance(module, QuantizedLayer):
             quantized.append(name)
         elif isinstance(module, nn.Linear):

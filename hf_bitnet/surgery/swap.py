@@ -35,6 +35,7 @@ from ..modules.packed_experts import Together
 from ..quantizers import ACTIVATION_SCHEMES, WeightQuantizer
 from ..relaxations import RELAXATIONS
 from ..ste import ESTIMATORS
+from .adapters import has_adapters, own_names
 from .attached import attach, config_of, copied, detach
 from .coverage import check_finite, coverage, float_dtype
 from .experts import fuse_experts, layers_of_experts, separate_experts
@@ -74,9 +75,9 @@ def quantize_model(model: Model, config: BitNetQuantizationConfig, *, progress: 
 
     Raises:
         TypeError: `config` is not a BitNetQuantizationConfig.
-        ValueError: already quantized; no layer matches; coverage below `config.min_coverage`; a weight that is empty, all
-            zero or not finite; a group size that does not divide a layer; form="packed" with static activations, which must
-            be calibrated first; a model that is itself a linear layer. The model is then unchanged.
+        ValueError: already quantized; with adapters; no layer matches; coverage below `config.min_coverage`; a weight that is
+            empty, all zero or not finite; a group size that does not divide a layer; form="packed" with static activations,
+            which must be calibrated first; a model that is itself a linear layer. The model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_model takes an nn.Module, got {type(model).__name__}; pass the loaded model itself")
@@ -88,6 +89,11 @@ def quantize_model(model: Model, config: BitNetQuantizationConfig, *, progress: 
     if any(isinstance(module, QuantizedLayer | QuantizedEmbedding) for module in model.modules()):
         raise ValueError(
             "the model is quantized already; call hf_bitnet.dequantize_model(model) first, or load the original checkpoint"
+        )
+    if has_adapters(model):
+        raise ValueError(
+            "the model has adapters of peft, which are not to be quantized; first quantize_model(model, config), then "
+            "get_peft_model(model, ...); or merge them: model = peft_model.merge_and_unload()"
         )
     with separate_experts(model):
         chosen = chosen_layers(model, config)
@@ -232,10 +238,10 @@ def unpack_model(model: Model, *, weight_scale: str | None = None) -> Model:
         }
         config = copied(config, weight_scale=weight_scale, overrides=overrides)
     dtype = float_dtype(model)
-    heads = head_layers(model, config)
+    heads, names = head_layers(model, config), own_names(model)
     made: list[tuple[nn.Module, nn.Module]] = []
     for name, packed in layers:
-        spec = replace(make_spec(heads.get(id(packed)) or config.layer(name), config), sub_norm=False)
+        spec = replace(make_spec(heads.get(id(packed)) or config.layer(names.get(id(packed), name)), config), sub_norm=False)
         made.append((packed, _unpacked(name, packed, spec, dtype)))
     for name, table in quantized_tables(model):
         plain = plain_embedding(table, nn.Parameter(_latent(name, table, table.quantizer, dtype)))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import enum
 import inspect
 import logging
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.trainer_utils import unwrap_peft_model
 
 from ..surgery import quantized_layers, trained_layers
@@ -91,6 +92,16 @@ def warn_half_precision(model: nn.Module) -> None:
             "Load the model in float32, from_pretrained(..., dtype=torch.float32), and use QATArguments(bf16=True) for speed.",
             len(half),
             str(half[0].weight.dtype).removeprefix("torch."),
+        )
+
+
+def warn_without_labels(inputs: Mapping[str, Any]) -> None:
+    """Says that nothing of a batch is to be learned: every label is -100."""
+    labels = inputs.get("labels")
+    if isinstance(labels, Tensor) and labels.numel() and not labels.is_floating_point() and bool((labels == -100).all()):
+        logger.warning(
+            "every label of the first batch is -100, so there is nothing to learn from it: the loss is 0 or NaN. Labels are "
+            "token ids, for example copies of input_ids, and -100 only where a token is not to be learned"
         )
 
 

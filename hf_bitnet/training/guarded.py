@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..surgery import trained_layers
 from .arguments import QATArguments
+from .checks import warn_without_labels
 from .learning_rate import TwoStage, TwoStageScheduler
 from .regularizers import Regularization
 from .resume import last_complete_checkpoint
@@ -108,16 +110,26 @@ class Guards(_Base):
         """As Trainer's; looks at what is logged."""
         super().log(logs, start_time)
         if self.is_in_train and "loss" in logs:
-            self._stuck.look(logs, self.state.global_step)
+            assert isinstance(self.model, nn.Module)
+            if any(layer.weight.requires_grad for _, layer in trained_layers(self.model)):  # else adapters are what is trained
+                self._stuck.look(logs, self.state.global_step)
             spike = None if self._rollbacks is None else find_spike(self.state.log_history, self._rollbacks.options)
             if spike is not None:
                 raise spike
 
     # ---- a step ----
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """As Trainer's; no batch for a run that was resumed behind its last step, where stock Trainer makes one more."""
+        if 0 < self.state.max_steps <= self.state.global_step:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """As Trainer's; the last micro-batch of an optimizer step also brings the regularizers, in gradients and loss."""
         self._step_batches.append(inputs)
+        if not self.state.global_step and len(self._step_batches) == 1:
+            warn_without_labels(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.regularization is not None and self.accelerator.sync_gradients:
             assert isinstance(self.model, nn.Module)

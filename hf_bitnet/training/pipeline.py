@@ -120,7 +120,6 @@ def convert(
     run.limit_tokens(train, max_train_tokens)
     model.to(args.device)  # type: ignore[arg-type]
     run.measure(FULL, model, valid)
-    run.clear()
     if drawn_share:
         with run.timed("draw"):
             most = windows_of_run(run.args, len(train))
@@ -140,6 +139,7 @@ def convert(
     kind = type(model)  # FSDP gives the trained one a class of its own
     datasets = {"train_dataset": TokenWindows(train), "eval_dataset": TokenWindows(valid)}
     trainer = QATTrainer(model=model, args=run.args, teacher=student_of, processing_class=tokenizer, **datasets)
+    run.clear()  # not before the last argument has been looked at
     run.train(trainer)
     packed = run.pack_measured(kind, trainer, valid)
     data = _described(train, train_text, valid, valid_text)

@@ -8,11 +8,15 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
-_TEACHER_FILE = "qat_teacher.json"
+_TEACHER_FILE, _SCHEMES_FILE = "qat_teacher.json", "qat_schemes.json"
+# of Trainer, peft, FSDP and DeepSpeed
+_WEIGHTS = ("*model*.safetensors*", "*model*.bin*", "*.pt", "*model_fsdp*", "global_step*", "*.distcp")
+_OPTIMIZERS = ("optimizer*", "global_step*")
 
 
 def last_complete_checkpoint(output_dir: str | Path, world_size: int, up_to: int | None = None) -> str | None:
@@ -39,27 +43,56 @@ def _missing(folder: Path, step: int, world_size: int) -> str | None:
         return "no readable trainer_state.json"
     if state.get("global_step") != step:
         return f"its state is of step {state.get('global_step')}"
+    if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
+        return "no weights"
     random_states = len(list(folder.glob("rng_state*.pth")))
+    if random_states and not any(next(folder.glob(pattern), None) for pattern in _OPTIMIZERS):
+        return "no state of the optimizer"
     # other ranks may still be writing theirs when the main one is done; none at all is save_only_model
     if 0 < random_states < world_size:
         return f"{random_states} of {world_size} random states"
     return None
 
 
-def write_teacher(folder: str | Path, fingerprint: str) -> None:
-    """Notes beside a checkpoint which teacher it was trained with."""
+def write_teacher(folder: str | Path, fingerprint: str | None) -> None:
+    """Notes beside a checkpoint which teacher it was trained with; None for none."""
     (Path(folder) / _TEACHER_FILE).write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
 
 
-def check_teacher(folder: str | Path, fingerprint: str) -> None:
+def check_teacher(folder: str | Path, fingerprint: str | None) -> None:
     """Raises ValueError when the checkpoint was trained with another teacher; says nothing when it has no note."""
     try:
         note: Any = json.loads((Path(folder) / _TEACHER_FILE).read_text())
     except (OSError, ValueError):
         return
-    if note.get("fingerprint") != fingerprint:
+    before = note.get("fingerprint")
+    if before != fingerprint:
+        there, now = ("no teacher" if each is None else "a teacher" for each in (before, fingerprint))
+        differs = "another teacher than the one given now" if before and fingerprint else f"{there}, and there is {now} now"
         raise ValueError(
-            f"{folder} was trained with another teacher than the one given now, so resuming would not continue that run. "
+            f"{folder} was trained with {differs}, so resuming would not continue that run. "
             "With teacher='self' build the trainer from the model the run started from (not from the checkpoint), then call "
             "trainer.train(resume_from_checkpoint=True)"
+        )
+
+
+def write_schemes(folder: str | Path, schemes: Mapping[str, str]) -> None:
+    """Notes beside a checkpoint how each layer is quantized: name -> words."""
+    (Path(folder) / _SCHEMES_FILE).write_text(json.dumps(schemes, indent=1) + "\n")
+
+
+def check_schemes(folder: str | Path, schemes: Mapping[str, str]) -> None:
+    """Raises ValueError when the checkpoint was trained with another quantization; says nothing when it has no note."""
+    try:
+        before: Any = json.loads((Path(folder) / _SCHEMES_FILE).read_text())
+    except (OSError, ValueError):
+        return
+    different = [name for name in sorted(before.keys() | schemes.keys()) if before.get(name) != schemes.get(name)]
+    if different:
+        name = different[0]
+        was, now = (each.get(name, "not quantized") for each in (before, schemes))
+        raise ValueError(
+            f"{folder} was trained with another quantization of {len(different)} layers, so resuming would not continue that "
+            f"run: {name} was {was} and is {now} now. Quantize the model as it was, or begin a new run from "
+            "the weights of that checkpoint: from_pretrained(checkpoint)"
         )

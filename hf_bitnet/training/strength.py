@@ -20,6 +20,7 @@ from ..surgery import set_strengths, trained_layers, trained_tables
 from .amounts import steps_per_epoch
 from .arguments import QATArguments
 from .quantization_schedule import Plan, QuantizationSchedule
+from .resume import check_schemes, write_schemes
 from .sharding import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class StrengthCallback(TrainerCallback):
         self._strengths: list[float] = []
         self._stage = 0
         self._at_once = False
+        self._schemes: dict[str, str] = {}
         self.resumed_from: str | None = None
 
     @property
@@ -80,7 +82,9 @@ class StrengthCallback(TrainerCallback):
         self._at_once = args.torch_compile or is_compiled_module(kwargs["model"])
         self._strengths, self._stage = [], -1  # the model may have been changed since
         self._plan = plan
+        self._schemes = {name: _scheme(layer) for name, layer in named}
         if self.resumed_from is not None and state.is_world_process_zero:
+            check_schemes(self.resumed_from, self._schemes)
             _compare(plan, self.resumed_from)
         self.on_step_begin(args, state, control, **kwargs)
 
@@ -158,9 +162,17 @@ class StrengthCallback(TrainerCallback):
         return found
 
     def write(self, folder: str | Path) -> None:
-        """Keeps the plan, with the order of the layers, beside a checkpoint."""
+        """Keeps the plan, with the order of the layers, and how they are quantized beside a checkpoint."""
         if self._plan is not None:
             (Path(folder) / _FILE).write_text(json.dumps(self._plan.to_dict(), indent=1) + "\n")
+            write_schemes(folder, self._schemes)
+
+
+def _scheme(layer: TrainedLayer) -> str:
+    """In words that change with what is computed."""
+    weight = layer.spec.weight
+    size = "" if weight.group_size is None else f" of {weight.group_size}"
+    return f"{weight.scheme}, {weight.scale_rule} scales a {weight.granularity}{size}, inputs {layer.activation.__name__}"
 
 
 def _compare(plan: Plan, folder: str) -> None:

@@ -158,9 +158,9 @@ class QATMixin(Guards, Published):
         self.start_guards(str(self.args.output_dir) if found else resume_from_checkpoint)
         if self._distiller is not None:
             self._distiller.reset(self.accelerator.unwrap_model(self.model))
-            # other ranks may hold an empty copy until sharding hands the weights out
-            if isinstance(resume_from_checkpoint, str) and self.is_world_process_zero():
-                check_teacher(resume_from_checkpoint, self._fingerprint)
+        # other ranks may hold an empty copy until sharding hands the weights out
+        if isinstance(resume_from_checkpoint, str) and self.is_world_process_zero():
+            check_teacher(resume_from_checkpoint, None if self._distiller is None else self._fingerprint)
         return super().train(resume_from_checkpoint, *others, **named)
 
     def prepare_run(self, checkpoint: str | bool | None) -> None:
@@ -368,8 +368,7 @@ class QATMixin(Guards, Published):
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             self._strength.write(folder)
-            if self._balance is not None:
-                write_teacher(folder, self._fingerprint)
+            write_teacher(folder, None if self._distiller is None else self._fingerprint)
             for each in self._add_ons:
                 each.save(folder)
         super()._save_checkpoint(model, trial)

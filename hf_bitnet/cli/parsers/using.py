@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from ..options import add_model, add_placement, add_quantization, command, positive, vocabulary
+from ..options import add_model, add_placement, add_quantization, between, command, positive, vocabulary
 
 
 def add_eval(commands: Any) -> None:
@@ -81,8 +82,12 @@ def add_chat(commands: Any) -> None:
     parser.add_argument("--system", metavar="TEXT", help="what the model is told first, where its chat template knows that")
     parser.add_argument("--raw", action="store_true", help="continue the text, without the chat template")
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="of one answer (default: 256)")
-    parser.add_argument("--temperature", type=float, metavar="X", help="0 takes the likeliest token (default: the model's own)")
-    parser.add_argument("--top-p", type=float, metavar="X", help="sample from so much probability (default: the model's own)")
+    parser.add_argument(
+        "--temperature", type=between(0, math.inf), metavar="X", help="0 takes the likeliest token (default: the model's own)"
+    )
+    parser.add_argument(
+        "--top-p", type=between(0, 1), metavar="X", help="sample from so much probability (default: the model's own)"
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="the same answer each time")
     add_placement(parser)
 

@@ -1,0 +1,75 @@
+"""Models with adapters of peft: what their configs say holds for the model that is left without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import hf_bitnet as hb
+from hf_bitnet.surgery import quantized_layers
+from tests.tiny import tiny
+
+peft = pytest.importorskip("peft")
+CONFIG = hb.BitNetQuantizationConfig.bitnet_b158(overrides={r"v_proj$": {"weight": "int4"}})
+
+
+def adapted(model: nn.Module, **fields: Any) -> Any:
+    return peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"], **fields}))
+
+
+def _of_the_base(model: Any, wrapped: Any) -> Any:
+    hb.unpack_model(model)
+    return wrapped.merge_and_unload()
+
+
+def _of_the_whole(model: Any, wrapped: Any) -> Any:
+    hb.unpack_model(wrapped)
+    return wrapped.merge_and_unload()
+
+
+def _taken_off(model: Any, wrapped: Any) -> Any:
+    hb.unpack_model(wrapped)
+    hb.pack_model(wrapped)
+    return wrapped.unload()
+
+
+@pytest.mark.parametrize("way", [_of_the_base, _of_the_whole, _taken_off])
+@pytest.mark.parametrize("target", [["q_proj", "v_proj"], "all-linear"])
+@torch.no_grad()
+def test_merged_models_come_back(way: Callable[[Any, Any], Any], target: Any, tmp_path: Path) -> None:
+    model, batch = tiny("llama")
+    hb.pack_model(hb.quantize_model(model, CONFIG))
+    wrapped = adapted(model, target_modules=target, init_lora_weights=False)
+    merged = way(model, wrapped).eval()
+    expected, layers = merged(**batch).logits, dict(quantized_layers(merged))
+    merged.save_pretrained(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert dict(quantized_layers(loaded)).keys() == layers.keys() and len(layers) == 14
+    assert {layer.quantizer.scheme for name, layer in layers.items() if "v_proj" in name} == {"int4"}
+    torch.testing.assert_close(loaded(**batch).logits, expected)
+    assert not any("base_layer" in name or "lora" in name for name in loaded.config.quantization_config.quantized_modules)
+
+
+def test_config_of_an_adapted_model_is_that_of_the_plain_one() -> None:
+    model, _ = tiny("llama")
+    hb.quantize_model(model, hb.BitNetQuantizationConfig.bitnet_b158())
+    before = model.config.quantization_config.to_dict()
+    wrapped = adapted(model, modules_to_save=["lm_head"])
+    hb.unpack_model(hb.pack_model(wrapped))
+    assert model.config.quantization_config.to_dict() == before
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_adapters_are_not_quantized(whole: bool) -> None:
+    model, _ = tiny("llama")
+    wrapped = adapted(model)
+    with pytest.raises(ValueError, match=r"has adapters of peft.*first quantize_model\(model, config\), then get_peft_model"):
+        hb.quantize_model(wrapped if whole else model, CONFIG)
+    merged = wrapped.merge_and_unload()
+    assert len([*quantized_layers(hb.quantize_model(merged, CONFIG))]) == 14
