@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from ...gguf_file import GGUFFile, Stored
 from .kinds import Kind
 from .writing import gguf_package
 
-# weights in what the package takes for a row
-_JOINED = 1 << 14
 _PLAIN = {"F32": np.float32, "F16": np.float16}
 
 
@@ -49,9 +46,7 @@ def rows_of(path: Path, stored: Stored, kind: Kind) -> Callable[[int, int], Tens
     def read(start: int, end: int) -> Tensor:
         # not mapped: the pages of the whole file would count as the process's memory
         data = np.fromfile(path, np.uint8, (end - start) * width, offset=stored.start + start * width)
-        # the package goes by sixteen rows, whose operations take less time than calling them: it gets longer ones
-        joined = math.gcd(end - start, max(1, _JOINED // columns))
-        values = decoder(data.reshape(-1, width * joined)).view(end - start, columns)
+        values = decoder(data.reshape(end - start, width))
         return values if scale is None else values * scale
 
     return read
