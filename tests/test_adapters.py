@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import hf_bitnet as hb
 from hf_bitnet.surgery import quantized_layers
+from hf_bitnet.surgery.adapters import own_modules
+from tests.qat import make_trainer
 from tests.tiny import tiny
 
 peft = pytest.importorskip("peft")
@@ -73,3 +75,37 @@ def test_adapters_are_not_quantized(whole: bool) -> None:
         hb.quantize_model(wrapped if whole else model, CONFIG)
     merged = wrapped.merge_and_unload()
     assert len([*quantized_layers(hb.quantize_model(merged, CONFIG))]) == 14
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        (CONFIG, {"modules_to_save": ["v_proj"], "target_modules": ["q_proj"]}),
+        (hb.BitNetQuantizationConfig.bitnet_b158(output_head="int8"), {"target_modules": ["q_proj", "lm_head"]}),
+        (hb.BitNetQuantizationConfig.bitnet_b158(output_head="int8"), {"modules_to_save": ["lm_head"]}),
+    ],
+    ids=["a copy of a layer", "a head", "a copy of the head"],
+)
+@torch.no_grad()
+def test_layers_keep_their_own_schemes(config: hb.BitNetQuantizationConfig, fields: dict[str, Any]) -> None:
+    model, batch = tiny("llama")
+    wrapped = adapted(hb.quantize_model(model, config), **fields)
+    expected = wrapped.eval()(**batch).logits
+    found = hb.unpack_model(hb.pack_model(wrapped))
+    torch.testing.assert_close(found.eval()(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tables_with_trained_tokens_have_their_name() -> None:
+    model, _ = tiny("llama")
+    hb.quantize_model(model, hb.BitNetQuantizationConfig.bitnet_b158(embeddings="int8"))
+    wrapped = adapted(model, trainable_token_indices=[1, 2])
+    names = [name for name, _ in own_modules(wrapped)]
+    assert "model.embed_tokens" in names and not any("token_adapter" in name or "lora" in name for name in names)
+
+
+def test_a_loaded_model_trains_after_the_merge(tmp_path: Path) -> None:
+    model, _ = tiny("llama")
+    hb.pack_model(hb.quantize_model(model, CONFIG)).save_pretrained(tmp_path / "packed")
+    wrapped = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "packed"))
+    hb.unpack_model(wrapped)
+    make_trainer(tmp_path / "run", wrapped.merge_and_unload(), max_steps=1).train()

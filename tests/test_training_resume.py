@@ -182,8 +182,10 @@ def test_random_states_of_all_ranks_are_needed(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-3"
     folder.mkdir()
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
+    (folder / "scheduler.pt").touch()
     assert last_complete_checkpoint(tmp_path, 2) is None  # no weights
-    (folder / "model.safetensors").touch()
+    (folder / "mine").mkdir()
+    (folder / "mine" / "adapter_model.safetensors").touch()
     assert last_complete_checkpoint(tmp_path, 2) == str(folder)  # save_only_model
     (folder / "rng_state_0.pth").touch()
     assert last_complete_checkpoint(tmp_path, 2) is None
@@ -221,8 +223,11 @@ def test_a_teacher_that_was_not_there_is_noticed(tmp_path: Path) -> None:
 def test_another_quantization_is_noticed(other: dict[str, Any], tmp_path: Path) -> None:
     make_trainer(tmp_path, quantized(), max_steps=2, save_strategy="steps", save_steps=2).train()
     words = r"another quantization of 14 layers.* was ternary, absmean scales a tensor, inputs \w+ and is "
+    trainer = make_trainer(tmp_path, quantized(**other), max_steps=4)
+    before = weights(trainer.model)
     with pytest.raises(ValueError, match=words):
-        make_trainer(tmp_path, quantized(**other), max_steps=4).train(resume_from_checkpoint=True)
+        trainer.train(resume_from_checkpoint=True)
+    assert_same(weights(trainer.model), before)  # nothing was loaded
 
 
 def test_a_run_that_is_over_stays_over(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import transformers as tf
 
 from hf_bitnet import QATArguments
 from hf_bitnet.surgery import trained_layers
+from hf_bitnet.training.checks import warn_without_labels
 from hf_bitnet.training.rollback import RollbackOptions, find_spike
 from hf_bitnet.training.stability import PatientEarlyStopping, StuckWatch
 from tests.qat import ONE_LAYER, assert_same, losses, make_trainer, quantized, said, weights
@@ -259,6 +260,11 @@ def test_batches_without_a_label_are_said(masked: bool, tmp_path: Path, caplog: 
 
     make_trainer(tmp_path, quantized(model=ONE_LAYER), max_steps=2, data_collator=collate).train()
     assert bool([line for line in said(caplog) if "every label of the first batch is -100" in line]) == masked
+
+
+def test_batches_that_are_lists_have_no_labels() -> None:
+    """Of trainers that make their inputs themselves (GRPO)."""
+    warn_without_labels([{"prompt": "a"}])
 
 
 def test_moving_weights_are_not() -> None:

@@ -11,21 +11,41 @@ from typing import Any
 
 from torch import nn
 
-# of a layer with adapters, and of a module that is trained and saved with them: where the model's own one is
-_INSIDE = (("base_layer", None), ("original_module", "modules_to_save"))
+# where the model's own module is: in a layer with adapters, a module that is trained and saved with them, a table with trained
+# tokens
+_INSIDE = (("base_layer", None), ("original_module", "modules_to_save"), ("token_adapter", None))
 
 
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """`model.named_modules()` without adapters, and without their names in the names."""
+    yield from _walk(base_of(model), "", set())
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model that peft's model is made of; any other is its own."""
     whole: Any = model
-    if "base_model" in model._modules and hasattr(model, "get_base_model"):
-        whole = whole.get_base_model()
-    yield from _walk(whole, "", set())
+    return whole.get_base_model() if "base_model" in model._modules and hasattr(model, "get_base_model") else model
 
 
 def own_names(model: nn.Module) -> dict[int, str]:
-    """id of a module -> its name without adapters; those of adapters are not there."""
-    return {id(module): name for name, module in own_modules(model)}
+    """id of a module -> its name without adapters; adapters are not there, and trained copies have the name of the original."""
+    names = {id(module): name for name, module in own_modules(model)}
+    for module in model.modules():
+        copies = module._modules.get("modules_to_save") if "original_module" in module._modules else None
+        if copies is not None:
+            name = names[id(without_adapter(module))]
+            for copied in copies.children():
+                names |= {id(each): f"{name}.{inner}" if inner else name for inner, each in copied.named_modules()}
+    return names
+
+
+def without_adapter(module: nn.Module) -> nn.Module:
+    """The model's own module in one that peft put in its place; any other is itself."""
+    for inside, beside in _INSIDE:
+        own = module._modules.get(inside)
+        if own is not None and (beside is None or beside in module._modules):
+            return without_adapter(own)
+    return module
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -34,11 +54,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    for inside, beside in _INSIDE:
-        own = module._modules.get(inside)
-        if own is not None and (beside is None or beside in module._modules):
-            yield from _walk(own, name, seen)
-            return
+    module = without_adapter(module)
     if id(module) in seen:
         return
     seen.add(id(module))

@@ -15,7 +15,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..config import BitNetQuantizationConfig, NativeBitNetConfig
 from ..modules import BitLinear, QuantizedEmbedding, QuantizedLayer
-from .adapters import own_modules
+from .adapters import base_of, own_modules
 from .coverage import config_place
 from .experts import has_separate_experts
 from .select import HEADS, is_linear, is_table
@@ -77,8 +77,9 @@ def detach(model: nn.Module, *, loader: bool = True) -> None:
         if isinstance(getattr(each, "quantization_config", None), BitNetQuantizationConfig):
             delattr(each, "quantization_config")
     if loader:
-        for name in _LOADER_STATE:
-            model.__dict__.pop(name, None)
+        for each in (model, base_of(model)):
+            for name in _LOADER_STATE:
+                each.__dict__.pop(name, None)
 
 
 def _configs(model: nn.Module) -> list[PreTrainedConfig]:

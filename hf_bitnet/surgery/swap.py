@@ -93,7 +93,7 @@ def quantize_model(model: Model, config: BitNetQuantizationConfig, *, progress: 
     if has_adapters(model):
         raise ValueError(
             "the model has adapters of peft, which are not to be quantized; first quantize_model(model, config), then "
-            "get_peft_model(model, ...); or merge them: model = peft_model.merge_and_unload()"
+            "get_peft_model(model, ...); or merge them before (merge_and_unload of the peft model)"
         )
     with separate_experts(model):
         chosen = chosen_layers(model, config)
@@ -238,10 +238,12 @@ def unpack_model(model: Model, *, weight_scale: str | None = None) -> Model:
         }
         config = copied(config, weight_scale=weight_scale, overrides=overrides)
     dtype = float_dtype(model)
-    heads, names = head_layers(model, config), own_names(model)
+    names = own_names(model)
+    heads = {names[head]: layer for head, layer in head_layers(model, config).items() if head in names}
     made: list[tuple[nn.Module, nn.Module]] = []
     for name, packed in layers:
-        spec = replace(make_spec(heads.get(id(packed)) or config.layer(names.get(id(packed), name)), config), sub_norm=False)
+        own = names.get(id(packed), name)
+        spec = replace(make_spec(heads.get(own) or config.layer(own), config), sub_norm=False)
         made.append((packed, _unpacked(name, packed, spec, dtype)))
     for name, table in quantized_tables(model):
         plain = plain_embedding(table, nn.Parameter(_latent(name, table, table.quantizer, dtype)))

@@ -20,6 +20,7 @@ from ..modules import EmbeddingSpec, PackedBitLinear, PackedEmbedding, Quantized
 from ..quantizers import WeightQuantizer
 from ..relaxations import RELAXATIONS
 from ..ste import ESTIMATORS
+from .adapters import without_adapter
 
 
 def token_tables(model: nn.Module) -> list[tuple[str, nn.Embedding]]:
@@ -38,7 +39,8 @@ def output_heads(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _asked(part: nn.Module, method: str) -> Any:
     try:
-        return getattr(part, method, lambda: None)()
+        found = getattr(part, method, lambda: None)()
+        return without_adapter(found) if isinstance(found, nn.Module) else found
     except (RuntimeError, AttributeError):  # what transformers' own methods raise where there is none
         return None
 

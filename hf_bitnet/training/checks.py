@@ -95,9 +95,9 @@ def warn_half_precision(model: nn.Module) -> None:
         )
 
 
-def warn_without_labels(inputs: Mapping[str, Any]) -> None:
-    """Says that nothing of a batch is to be learned: every label is -100."""
-    labels = inputs.get("labels")
+def warn_without_labels(inputs: Any) -> None:
+    """Says that nothing of a batch is to be learned: every label is -100. Some trainers' batches are lists."""
+    labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
     if isinstance(labels, Tensor) and labels.numel() and not labels.is_floating_point() and bool((labels == -100).all()):
         logger.warning(
             "every label of the first batch is -100, so there is nothing to learn from it: the loss is 0 or NaN. Labels are "

@@ -15,7 +15,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 _TEACHER_FILE, _SCHEMES_FILE = "qat_teacher.json", "qat_schemes.json"
 # of Trainer, peft, FSDP and DeepSpeed
-_WEIGHTS = ("*model*.safetensors*", "*model*.bin*", "*.pt", "*model_fsdp*", "global_step*", "*.distcp")
+_WEIGHTS = ("*model*.safetensors*", "*model*.bin*", "*/adapter_model.*", "*model_fsdp*", "global_step*", "*.distcp")
 _OPTIMIZERS = ("optimizer*", "global_step*")
 
 
@@ -70,7 +70,7 @@ def check_teacher(folder: str | Path, fingerprint: str | None) -> None:
         there, now = ("no teacher" if each is None else "a teacher" for each in (before, fingerprint))
         differs = "another teacher than the one given now" if before and fingerprint else f"{there}, and there is {now} now"
         raise ValueError(
-            f"{folder} was trained with {differs}, so resuming would not continue that run. "
+            f"{folder} was trained with {differs}, so resuming would not continue that run. Give the teacher that it had. "
             "With teacher='self' build the trainer from the model the run started from (not from the checkpoint), then call "
             "trainer.train(resume_from_checkpoint=True)"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from ..surgery import set_strengths, trained_layers, trained_tables
 from .amounts import steps_per_epoch
 from .arguments import QATArguments
 from .quantization_schedule import Plan, QuantizationSchedule
-from .resume import check_schemes, write_schemes
+from .resume import write_schemes
 from .sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 _FILE = "qat_schedule.json"
+_WRAPPERS = re.compile(r"(^module\.|_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.)")
 _WHOLE = QuantizationSchedule(ramp="none")
 
 
@@ -71,7 +73,7 @@ class StrengthCallback(TrainerCallback):
         assert isinstance(args, QATArguments)
         schedule = args.quantization_schedule or _WHOLE
         assert isinstance(schedule, QuantizationSchedule)
-        named = [(name.replace("_orig_mod.", ""), layer) for name, layer in trained_layers(kwargs["model"])]
+        named = _named(kwargs["model"])
         self._layers, self._tables = [layer for _, layer in named], trained_tables(kwargs["model"])
         loader = kwargs.get("train_dataloader")
         batches = len(loader) if loader is not None and has_length(loader) else None
@@ -84,7 +86,6 @@ class StrengthCallback(TrainerCallback):
         self._plan = plan
         self._schemes = {name: _scheme(layer) for name, layer in named}
         if self.resumed_from is not None and state.is_world_process_zero:
-            check_schemes(self.resumed_from, self._schemes)
             _compare(plan, self.resumed_from)
         self.on_step_begin(args, state, control, **kwargs)
 
@@ -166,6 +167,16 @@ class StrengthCallback(TrainerCallback):
         if self._plan is not None:
             (Path(folder) / _FILE).write_text(json.dumps(self._plan.to_dict(), indent=1) + "\n")
             write_schemes(folder, self._schemes)
+
+
+def schemes_of(model: nn.Module) -> dict[str, str]:
+    """How each layer is quantized, in words."""
+    return {name: _scheme(layer) for name, layer in _named(model)}
+
+
+def _named(model: nn.Module) -> list[tuple[str, TrainedLayer]]:
+    """The layers by names that do not depend on how they are compiled, checkpointed or spread."""
+    return [(_WRAPPERS.sub("", name), layer) for name, layer in trained_layers(model)]
 
 
 def _scheme(layer: TrainedLayer) -> str:

@@ -40,9 +40,9 @@ from .metrics import TrainMetrics
 from .monitor import QuantMonitor
 from .optimizers import refuse_options, set_up
 from .published import Published
-from .resume import check_teacher, last_complete_checkpoint, write_teacher
+from .resume import check_schemes, check_teacher, last_complete_checkpoint, write_teacher
 from .sharding import keep_weights_float32
-from .strength import StrengthCallback
+from .strength import StrengthCallback, schemes_of
 
 
 class QATMixin(Guards, Published):
@@ -158,9 +158,10 @@ class QATMixin(Guards, Published):
         self.start_guards(str(self.args.output_dir) if found else resume_from_checkpoint)
         if self._distiller is not None:
             self._distiller.reset(self.accelerator.unwrap_model(self.model))
-        # other ranks may hold an empty copy until sharding hands the weights out
-        if isinstance(resume_from_checkpoint, str) and self.is_world_process_zero():
-            check_teacher(resume_from_checkpoint, None if self._distiller is None else self._fingerprint)
+        if isinstance(resume_from_checkpoint, str):
+            check_schemes(resume_from_checkpoint, schemes_of(self.model))
+            if self.is_world_process_zero():  # others may hold an empty copy until sharding hands the weights out
+                check_teacher(resume_from_checkpoint, None if self._distiller is None else self._fingerprint)
         return super().train(resume_from_checkpoint, *others, **named)
 
     def prepare_run(self, checkpoint: str | bool | None) -> None:
