@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -17,7 +18,6 @@ from hf_bitnet.surgery.adapters import own_modules
 from tests.qat import make_trainer
 from tests.tiny import tiny
 
-peft = pytest.importorskip("peft")
 CONFIG = hb.BitNetQuantizationConfig.bitnet_b158(overrides={r"v_proj$": {"weight": "int4"}})
 
 

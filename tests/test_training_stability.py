@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as tf
@@ -244,7 +245,6 @@ def test_stuck_weights_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 
 def test_weights_that_adapters_stand_for_are_not_stuck(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    peft = pytest.importorskip("peft")
     model = peft.get_peft_model(quantized(model=ONE_LAYER), peft.LoraConfig(target_modules=["q_proj"]))
     make_trainer(tmp_path, model, learning_rate=1e-3, max_steps=6).train()
     assert not [line for line in said(caplog) if "of the float weights changed" in line]

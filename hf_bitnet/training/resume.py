@@ -61,9 +61,8 @@ def write_teacher(folder: str | Path, fingerprint: str | None) -> None:
 
 def check_teacher(folder: str | Path, fingerprint: str | None) -> None:
     """Raises ValueError when the checkpoint was trained with another teacher; says nothing when it has no note."""
-    try:
-        note: Any = json.loads((Path(folder) / _TEACHER_FILE).read_text())
-    except (OSError, ValueError):
+    note = _note(folder, _TEACHER_FILE)
+    if note is None:
         return
     before = note.get("fingerprint")
     if before != fingerprint:
@@ -83,9 +82,8 @@ def write_schemes(folder: str | Path, schemes: Mapping[str, str]) -> None:
 
 def check_schemes(folder: str | Path, schemes: Mapping[str, str]) -> None:
     """Raises ValueError when the checkpoint was trained with another quantization; says nothing when it has no note."""
-    try:
-        before: Any = json.loads((Path(folder) / _SCHEMES_FILE).read_text())
-    except (OSError, ValueError):
+    before = _note(folder, _SCHEMES_FILE)
+    if before is None:
         return
     different = [name for name in sorted(before.keys() | schemes.keys()) if before.get(name) != schemes.get(name)]
     if different:
@@ -96,3 +94,11 @@ def check_schemes(folder: str | Path, schemes: Mapping[str, str]) -> None:
             f"run: {name} was {was} and is {now} now. Quantize the model as it was, or begin a new run from "
             "the weights of that checkpoint: from_pretrained(checkpoint)"
         )
+
+
+def _note(folder: str | Path, name: str) -> Any:
+    """What stands in a file beside a checkpoint; None where there is none, or none that can be read."""
+    try:
+        return json.loads((Path(folder) / name).read_text())
+    except (OSError, ValueError):
+        return None

@@ -52,7 +52,6 @@ class StrengthCallback(TrainerCallback):
         self._strengths: list[float] = []
         self._stage = 0
         self._at_once = False
-        self._schemes: dict[str, str] = {}
         self.resumed_from: str | None = None
 
     @property
@@ -84,7 +83,6 @@ class StrengthCallback(TrainerCallback):
         self._at_once = args.torch_compile or is_compiled_module(kwargs["model"])
         self._strengths, self._stage = [], -1  # the model may have been changed since
         self._plan = plan
-        self._schemes = {name: _scheme(layer) for name, layer in named}
         if self.resumed_from is not None and state.is_world_process_zero:
             _compare(plan, self.resumed_from)
         self.on_step_begin(args, state, control, **kwargs)
@@ -166,7 +164,8 @@ class StrengthCallback(TrainerCallback):
         """Keeps the plan, with the order of the layers, and how they are quantized beside a checkpoint."""
         if self._plan is not None:
             (Path(folder) / _FILE).write_text(json.dumps(self._plan.to_dict(), indent=1) + "\n")
-            write_schemes(folder, self._schemes)
+            named = zip(self._plan.names, self._layers, strict=True)
+            write_schemes(folder, {name: _scheme(layer) for name, layer in named})
 
 
 def schemes_of(model: nn.Module) -> dict[str, str]:
