@@ -246,7 +246,8 @@ def test_exported(name: str, form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_adapters_on_experts(name: str, packed: bool, tmp_path: Path) -> None:
     """peft finds them by their names, which for fused experts it would turn into others, and loads what it saved."""
-    peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
+    import peft
+
     model = hb.quantize_model(moe(name), CONFIG)
     model = hb.pack_model(model) if packed else model
     base, down = copy.deepcopy(model), "w2" if name == "mixtral" else "down_proj"
@@ -262,7 +263,8 @@ def test_adapters_on_experts(name: str, packed: bool, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # peft's own
 def test_adapters_on_fused_experts_are_as_they_were() -> None:
-    peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
+    import peft
+
     adapted = peft.get_peft_model(moe("mixtral"), peft.LoraConfig(target_modules=["w1", "w2", "w3"], r=2))
     assert adapted.peft_config["default"].target_parameters == {"gate_up_proj", "down_proj"}
 

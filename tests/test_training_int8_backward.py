@@ -257,7 +257,8 @@ def test_nothing_stays_after_an_error(tmp_path: Path) -> None:
 
 
 def test_adapters_on_trained_layers(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
+    import peft
+
     model = peft.get_peft_model(quantized(model=ONE_LAYER), peft.LoraConfig(target_modules=["q_proj", "down_proj"]))
     trainer, _ = _run(tmp_path, model, max_steps=10)
     found = {name.split(".")[-2]: set(each) for name, each in _callback(trainer).cosines.items() if name.endswith("base_layer")}
@@ -267,7 +268,8 @@ def test_adapters_on_trained_layers(tmp_path: Path) -> None:
 
 def test_adapters_on_packed_layers(tmp_path: Path) -> None:
     """With transformers' own Trainer, to which the callback is given."""
-    peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
+    import peft
+
     model = peft.get_peft_model(pack_model(quantized()), peft.LoraConfig(target_modules=["q_proj", "down_proj"]))
     callback, watch = Int8BackwardCallback(Int8BackwardOptions()), Watch()
     args = arguments(tmp_path, max_steps=2)

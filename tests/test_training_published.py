@@ -137,7 +137,8 @@ def test_checkpoint_of_two_steps_is_noticed(hub: LoopbackHub, tmp_path: Path) ->
 
 
 def test_card_of_adapters_takes_what_the_other_trainer_takes(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
+    import peft
+
     model = peft.get_peft_model(quantized(model=ONE_LAYER), peft.LoraConfig(target_modules=["q_proj"]))
     trainer = make_trainer(tmp_path, model)
     trainer.train()
