@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .config import BitNetQuantizationConfig
     from .modules import BitConv1D, BitEmbedding, BitLinear, PackedBitLinear, PackedEmbedding
     from .plugin import load_native
-    from .publish import export_model, import_model, open_model, push_to_hub
+    from .publish import export_model, import_model, import_tokenizer, open_model, push_to_hub
     from .quantizers import Quantized
     from .surgery import (
         Coverage,
@@ -79,6 +79,7 @@ _HOME = {
     "dequantize_model": "surgery",
     "export_model": "publish",
     "import_model": "publish",
+    "import_tokenizer": "publish",
     "open_model": "publish",
     "push_to_hub": "publish",
     "harden": "surgery",
@@ -150,6 +151,7 @@ __all__ = [
     "harden",
     "hub_checkpoint",
     "import_model",
+    "import_tokenizer",
     "kept_codes",
     "layer_report",
     "load_native",

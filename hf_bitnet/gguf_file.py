@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-F32 = 0
+F32, I2_S = 0, 36
+# of ours: how the inputs of all quantized layers are quantized, where it is one scheme without ranges
+ACTIVATION_KEY = "hf_bitnet.activation"
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "?", 10: "Q", 11: "q", 12: "d"}
 # files are padded to it, so a large one is written by nobody and makes a copy without weights huge
@@ -42,7 +44,19 @@ def type_name(kind: int) -> str:
 
 
 class Length(int):
-    """Of a list that is not kept: one of texts, or a long one of numbers."""
+    """Of a list that is not kept: one of texts, or a long one of numbers; and where its values begin in the file.
+
+    Attributes:
+        kind: id of the type of its values. place: of the first one.
+    """
+
+    kind: int
+    place: int
+
+    def __new__(cls, count: int, kind: int = _STRING, place: int = 0) -> Length:
+        made = super().__new__(cls, count)
+        made.kind, made.place = kind, place
+        return made
 
 
 class Stored(NamedTuple):
@@ -120,6 +134,21 @@ class GGUFFile:
             )
         return memoryview(self.data)[tensor.start : end]
 
+    def values(self, key: str) -> list[Any]:
+        """A list of the metadata, whole; empty where there is none. Raises ValueError where it is no list, or is damaged."""
+        found = self.metadata.get(key, [])
+        if isinstance(found, list):
+            return found
+        if not isinstance(found, Length):
+            raise ValueError(f"{self.path}: {key} is {found!r}, which is no list; copy or download the file again")
+        cursor = _Cursor(self.data, found.place)
+        if found.kind != _STRING:
+            return list(struct.unpack_from(f"<{found:d}{_NUMBERS[found.kind]}", self.data, found.place))
+        try:
+            return [cursor.text() for _ in range(found)]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path}: {key} holds no text ({error}); copy or download the file again") from None
+
     @property
     def architecture(self) -> str:
         """Raises ValueError where the file does not say it."""
@@ -181,22 +210,22 @@ class _Cursor:
     def _array(self, kind: int, count: int) -> Any:
         if kind == _STRING:
             self.expect(8 * count, f"{count} texts")
+            start = self.place
             for _ in range(count):
                 length = self.number("Q")
                 self.expect(length, f"a text of {length} bytes")
                 self.place += length
-            return Length(count)
+            return Length(count, kind, start)
         if kind not in _NUMBERS:
             raise _Damaged(f"at byte {self.place} is a list of the type {kind}, which no list has")
         code = _NUMBERS[kind]
         size = struct.calcsize("<" + code) * count
         self.expect(size, f"{count} numbers")
-        if count > _LONGEST_ARRAY:
-            self.place += size
-            return Length(count)
-        values = list(struct.unpack_from(f"<{count}{code}", self.data, self.place))
+        start = self.place
         self.place += size
-        return values
+        if count > _LONGEST_ARRAY:
+            return Length(count, kind, start)
+        return list(struct.unpack_from(f"<{count}{code}", self.data, start))
 
 
 def _described(cursor: _Cursor) -> Stored:

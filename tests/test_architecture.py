@@ -23,6 +23,7 @@ FLOORS = {
     "files": 0,
     "pages": 0,
     "gguf_file": 0,
+    "gguf_pre_tokenizers": 0,
     "kernels": 1,
     "quantizers": 2,
     "ste": 2,

@@ -91,7 +91,7 @@ def test_the_end_of_a_text(packed: Path, capsys: Captured, monkeypatch: pytest.M
     number = next(i for i, token in enumerate(ids) if token != ids[0])
     # from now on that token is the end
     model.generation_config.eos_token_id = ids[number]
-    monkeypatch.setattr("hf_bitnet.cli.generation.open_model", lambda *unused, **options: model)
+    monkeypatch.setattr("hf_bitnet.cli.generation.open_checkpoint", lambda *unused: model)
     code, _, err = run(capsys, "chat", packed, "--prompt", "ba", "--max-new-tokens", 12)
     assert code == 0 and err.startswith(f"[{number + 1} tokens; ")
 
@@ -113,7 +113,7 @@ def interrupted_after(monkeypatch: pytest.MonkeyPatch, path: Path, tokens: int, 
                 signal.raise_signal(signal.SIGINT)
 
     model.register_forward_pre_hook(count)
-    monkeypatch.setattr("hf_bitnet.cli.generation.open_model", lambda *unused, **options: model)
+    monkeypatch.setattr("hf_bitnet.cli.generation.open_checkpoint", lambda *unused: model)
 
 
 def test_interrupt_ends_the_answer(packed: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,3 +132,65 @@ def test_a_folder_that_is_not_there_and_a_hub_that_cannot_be_reached(
     code, _, err = run(capsys, "push", packed, "me/model")
     assert code == 1 and "the Hub cannot be reached ([Errno -2] Name or service not known me/one was pushed" in err
     assert "); check the network" in err
+
+
+def test_a_run_s_folder_and_an_adapter_are_no_models(packed: Path, tmp_path: Path, capsys: Captured) -> None:
+    shutil.copytree(packed, tmp_path / "out" / "packed")
+    shutil.copytree(packed, tmp_path / "out" / "checkpoint-3")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    for words in (
+        ("chat", "{}", "--prompt", "ba"),
+        ("eval", "{}", "--text", packed),
+        ("bench", "{}"),
+        ("info", "{}"),
+        ("export", "{}", tmp_path / "e", "--format", "dense"),
+    ):
+        code, _, err = run(capsys, *(tmp_path / "out" if word == "{}" else word for word in words))
+        folders = f"{tmp_path / 'out' / 'packed'}, {tmp_path / 'out' / 'checkpoint-3'}"
+        assert code == 1 and f"is the folder of a run; give one of the models in it: {folders}" in err, words
+        code, _, err = run(capsys, *(adapter if word == "{}" else word for word in words))
+        assert code == 1 and "holds an adapter of peft for 'org/base' and no model; load that model" in err, words
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--seed", "-1"], 2, "argument --seed: must be 0 to 4294967295, got -1"),
+        (["--epochs", "0"], 2, "argument --epochs: must be above 0, got 0"),
+        (["--learning-rate", "nan"], 2, "argument --learning-rate: must be above 0, got nan"),
+        (["--drawn-share", "1.5"], 2, "argument --drawn-share: must be 0 to 1, got 1.5"),
+        (["--resume"], 1, "holds no complete checkpoint; leave it out to begin a run there"),
+        (["--group-size", "48", "--granularity", "group"], 1, "48"),
+        (["--min-coverage", "0.99", "--keep", "q_proj"], 1, "of the linear weights would be quantized, min_coverage asks for"),
+        (["--teacher", "no/such"], 1, "teacher='no/such' is no model that can be loaded"),
+        (["--teacher", "selff"], 1, "did you mean 'self'?"),
+    ],
+)
+def test_train_says_it_before_anything_is_measured(
+    words: list[str], code: int, said: str, base: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    files = ("--train-file", base / "train.txt", "--validation-file", base / "valid.txt", "--length", 16)
+    found, printed, err = run(capsys, "train", base, tmp_path / "out", *files, *words)
+    assert found == code and said in err, err
+    assert "measuring" not in printed and not (tmp_path / "out").exists()
+
+
+def test_train_of_a_quantized_model(packed: Path, base: Path, tmp_path: Path, capsys: Captured) -> None:
+    files = ("--train-file", base / "train.txt", "--validation-file", base / "valid.txt", "--length", 16)
+    code, printed, err = run(capsys, "train", packed, tmp_path / "out", *files)
+    assert code == 1 and "the model is quantized already" in err and "measuring" not in printed
+
+
+def test_bf16_needs_no_word_about_the_processor(base: Path, tmp_path: Path, capsys: Captured) -> None:
+    files = ("--train-file", base / "train.txt", "--validation-file", base / "valid.txt", "--length", 16)
+    code, _, err = run(capsys, "train", base, tmp_path / "out", *files, "--bf16", "--max-train-tokens", 256)
+    assert code == 0, err
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["training"]["mixed_precision"] == "bf16"
+
+
+def test_out_of_an_export_is_a_folder(packed: Path, tmp_path: Path, capsys: Captured) -> None:
+    code, _, err = run(capsys, "export", packed, tmp_path / "m.gguf", "--format", "gguf")
+    assert code == 2 and "OUT is a folder, and" in err and "for example m" in err and not any(tmp_path.iterdir())

@@ -18,7 +18,7 @@ gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'hf_bitnet[gg
 from hf_bitnet.export.gguf import tokenizer_vocabulary as vocabulary  # noqa: E402
 from hf_bitnet.export.gguf.tokenizer import read_tokenizer  # noqa: E402
 from hf_bitnet.export.gguf.tokenizer_merges import joined, merged, ranks_of, scores_of  # noqa: E402
-from hf_bitnet.export.gguf.tokenizer_pre import PRE_TOKENIZERS  # noqa: E402
+from hf_bitnet.gguf_pre_tokenizers import PRE_TOKENIZERS  # noqa: E402
 
 _LLAMA2 = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 _GEMMA = normalizers.Replace(" ", "▁")

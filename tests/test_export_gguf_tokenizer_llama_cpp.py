@@ -15,7 +15,7 @@ from tests.tokenizers_made import SPECIAL, TEXTS, over_bytes, unigram, with_fall
 
 gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'hf_bitnet[gguf]'")
 
-from hf_bitnet.export.gguf.tokenizer_pre import PRE_TOKENIZERS  # noqa: E402
+from hf_bitnet.gguf_pre_tokenizers import PRE_TOKENIZERS  # noqa: E402
 from tests.test_export_gguf_tokenizer import _GEMMA, _LLAMA2, pre_tokenizer_of  # noqa: E402
 
 

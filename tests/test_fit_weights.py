@@ -299,6 +299,12 @@ def test_wrong_inputs() -> None:
         (ValueError, "method='gptq' needs inputs.*method='least_squares'", {}),
         (TypeError, r"takes a collection of batches.*fit_weights\(model, \[batch\]\)", {"batches": batch()}),
         (ValueError, "got no batch", {"batches": []}),
+        (
+            TypeError,
+            "takes batches of tensors, and got the text 'some words'; for example fit_weights",
+            {"batches": ["some words"]},
+        ),
+        (TypeError, "and got the text", {"batches": [["some words", "and more"]]}),
         (ValueError, "damping must be a number above 0", {"batches": [batch()], "damping": 0}),
         (ValueError, "sweeps must be a whole number", {"batches": [batch()], "sweeps": 1.5}),
         (TypeError, "activations must be True or False", {"batches": [batch()], "activations": "int8"}),

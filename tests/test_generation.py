@@ -319,6 +319,17 @@ def test_optimized_model_compiles() -> None:
     torch.testing.assert_close(compiled(**batch).logits, plain, rtol=1e-3, atol=1e-3)
 
 
+def test_train_form_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = quantize_model(tiny("llama", num_hidden_layers=1)[0], BitNetQuantizationConfig())
+    optimize_for_generation(model, enable=False)
+    assert not caplog.records
+    optimize_for_generation(model)
+    assert "is in train form" in caplog.text and "optimize_for_generation(pack_model(model))" in caplog.text
+    caplog.clear()
+    optimize_for_generation(pack_model(model))
+    assert not caplog.records
+
+
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(TypeError, match=r"takes a model \(torch.nn.Module\), not str; for a path"):
         optimize_for_generation("path")  # type: ignore[type-var]

@@ -308,6 +308,8 @@ def test_a_measured_run_knows_its_metrics_and_steps(tmp_path: Path) -> None:
     args = hb.QATArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match=r"unknown metric 'f1'; legal: perplexity, accuracy; MeasuredRun\(args, metric="):
         hb.MeasuredRun(args, metric="f1")
+    with pytest.raises(TypeError, match=r"takes QATArguments, got 'out'; MeasuredRun\(QATArguments\(output_dir='out'\)\)"):
+        hb.MeasuredRun("out")  # type: ignore[arg-type]
     lines: list[str] = []
     run = hb.MeasuredRun(args, metric="accuracy", say=lines.append)
     with pytest.raises(

@@ -228,6 +228,10 @@ def test_models_that_cannot_be_trained(tmp_path: Path) -> None:
         make_trainer(tmp_path, quantized(form="packed"))
     with pytest.raises(ValueError, match=r"never calibrated.*calibrate\(model, batches\)"):
         make_trainer(tmp_path, quantized(activation="int8_static")).train()
+    with pytest.raises(ValueError, match=r"every parameter of LlamaForCausalLM is frozen.*requires_grad_\(True\)"):
+        make_trainer(tmp_path, quantized().requires_grad_(False)).train()
+    with pytest.raises(TypeError, match=r"QATTrainer takes a model, got 'org/model'; load and quantize it first"):
+        make_trainer(tmp_path, "org/model")  # type: ignore[arg-type]
 
 
 def test_arguments_that_do_not_fit(tmp_path: Path) -> None:

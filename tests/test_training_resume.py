@@ -182,18 +182,39 @@ def test_random_states_of_all_ranks_are_needed(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-3"
     folder.mkdir()
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
-    (folder / "scheduler.pt").touch()
+    for name in ("scheduler.pt", "rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"):
+        torch.save({}, tmp_path / name)
+    shutil.copy(tmp_path / "scheduler.pt", folder)
     assert last_complete_checkpoint(tmp_path, 2) is None  # no weights
     (folder / "mine").mkdir()
     (folder / "mine" / "adapter_model.safetensors").touch()
     assert last_complete_checkpoint(tmp_path, 2) == str(folder)  # save_only_model
-    (folder / "rng_state_0.pth").touch()
+    shutil.copy(tmp_path / "rng_state_0.pth", folder)
     assert last_complete_checkpoint(tmp_path, 2) is None
-    (folder / "rng_state_1.pth").touch()
+    shutil.copy(tmp_path / "rng_state_1.pth", folder)
     assert last_complete_checkpoint(tmp_path, 2) is None  # with random states, yet without an optimizer
-    (folder / "optimizer.pt").touch()
+    shutil.copy(tmp_path / "optimizer.pt", folder)
     assert last_complete_checkpoint(tmp_path, 2) == str(folder)
     assert last_complete_checkpoint(tmp_path / "nowhere", 1) is None
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+def test_torn_files_are_named(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_trainer(tmp_path, _model(), **_run("together")).train()
+    before, last = sorted(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))[-2:]
+    data = (last / name).read_bytes()
+    (last / name).write_bytes(data[: len(data) // 2])
+    assert last_complete_checkpoint(tmp_path, 1) == str(before)
+    assert f"{last.name}: {name} is cut short or damaged" in caplog.text
+    with pytest.raises(ValueError, match=rf"{last.name} cannot be resumed from: {name} is cut short.*=True takes the last"):
+        make_trainer(tmp_path, _model(), **_run("together")).train(resume_from_checkpoint=str(last))
+
+
+def test_a_torn_note_of_the_schedule_is_none(tmp_path: Path) -> None:
+    with pytest.raises(InterruptedError):
+        make_trainer(tmp_path, _model(), callbacks=[_StopAt(7)], **_run("together")).train()
+    (tmp_path / "checkpoint-6" / "qat_schedule.json").write_text('{"ra')
+    make_trainer(tmp_path, _model(), **_run("together")).train(resume_from_checkpoint=True)
 
 
 def test_nothing_to_resume_from(tmp_path: Path) -> None:

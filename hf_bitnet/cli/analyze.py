@@ -27,9 +27,10 @@ from .. import (
 )
 from ..analysis import LayerReport, Report
 from ..files import write_text
+from ..publish.opening import tokenizer_at
 from ..reports import report_page
 from ..surgery import quantized_layers
-from .common import config_from, device_of, dtype_of, progress, quietly, say, summary, texts, tokenizer_of
+from .common import config_from, device_of, dtype_of, progress, quietly, say, summary, texts
 from .options import UsageError, quantization_fields
 
 _LENGTH = 256
@@ -112,7 +113,7 @@ def _what_is_missing(name: str) -> str:
 def _batches(arguments: argparse.Namespace, model: Any) -> list[dict[str, torch.Tensor]]:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _LENGTH
     length = arguments.length or min(_LENGTH, positions)
-    windows = text_windows(tokenizer_of(arguments.model), texts(arguments.text), length, max_windows=arguments.max_windows)
+    windows = text_windows(tokenizer_at(arguments.model), texts(arguments.text), length, max_windows=arguments.max_windows)
     batches = [{"input_ids": part} for part in windows.split(arguments.batch_size)]
     # a saved model has its ranges; one that was quantized just now may need them
     if any(layer.act_scale is not None and float(layer.act_scale) <= 0 for _, layer in quantized_layers(model)):

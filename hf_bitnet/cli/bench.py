@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from .. import kernels
-from .common import device_of, dtype_of, quietly, say, table
+from .common import device_of, quietly, say, table
 from .generation import Clock, open_causal, positions_of
 from .options import UsageError
 
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         models, rows = {}, {}
         for path in dict.fromkeys([arguments.model, *arguments.against]):
             start = time.perf_counter()
-            models[path] = open_causal(path, dtype_of(arguments.dtype), device)
+            models[path] = open_causal(arguments, path, device)
             _check_positions(arguments, path, models[path])
             seconds = round(time.perf_counter() - start, 3)
             rows[path] = {"model": path, "load_seconds": seconds, "weight_bytes": _weight_bytes(models[path])}

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
-from .common import device_of, dtype_of, quietly, tokenizer_of
+from ..publish.opening import tokenizer_at
+from .common import device_of, quietly
 from .generation import Printer, open_causal, positions_of
 from .options import UsageError
 
@@ -32,14 +33,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.json and arguments.prompt is None:
         raise UsageError("--json is for one answer; add --prompt TEXT")
     device = device_of(arguments.device)
-    tokenizer = tokenizer_of(arguments.model)
+    tokenizer = tokenizer_at(arguments.model)
     templated = bool(getattr(tokenizer, "chat_template", None)) and not arguments.raw
     if arguments.system is not None and not templated:
         raise UsageError(
             "--system needs a chat template, and "
             + ("--raw leaves it out" if arguments.raw else f"the tokenizer of {arguments.model!r} has none")
         )
-    model = open_causal(arguments.model, dtype_of(arguments.dtype), device)
+    model = open_causal(arguments, arguments.model, device)
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
     talk = _Talk(model, tokenizer, templated, _settings(arguments, model, tokenizer), arguments.system)

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
-from .. import BitNetQuantizationConfig
+from .. import BitNetQuantizationConfig, import_model, open_model
 from ..hub import without_bars
-from ..publish.opening import naming
+from ..publish.importing import holds_gguf
 from .options import UsageError, quantization_fields
 
 if TYPE_CHECKING:
@@ -101,10 +100,14 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def tokenizer_of(path: str) -> Any:
-    """The tokenizer beside a model; its code is never run. Raises OSError with the model's name."""
-    with naming(path):
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+def open_checkpoint(arguments: argparse.Namespace, path: str) -> Any:
+    """The model at `path`, in the dtype and with the activations of the options. Raises UsageError, and as `open_model`."""
+    dtype = dtype_of(arguments.dtype)
+    if arguments.activation is None:
+        return open_model(path, dtype=dtype)
+    if not holds_gguf(path):
+        raise UsageError(f"--activation is for GGUF files, and {path!r} is none: its config.json says how inputs are quantized")
+    return import_model(path, activation=arguments.activation, dtype=dtype)
 
 
 def texts(names: list[str]) -> list[Path]:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import open_model, perplexity, text_windows
-from ..publish.opening import open_tokenizer
-from .common import device_of, dtype_of, progress, quietly, say, texts, tokenizer_of
+from .. import perplexity, text_windows
+from ..publish.opening import open_tokenizer, tokenizer_at
+from .common import device_of, open_checkpoint, progress, quietly, say, texts
 from .harness import Harness, retention, task_table
 from .options import UsageError
 
@@ -24,7 +24,7 @@ from .options import UsageError
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     _check(arguments)
     harness = None if arguments.tasks is None else Harness(arguments.tasks, arguments.task_folder)
-    tokenizer = tokenizer_of(arguments.model)
+    tokenizer = tokenizer_at(arguments.model)
     windows = _windows(arguments, tokenizer)
     other = None
     if arguments.against is not None:  # before anything is measured
@@ -70,7 +70,7 @@ def _measured(
     arguments: argparse.Namespace, path: str, tokenizer: Any, windows: Tensor | None, harness: Harness | None
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
     device = device_of(arguments.device)
-    model = open_model(path, dtype=dtype_of(arguments.dtype)).to(device)
+    model = open_checkpoint(arguments, path).to(device)
     result: dict[str, Any] = {"model": path, "device": str(device)}
     high: dict[str, list[str]] = {}
     if windows is not None:

@@ -16,6 +16,7 @@ from .common import quietly, say, table
 from .options import DIFFERENT, Failed, UsageError, value_of
 
 _VERIFY = {"full": True, "codes": "codes", "none": False}
+_FILE_SUFFIXES = (".gguf", ".onnx", ".safetensors")
 # what an export raises for its user: a refusal, a difference, no room, a package that is not installed
 _REFUSED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
@@ -27,6 +28,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         say(arguments, _listed(formats))
         return formats
     names = _names(arguments)
+    if Path(arguments.out).suffix in _FILE_SUFFIXES and not Path(arguments.out).is_dir():
+        raise UsageError(f"OUT is a folder, and {arguments.out} has the name of a file; for example {Path(arguments.out).stem}")
     options = _options(names, arguments.set)
     # one format fills OUT itself, several a folder each
     targets = {name: Path(arguments.out) / name if len(names) > 1 else Path(arguments.out) for name in names}

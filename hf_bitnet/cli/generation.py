@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from typing import Any
 
@@ -10,12 +11,13 @@ from torch import Tensor
 from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from .. import open_model, optimize_for_generation
+from .. import optimize_for_generation
+from .common import open_checkpoint
 
 
-def open_causal(path: str, dtype: Any, device: torch.device) -> Any:
+def open_causal(arguments: argparse.Namespace, path: str, device: torch.device) -> Any:
     """The model, with the faster forwards of the CPU where it is there. Raises ValueError when it writes no text."""
-    model = open_model(path, dtype=dtype)
+    model = open_checkpoint(arguments, path)
     if not hasattr(model, "can_generate") or not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(f"{path!r} holds a {type(model).__name__}, which is no causal language model and continues no text")
     model = model.to(device).eval()

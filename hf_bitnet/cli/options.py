@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,9 @@ def command(commands: Any, name: str, summary: str, examples: str) -> argparse.A
     return parser
 
 
-def add_model(parser: argparse.ArgumentParser, optional: bool = False, what: str = "folder, or name on the Hub") -> None:
+def add_model(
+    parser: argparse.ArgumentParser, optional: bool = False, what: str = "folder, name on the Hub, or GGUF file"
+) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=what)
 
 
@@ -60,6 +63,14 @@ def add_placement(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
     parser.add_argument("--device", help="(default: the GPU where there is one)")
     parser.add_argument(
         "--dtype", default=dtype, help=f"of the weights: auto (the model's own), float32, bfloat16, ... (default: {dtype})"
+    )
+
+
+def add_gguf_activation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--activation",
+        metavar="SCHEME",
+        help="of a GGUF file that does not say how inputs are quantized: int8 is fast, none leaves them (default: the file's)",
     )
 
 
@@ -107,6 +118,21 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def seed(text: str) -> int:
+    """What numpy and torch both take."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be 0 to {2**32 - 1}, got {value}")
+    return value
+
+
+def above_zero(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
     return value
 
 

@@ -15,9 +15,9 @@ from .. import BitNetQuantizationConfig, coverage, fit_weights, open_model, pack
 from ..calibration import METHODS, FitReport
 from ..files import new_folder, refuse_existing, refuse_overlap
 from ..hub import library_versions, model_card, write_card
-from ..publish.opening import model_class
+from ..publish.opening import model_class, tokenizer_at
 from ..surgery import FusedExpertsError
-from .common import config_from, dtype_of, quietly, say, summary, texts, tokenizer_of
+from .common import config_from, dtype_of, quietly, say, summary, texts
 from .options import UsageError
 
 _FIT_LENGTH, _FIT_BATCH = 256, 8
@@ -79,7 +79,7 @@ def _quantized(arguments: argparse.Namespace, kind: Any, config: BitNetQuantizat
     model = kind.from_pretrained(arguments.model, dtype=torch.float32, **_HUB)
     batches = None
     if arguments.fit_file is not None:
-        tokenizer = tokenizer_of(arguments.model)
+        tokenizer = tokenizer_at(arguments.model)
         files = texts(arguments.fit_file)
         length = min(_FIT_LENGTH, getattr(model.config, "max_position_embeddings", None) or _FIT_LENGTH)
         windows = text_windows(tokenizer, files, length, max_windows=arguments.fit_windows)

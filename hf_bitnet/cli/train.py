@@ -14,9 +14,10 @@ import torch
 import transformers
 
 from .. import QATArguments, command_line_defaults, convert, read_windows
-from ..publish.opening import model_class
+from ..publish.opening import model_class, tokenizer_at
+from ..training.resume import last_complete_checkpoint
 from ..training.run_folder import earlier_run
-from .common import config_from, quietly, tokenizer_of, training_preset
+from .common import config_from, quietly, training_preset
 from .options import UsageError
 
 
@@ -29,13 +30,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             f"{arguments.out!r} holds {', '.join(found)} of an earlier run; choose another folder, continue that run "
             "(--resume), or replace it (--force)"
         )
-    tokenizer = tokenizer_of(arguments.model)
+    if arguments.resume and last_complete_checkpoint(arguments.out, training.world_size) is None:
+        raise ValueError(f"--resume: {arguments.out!r} holds no complete checkpoint; leave it out to begin a run there")
+    kind, _ = model_class(arguments.model)
+    tokenizer = tokenizer_at(arguments.model)
     most = None if arguments.max_train_tokens is None else -(-arguments.max_train_tokens // arguments.length)
     train, train_text = _windows(arguments, tokenizer, arguments.train_file, arguments.train_split, most)
     valid, valid_text = _windows(
         arguments, tokenizer, arguments.validation_file, arguments.validation_split, arguments.max_validation_windows
     )
-    kind, _ = model_class(arguments.model)
     model = kind.from_pretrained(arguments.model, dtype=torch.float32, trust_remote_code=False)
     out = sys.stderr if arguments.json else sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # Trainer's log lines
@@ -75,6 +78,8 @@ def _training(arguments: argparse.Namespace) -> QATArguments:
         "per_device_train_batch_size": arguments.batch_size,
         "seed": arguments.seed,
         "bf16": arguments.bf16 or None,
+        # else Trainer refuses bfloat16 where there is no other device
+        "use_cpu": "true" if arguments.bf16 and not torch.accelerator.is_available() else None,
         "resume_from_checkpoint": "true" if arguments.resume else None,
         "disable_tqdm": not sys.stderr.isatty(),
     }

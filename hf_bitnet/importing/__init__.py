@@ -2,7 +2,8 @@
 
 from .codes import OUTSIDE, Found, Levels, Misfit, fit
 from .folder import Folder
+from .gguf_tokenizer import gguf_tokenizer
 from .opening import import_checkpoint
 from .recognition import recognise
 
-__all__ = ["OUTSIDE", "Folder", "Found", "Levels", "Misfit", "fit", "import_checkpoint", "recognise"]
+__all__ = ["OUTSIDE", "Folder", "Found", "Levels", "Misfit", "fit", "gguf_tokenizer", "import_checkpoint", "recognise"]

@@ -21,7 +21,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ..gguf_file import GGUFFile, Stored, type_name
+from ..gguf_file import ACTIVATION_KEY, I2_S, GGUFFile, Stored, type_name
+from ..quantizers import ACTIVATION_SCHEMES
 from .assembly import Wanted
 from .codes import Found, Levels, Misfit, fit
 from .folder import model_class, model_config
@@ -80,6 +81,7 @@ class GGUFModel:
         self.architecture = _ARCHITECTURES[name]
         self.config = model_config(base) if base is not None else self._config()
         set_scale(self.file, self.config)
+        self.activation = self._activation()
 
     def tensors(self, wanted: Wanted) -> Iterator[tuple[str, Tensor | Found | Misfit]]:
         names = self._names(wanted)
@@ -93,11 +95,24 @@ class GGUFModel:
                     "the config of the right model: import_model(..., base=<folder or Hub name>)"
                 )
             wanted.check(ours, stored.shape)
-            yield ours, self._layer(stored) if ours.removesuffix(".weight") in wanted.places else self._other(stored)
+            got = self._layer(stored) if ours.removesuffix(".weight") in wanted.places else self._other(stored)
+            yield ours, got._replace(activation=self.activation) if isinstance(got, Found) else got
 
     def advice(self) -> str:
         kinds = sorted({type_name(tensor.kind) for tensor in self.file.tensors.values() if len(tensor.shape) == 2})
         return f"its matrices are of {', '.join(kinds)}; load it with transformers' from_pretrained(folder, gguf_file=...)"
+
+    def _activation(self) -> str:
+        """Of all quantized layers: what this library wrote, else bitnet.cpp's int8 for the type that only it has, else none."""
+        said = self.file.metadata.get(ACTIVATION_KEY)
+        if said is None:
+            return "int8" if any(stored.kind == I2_S for stored in self.file.tensors.values()) else "none"
+        if said not in ACTIVATION_SCHEMES or ACTIVATION_SCHEMES.get(said).static:
+            legal = ", ".join(name for name in ACTIVATION_SCHEMES if not ACTIVATION_SCHEMES.get(name).static)
+            raise ValueError(
+                f"{self.source} says {ACTIVATION_KEY}={said!r}, legal: {legal}; give it: import_model(..., activation='int8')"
+            )
+        return said
 
     def _layer(self, stored: Stored) -> Tensor | Found | Misfit:
         weight, factor = layer_weight(self.file, stored), self._further_scale(stored)

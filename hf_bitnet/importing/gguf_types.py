@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..gguf_file import F32, GGUFFile, Stored, type_name
+from ..gguf_file import F32, I2_S, GGUFFile, Stored, type_name
 from .codes import Levels, Misfit
 
-_F16, _BF16, _I2_S = 1, 30, 36
+_F16, _BF16 = 1, 30
 _FLOATS = {F32: torch.float32, _F16: torch.float16, _BF16: torch.bfloat16}
 # exact numbers, but found on a grid only where they were put there
 _BY_VALUE = {10: "Q2_K"}
@@ -76,7 +76,7 @@ def layer_weight(file: GGUFFile, tensor: Stored) -> Levels | Tensor | Misfit:
     """
     if len(tensor.shape) != 2:
         return Misfit(f"it has shape {tensor.shape}; legal is a matrix")
-    if tensor.kind == _I2_S:
+    if tensor.kind == I2_S:
         return _i2_s(file, tensor)
     if tensor.kind in _TYPES:
         return _blocks(file, tensor, _TYPES[tensor.kind])

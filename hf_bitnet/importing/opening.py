@@ -16,6 +16,7 @@ from .codes import OUTSIDE
 from .float_weights import FloatWeights
 from .folder import Folder
 from .gguf_model import GGUFModel
+from .gguf_tokenizer import ends
 from .learned_scales import SCALE, LearnedScales
 from .torchao import TorchAO
 
@@ -52,6 +53,8 @@ def import_checkpoint(
     model = assemble(contents, activation=activation, dtype=dtype, **options)
     if generation is not None and model.can_generate():
         model.generation_config = generation
+    if isinstance(contents, GGUFModel) and model.can_generate() and (stops := ends(contents.file)):
+        model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     return model
 
 

@@ -17,6 +17,7 @@ from ..export import EXPORT_FORMATS, Check, ExportFormat, ExportReport, ParityEr
 from ..files import new_folder, refuse_existing, refuse_overlap, write_json
 from ..hub import card_data, descent, library_versions, model_card, without_bars, write_card
 from ..surgery import check_codes, check_scales, config_place
+from .importing import holds_gguf
 from .opening import model_class, open_model, open_tokenizer
 
 REPORT = "export.json"
@@ -143,6 +144,8 @@ def _source(model: Any, tokenizer: Any, name: str) -> Source:
 
 def _refuse_foreign(path: str | os.PathLike[str]) -> None:
     """Before any weight is read: a checkpoint that is not quantized, or by another library."""
+    if os.path.exists(path) and holds_gguf(path):
+        return  # which says so itself
     _, config = model_class(path)
     places = (config, config.get_text_config(decoder=True))
     settings = next((found for each in places if (found := getattr(each, "quantization_config", None)) is not None), None)

@@ -1,4 +1,4 @@
-"""import_model: quantized checkpoints of other programs become models of this library. Own."""
+"""import_model, import_tokenizer: quantized checkpoints of other programs become models of this library. Own."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from ..config import FOREIGN_LINEAR_CLASS, NATIVE_METHOD, QUANT_METHOD, NativeBitNetConfig
-from ..importing import Folder, import_checkpoint
+from ..importing import Folder, gguf_tokenizer, import_checkpoint
 from ..plugin import load_native
 from ..surgery import convert_native, pack_model, trained_layers, unpack_model
 
@@ -51,8 +52,9 @@ def import_model(
         form: "packed", or "train": float weights that give the same codes, with learned scales.
         base: folder or Hub name of a model with the same architecture, whose config.json describes this one; for checkpoints
             without a config that transformers knows, and for GGUF files, whose metadata says less than a config does.
-        activation: scheme of the inputs of all quantized layers, for example "int8"; None takes what the checkpoint says:
-            "none" where only weights are quantized. Not for the method `bitnet`, which has int8.
+        activation: scheme of the inputs of all quantized layers, for example "int8"; None takes what the checkpoint says,
+            "none" where it says nothing: of GGUF files those of this library and those with I2_S (int8) do. Not for the
+            method `bitnet`, which has int8.
         outside: what happens to codes that no scheme of as many bits has (-8 of 4 bits, -128 of 8): "refuse", "wider" (the
             layer is stored in more bits, value for value) or "clip" (to the nearest code; the only choice that changes values).
         w_bits: bits of learned scales (1, 1.58, 2, 3, 4), where config.json does not say it.
@@ -76,6 +78,51 @@ def import_model(
     about = {"gguf": gguf, "base": base, "activation": activation, "outside": outside, "w_bits": w_bits, "dtype": wanted}
     model = import_checkpoint(found, **about, **options)
     return model if form == "packed" else unpack_model(model, weight_scale="learned")
+
+
+def import_tokenizer(
+    path: str | os.PathLike[str], *, file: str | None = None, base: str | None = None, **options: Any
+) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of what `import_model` reads: that of a GGUF file as llama.cpp understands it, else the one in the folder.
+
+    Args:
+        path, file: as of `import_model`.
+        base: folder or Hub name of another checkpoint, whose tokenizer is taken instead.
+        options: revision, token, cache_dir of the Hub.
+
+    Raises ValueError (OSError from the Hub) where there is no such checkpoint; where a GGUF file has no tokenizer, or one of a
+    kind that is not read (BPE over bytes and SentencePiece's BPE are); where transformers finds none in the folder.
+    """
+    if base is not None:
+        return transformers.AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    found, rest = _fetched(os.fspath(path), file, options)
+    if rest:
+        raise TypeError(f"import_tokenizer takes no {next(iter(rest))}; its options are {', '.join(_HUB)}")
+    gguf = _gguf(found, file)
+    if gguf is not None:
+        return gguf_tokenizer(gguf)
+    return transformers.AutoTokenizer.from_pretrained(found, trust_remote_code=False)
+
+
+def holds_gguf(path: str | os.PathLike[str], **options: Any) -> bool:
+    """Whether a GGUF file lies there: it is one, or a folder with one and no config.json, or such a repository of the Hub.
+
+    Args:
+        options: revision and token of the Hub, and others, which do not matter.
+    """
+    name = os.fspath(path)
+    local = Path(name).expanduser()
+    if local.is_dir():
+        return bool(_names(local)) and not (local / "config.json").is_file()
+    if local.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return local.is_file()
+    import huggingface_hub
+
+    try:
+        there = huggingface_hub.HfApi().list_repo_files(name, **_of_repository(options))
+    except Exception:  # of the network, by the release of huggingface_hub: the question is not answered
+        return False
+    return "config.json" not in there and any(each.endswith(_GGUF) for each in there)
 
 
 def _native(path: Path, form: str, activation: str | None, options: dict[str, Any]) -> Any:
@@ -108,7 +155,7 @@ def _fetched(path: str, file: str | None, options: dict[str, Any]) -> tuple[Path
         found = Path(huggingface_hub.snapshot_download(path, allow_patterns=_FILES, **hub))
         if any(found.glob("*.safetensors")) or hub.get("local_files_only"):
             return found, options
-        names = _names_there(path, found, {name: hub[name] for name in ("revision", "token") if name in hub})
+        names = _names_there(path, found, _of_repository(hub))
         if len(names) == 1:
             return Path(huggingface_hub.hf_hub_download(path, names[0], **hub)), options
     except (OSError, ValueError) as error:
@@ -116,6 +163,10 @@ def _fetched(path: str, file: str | None, options: dict[str, Any]) -> tuple[Path
     if names:
         raise ValueError(f"{path} holds several GGUF files; name one: file={names[0]!r}, or {', '.join(names[1:])}")
     return found, options
+
+
+def _of_repository(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("revision", "token") if name in options}
 
 
 def _gguf(path: Path, file: str | None) -> Path | None:

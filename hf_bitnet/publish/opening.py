@@ -1,4 +1,4 @@
-"""A checkpoint opened for what it is: of this library, of transformers' own `bitnet` method, or plain. Own."""
+"""A checkpoint opened for what it is: of this library, of transformers' own `bitnet` method, GGUF, or plain. Own."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from huggingface_hub.errors import StrictDataclassError
 from ..config import FOREIGN_LINEAR_CLASS, NATIVE_METHOD
 from ..files import read_object
 from ..plugin import HUB_ARGUMENTS, load_native
+from .importing import holds_gguf, import_model, import_tokenizer
 
 _ADVICE = "copy or download it again"
+# what a run leaves in its folder, the best to open first
+_OF_A_RUN = ("packed", "train", "checkpoint-*")
 
 
 def open_model(path: str | os.PathLike[str], **options: Any) -> Any:
     """The model in a folder or on the Hub, of the class its config.json names. Packed weights are mapped, not copied.
+
+    A GGUF file, or a folder or repository that holds one in place of a config.json, goes to `import_model`.
 
     Args:
         options: of from_pretrained: dtype (default: as stored), device_map, revision, ... Code of the checkpoint is run with
@@ -28,8 +33,15 @@ def open_model(path: str | os.PathLike[str], **options: Any) -> Any:
     Raises ValueError when there is no such folder or no such class, OSError when it cannot be loaded.
     """
     options["trust_remote_code"] = options.get("trust_remote_code") is True
-    # the config of the version and folder that the weights are of
-    kind, config = model_class(path, **{name: options[name] for name in HUB_ARGUMENTS if name in options})
+    if os.path.exists(path) and holds_gguf(path):
+        return _imported(path, options)
+    try:
+        # the config of the version and folder that the weights are of
+        kind, config = model_class(path, **{name: options[name] for name in HUB_ARGUMENTS if name in options})
+    except OSError:
+        if not os.path.exists(path) and holds_gguf(path, **options):
+            return _imported(path, options)
+        raise
     options.setdefault("dtype", "auto")
     settings = getattr(config, "quantization_config", None)
     if not isinstance(settings, dict) or settings.get("quant_method") != NATIVE_METHOD:
@@ -38,6 +50,10 @@ def open_model(path: str | os.PathLike[str], **options: Any) -> Any:
     if "hf_bitnet" in settings or settings.get("linear_class") == FOREIGN_LINEAR_CLASS:
         return kind.from_pretrained(path, **options)
     return load_native(path, **options)
+
+
+def _imported(path: str | os.PathLike[str], options: dict[str, Any]) -> Any:
+    return import_model(path, **{name: value for name, value in options.items() if name != "trust_remote_code"})
 
 
 def model_class(path: str | os.PathLike[str], *, trust_remote_code: bool = False, **hub: Any) -> tuple[Any, Any]:
@@ -50,8 +66,14 @@ def model_class(path: str | os.PathLike[str], *, trust_remote_code: bool = False
     name = os.fspath(path)
     if not Path(name).exists() and name.startswith((".", "/", "~")):
         raise ValueError(f"there is no folder {name!r}")
+    if os.path.exists(name) and holds_gguf(name):
+        raise ValueError(
+            f"{name!r} is a GGUF file or holds one, whose weights are quantized already; hf_bitnet.import_model opens it, "
+            "this needs the model that it was made from"
+        )
     if os.path.isdir(name):
         folder = Path(name) / (hub.get("subfolder") or "")
+        _refuse_other_folders(folder)
         _check_config(folder)
         _check_index(folder)
     with naming(name):
@@ -62,6 +84,21 @@ def model_class(path: str | os.PathLike[str], *, trust_remote_code: bool = False
         named = f"names {names[0]!r}, which is no model of transformers" if names else "names no architecture"
         raise ValueError(f"the config.json of {name!r} {named}; load the model in Python and call hf_bitnet.quantize_model")
     return kind, config
+
+
+def _refuse_other_folders(folder: Path) -> None:
+    """Folders that are no checkpoint, and of which the user may think that they are one."""
+    if (folder / "config.json").is_file():
+        return
+    inside = [str(each.parent) for name in _OF_A_RUN for each in sorted(folder.glob(f"{name}/config.json"))]
+    if inside:
+        raise ValueError(f"{str(folder)!r} is the folder of a run; give one of the models in it: {', '.join(inside)}")
+    if (folder / "adapter_config.json").is_file():
+        base = read_object(folder / "adapter_config.json", _ADVICE).get("base_model_name_or_path")
+        raise ValueError(
+            f"{str(folder)!r} holds an adapter of peft for {base!r} and no model; load that model, merge the adapter into it "
+            f"(peft.PeftModel.from_pretrained(model, {str(folder)!r}).merge_and_unload()) and save that"
+        )
 
 
 def _check_config(folder: Path) -> None:
@@ -105,9 +142,25 @@ def naming(path: str) -> Iterator[None]:
         raise ValueError(f"the config.json of {path!r} is not one of a model: {error}") from error
 
 
-def open_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """The tokenizer that lies beside a model, or None where there is none."""
+def tokenizer_at(path: str | os.PathLike[str]) -> Any:
+    """The tokenizer that lies beside a model, or in a GGUF file; its code is never run. Raises as `open_model` does."""
+    name = os.fspath(path)
+    if os.path.exists(name) and holds_gguf(name):
+        return import_tokenizer(name)
+    if os.path.isdir(name):
+        _refuse_other_folders(Path(name))
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        with naming(name):
+            return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError):
+        if not os.path.exists(name) and holds_gguf(name):
+            return import_tokenizer(name)
+        raise
+
+
+def open_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """As `tokenizer_at`, or None where there is none."""
+    try:
+        return tokenizer_at(path)
     except (OSError, ValueError, KeyError):  # none saved, or none that transformers knows for this model
         return None

@@ -19,7 +19,16 @@ from .layers import attention_heads, attention_projections, transformer_layers
 from .prepare import prepare_model, prepare_native, start_from_weights, state_from_float
 from .probing import each_batch, probing, run
 from .select import choose
-from .swap import check_calibrated, convert_native, dequantize_model, make_spec, pack_model, quantize_model, unpack_model
+from .swap import (
+    check_calibrated,
+    check_quantizable,
+    convert_native,
+    dequantize_model,
+    make_spec,
+    pack_model,
+    quantize_model,
+    unpack_model,
+)
 from .switches import harden, kept_codes, reset_state, set_norm_blend, set_strength, set_strengths
 from .walk import quantized_layers, quantized_tables, trained_layers, trained_tables
 
@@ -33,6 +42,7 @@ __all__ = [
     "check_calibrated",
     "check_codes",
     "check_finite",
+    "check_quantizable",
     "check_scales",
     "choose",
     "config_of",

@@ -6,6 +6,7 @@ Every part is proven on random numbers before it is exchanged: a module that com
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, TypeVar
@@ -27,7 +28,9 @@ from ..modules.faster import (
 from ..modules.faster_ahead import layers_of
 from ..modules.faster_layer import FasterLayer, is_decoder_layer
 from ..modules.faster_stack import FasterStack, forget
+from .walk import trained_layers
 
+logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -54,6 +57,12 @@ def optimize_for_generation(model: Model, *, enable: bool = True) -> Model:
         raise TypeError(
             f"optimize_for_generation takes a model (torch.nn.Module), not {type(model).__name__}; "
             "for a path: optimize_for_generation(AutoModelForCausalLM.from_pretrained(path))"
+        )
+    if enable and trained_layers(model):
+        logger.warning(
+            "%s is in train form: every forward quantizes its float weights anew. For fast generation pack it first: "
+            "optimize_for_generation(pack_model(model))",
+            type(model).__name__,
         )
     for module in model.modules():
         forget(module)

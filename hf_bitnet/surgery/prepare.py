@@ -29,7 +29,7 @@ from .coverage import check_finite
 from .experts import FusedExpertsError, separate_experts, separates_what_files_hold_fused
 from .places import Places
 from .select import Choice, choose, choose_tables
-from .swap import check_coverage, check_layer, chosen_layers, make_spec, swap_layers
+from .swap import check_coverage, check_layer, chosen_layers, make_spec, name_idle_patterns, swap_layers
 from .walk import quantized_layers, quantized_tables
 
 
@@ -45,6 +45,8 @@ def prepare_model(model: nn.Module, config: BitNetQuantizationConfig, *, saved: 
     with separate_experts(model):
         listed = saved and config.quantized_modules is not None
         chosen = _saved_layers(model, config) if listed else chosen_layers(model, config)
+        if not listed:
+            name_idle_patterns(model, config)
         for choice in chosen:
             check_layer(choice, model, config)
             if not saved and config.form == "packed" and ACTIVATION_SCHEMES.get(choice.layer.activation).static:

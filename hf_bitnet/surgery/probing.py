@@ -68,7 +68,7 @@ def each_batch(
         progress: None shows a bar on long work.
 
     Raises:
-        TypeError: `batches` is one batch, or nothing that can be iterated.
+        TypeError: `batches` is one batch, or nothing that can be iterated; a batch is a text.
         ValueError: there is no batch; `max_batches` is not a positive whole number.
     """
     if isinstance(batches, Mapping | Tensor | str) or not isinstance(batches, Iterable):
@@ -84,6 +84,11 @@ def each_batch(
     empty = True
     for batch in tqdm(islice(batches, max_batches), desc=what, unit="batch", total=total, disable=not show, leave=False):
         empty = False
+        if any(isinstance(each, str) for each in (batch if isinstance(batch, tuple | list) else [batch])):
+            raise TypeError(
+                f"{what} takes batches of tensors, and got the text {str(batch)[:40]!r}; for example "
+                f"{what}(model, [tokenizer('some text', return_tensors='pt')])"
+            )
         yield _moved(batch, device)
     if empty:
         raise ValueError(

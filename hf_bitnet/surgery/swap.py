@@ -79,6 +79,25 @@ def quantize_model(model: Model, config: BitNetQuantizationConfig, *, progress: 
             empty, all zero or not finite; a group size that does not divide a layer; form="packed" with static activations,
             which must be calibrated first; a model that is itself a linear layer. The model is then unchanged.
     """
+    check_quantizable(model, config)
+    with separate_experts(model):
+        chosen = chosen_layers(model, config)
+        name_idle_patterns(model, config)
+        for choice in _with_progress(chosen, "checking", progress):
+            check_layer(choice, model, config)
+        check_coverage(model, chosen, config)
+        with ties_kept(model):
+            swap_layers(model, _with_progress(chosen, "quantizing", progress), config)
+    attach(model, config)
+    return model
+
+
+def check_quantizable(model: nn.Module, config: BitNetQuantizationConfig, *, layers: bool = False) -> None:
+    """Raises what `quantize_model` would raise, and changes nothing.
+
+    Args:
+        layers: also of the single layers and their weights, all of which are read.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_model takes an nn.Module, got {type(model).__name__}; pass the loaded model itself")
     if not isinstance(config, BitNetQuantizationConfig):
@@ -95,15 +114,12 @@ def quantize_model(model: Model, config: BitNetQuantizationConfig, *, progress: 
             "the model has adapters of peft, which are not to be quantized; first quantize_model(model, config), then "
             "get_peft_model(model, ...); or merge them before (merge_and_unload of the peft model)"
         )
-    with separate_experts(model):
-        chosen = chosen_layers(model, config)
-        for choice in _with_progress(chosen, "checking", progress):
-            check_layer(choice, model, config)
-        check_coverage(model, chosen, config)
-        with ties_kept(model):
-            swap_layers(model, _with_progress(chosen, "quantizing", progress), config)
-    attach(model, config)
-    return model
+    if layers:
+        with separate_experts(model):
+            chosen = chosen_layers(model, config)
+            for choice in chosen:
+                check_layer(choice, model, config)
+            check_coverage(model, chosen, config)
 
 
 def swap_layers(model: nn.Module, chosen: Iterable[Choice], config: BitNetQuantizationConfig) -> None:
@@ -129,13 +145,17 @@ def chosen_layers(model: nn.Module, config: BitNetQuantizationConfig) -> list[Ch
             f"no layer of {type(model).__name__} would be quantized ({kept}); loosen `keep`, or name layers in "
             "`overrides`, for example overrides={r'classifier': {'weight': 'int8'}}"
         )
-    if idle := idle_patterns(config, (choice.name for choice in found)):
+    return chosen
+
+
+def name_idle_patterns(model: nn.Module, config: BitNetQuantizationConfig) -> None:
+    """Warns of patterns of the config that are the name of no layer."""
+    if idle := idle_patterns(config, (choice.name for choice in choose(model, config))):
         experts = min(layers_of_experts(model), default=None)
         hint = "" if experts is None else f"; maps of experts have names like {experts}"
         logger.warning(
             "no linear layer of %s is called by the pattern %s%s", type(model).__name__, ", ".join(map(repr, idle)), hint
         )
-    return chosen
 
 
 def check_layer(choice: Choice, model: nn.Module, config: BitNetQuantizationConfig) -> None:

@@ -66,6 +66,16 @@ def check_model(model: nn.Module) -> None:
     )
 
 
+def check_trainable(model: nn.Module) -> None:
+    """As `check_model`, and raises ValueError when nothing of the model would be trained."""
+    check_model(model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"every parameter of {type(model).__name__} is frozen, so there is nothing to train; "
+            "model.requires_grad_(True), or leave those open that are to be trained"
+        )
+
+
 def check_parallelism(accelerator: Any, has_teacher: bool) -> None:
     """Raises ValueError where tensors or sequences are split between processes in a way that is not supported."""
     config = getattr(accelerator, "parallelism_config", None)

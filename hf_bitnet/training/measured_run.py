@@ -55,7 +55,8 @@ class MeasuredRun:
 
     The steps are "full_precision", "before_training", "trained" and "packed"; those that a run does not have are left out.
 
-    Raises ValueError when the folder holds an earlier run that would be lost, and on an unknown metric.
+    Raises ValueError when the folder holds an earlier run that would be lost, and on an unknown metric; TypeError when `args`
+    is something else.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class MeasuredRun:
     ) -> None:
         if metric not in METRICS:
             raise ValueError(f"unknown metric {metric!r}; legal: {', '.join(METRICS)}; MeasuredRun(args, metric='accuracy')")
+        if not isinstance(args, QATArguments):
+            raise TypeError(f"MeasuredRun takes QATArguments, got {args!r}; MeasuredRun(QATArguments(output_dir='out'))")
         assert args.output_dir is not None
         self.args, self.metric, self.folder = copy.copy(args), metric, Path(args.output_dir)
         self._overwrite, self._also, self._say = overwrite, also, say

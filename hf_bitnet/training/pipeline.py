@@ -9,6 +9,7 @@ reading texts (`text_windows`), command lines.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ from ..analysis.text import check_windows
 from ..calibration import METHODS, calibrate, fit_weights
 from ..config import BitNetQuantizationConfig
 from ..hub import hub_id
-from ..surgery import coverage, full_precision_copy, quantize_model, quantized_layers
+from ..surgery import check_quantizable, coverage, full_precision_copy, quantize_model, quantized_layers
 from .amounts import TokenWindows, windows_of_run
 from .arguments import QATArguments
 from .distillation.drawn_text import with_drawn
-from .distillation.teacher import SELF, Teacher
+from .distillation.teacher import CACHED, SELF, Teacher, teacher_class
 from .measured_run import MeasuredRun
 from .options import number
 from .presets import TRAINING_PRESETS
@@ -114,6 +115,8 @@ def convert(
         RuntimeError: the training diverged; or the reloaded packed model is not the trained one. There is no `packed` then.
     """
     _check(model, config, args, train, valid)
+    if isinstance(teacher, str | os.PathLike) and teacher not in (SELF, CACHED):
+        teacher_class(teacher, type(model).__name__)
     _check_fit(fit, args)
     _check_drawn(drawn_share, args)
     run = MeasuredRun(args, overwrite=overwrite, say=say)
@@ -157,6 +160,7 @@ def _check(model: nn.Module, config: BitNetQuantizationConfig, args: QATArgument
         raise TypeError(f"convert takes a BitNetQuantizationConfig, got {type(config).__name__}; see its presets")
     if config.form != "train":
         raise ValueError(f"config.form is {config.form!r}; convert trains first and packs at the end: form='train'")
+    check_quantizable(model, config, layers=True)
     check_windows(model, train, "train")
     check_windows(model, valid, "valid")
 

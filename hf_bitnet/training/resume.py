@@ -8,14 +8,18 @@ from __future__ import annotations
 import json
 import logging
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 logger = logging.getLogger(__name__)
 _TEACHER_FILE, _SCHEMES_FILE = "qat_teacher.json", "qat_schemes.json"
 # of Trainer, peft, FSDP and DeepSpeed
 _WEIGHTS = ("*model*.safetensors*", "*model*.bin*", "*/adapter_model.*", "*model_fsdp*", "global_step*", "*.distcp")
+_SAVED_BY_TORCH = (".pt", ".pth", ".bin")
 _OPTIMIZERS = ("optimizer*", "global_step*")
 
 
@@ -45,6 +49,8 @@ def _missing(folder: Path, step: int, world_size: int) -> str | None:
         return f"its state is of step {state.get('global_step')}"
     if not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS):
         return "no weights"
+    if torn := _torn(folder):
+        return torn
     random_states = len(list(folder.glob("rng_state*.pth")))
     if random_states and not any(next(folder.glob(pattern), None) for pattern in _OPTIMIZERS):
         return "no state of the optimizer"
@@ -54,6 +60,28 @@ def _missing(folder: Path, step: int, world_size: int) -> str | None:
     return None
 
 
+def _torn(folder: Path) -> str | None:
+    """Which file was not written to its end. Their beginnings and ends are looked at, not what is between."""
+    for path in sorted(folder.glob("*")):
+        if path.suffix in _SAVED_BY_TORCH and not zipfile.is_zipfile(path):
+            return f"{path.name} is cut short or damaged"
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                return f"{path.name} is cut short or damaged ({error})"
+    return None
+
+
+def check_whole(folder: str | Path) -> None:
+    """Raises ValueError that names the file, when a checkpoint to be resumed was not written to its end."""
+    if torn := _torn(Path(folder)):
+        raise ValueError(
+            f"{folder} cannot be resumed from: {torn}; resume_from_checkpoint=True takes the last complete checkpoint"
+        )
+
+
 def write_teacher(folder: str | Path, fingerprint: str | None) -> None:
     """Notes beside a checkpoint which teacher it was trained with; None for none."""
     (Path(folder) / _TEACHER_FILE).write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
@@ -61,10 +89,10 @@ def write_teacher(folder: str | Path, fingerprint: str | None) -> None:
 
 def check_teacher(folder: str | Path, fingerprint: str | None) -> None:
     """Raises ValueError when the checkpoint was trained with another teacher; says nothing when it has no note."""
-    note = _note(folder, _TEACHER_FILE)
-    if note is None:
+    said = note(folder, _TEACHER_FILE)
+    if said is None:
         return
-    before = note.get("fingerprint")
+    before = said.get("fingerprint")
     if before != fingerprint:
         there, now = ("no teacher" if each is None else "a teacher" for each in (before, fingerprint))
         differs = "another teacher than the one given now" if before and fingerprint else f"{there}, and there is {now} now"
@@ -82,7 +110,7 @@ def write_schemes(folder: str | Path, schemes: Mapping[str, str]) -> None:
 
 def check_schemes(folder: str | Path, schemes: Mapping[str, str]) -> None:
     """Raises ValueError when the checkpoint was trained with another quantization; says nothing when it has no note."""
-    before = _note(folder, _SCHEMES_FILE)
+    before = note(folder, _SCHEMES_FILE)
     if before is None:
         return
     different = [name for name in sorted(before.keys() | schemes.keys()) if before.get(name) != schemes.get(name)]
@@ -96,7 +124,7 @@ def check_schemes(folder: str | Path, schemes: Mapping[str, str]) -> None:
         )
 
 
-def _note(folder: str | Path, name: str) -> Any:
+def note(folder: str | Path, name: str) -> Any:
     """What stands in a file beside a checkpoint; None where there is none, or none that can be read."""
     try:
         return json.loads((Path(folder) / name).read_text())

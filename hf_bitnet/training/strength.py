@@ -21,7 +21,7 @@ from ..surgery import set_strengths, trained_layers, trained_tables
 from .amounts import steps_per_epoch
 from .arguments import QATArguments
 from .quantization_schedule import Plan, QuantizationSchedule
-from .resume import write_schemes
+from .resume import note, write_schemes
 from .sharding import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -187,10 +187,10 @@ def _scheme(layer: TrainedLayer) -> str:
 
 def _compare(plan: Plan, folder: str) -> None:
     """Warns when a checkpoint was trained by another plan: the resumed run is then not what the whole one would be."""
-    path = Path(folder) / _FILE
-    if not path.is_file():
+    path, before = Path(folder) / _FILE, note(folder, _FILE)
+    if before is None:
         return
-    before, now = json.loads(path.read_text()), json.loads(json.dumps(plan.to_dict()))
+    now = json.loads(json.dumps(plan.to_dict()))
     different = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if different:
         logger.warning(

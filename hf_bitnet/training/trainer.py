@@ -21,14 +21,7 @@ from ..surgery import check_calibrated, probing, quantized_layers, trained_layer
 from .add_ons import add_ons
 from .arguments import QATArguments
 from .callbacks import KeptCodesCallback, kept_where_whole, make_logs_readable
-from .checks import (
-    LossStyle,
-    check_arguments,
-    check_model,
-    check_parallelism,
-    loss_style,
-    warn_half_precision,
-)
+from .checks import LossStyle, check_arguments, check_model, check_parallelism, check_trainable, loss_style, warn_half_precision
 from .distillation import DistillationConfig, Distiller, LossBalance
 from .distillation.alignment import auxiliary_weight
 from .distillation.cached import COLUMNS, CachedCollator, check_cached, without_cached
@@ -40,7 +33,7 @@ from .metrics import TrainMetrics
 from .monitor import QuantMonitor
 from .optimizers import refuse_options, set_up
 from .published import Published
-from .resume import check_schemes, check_teacher, last_complete_checkpoint, write_teacher
+from .resume import check_schemes, check_teacher, check_whole, last_complete_checkpoint, write_teacher
 from .sharding import keep_weights_float32
 from .strength import StrengthCallback, schemes_of
 
@@ -85,6 +78,11 @@ class QATMixin(Guards, Published):
             )
         if isinstance(model, nn.Module):  # before the trainer prepares anything; a trainer may take a path too
             check_model(model)
+        elif model is not None and getattr(super().__init__, "__func__", None) is Trainer.__init__:
+            raise TypeError(
+                f"{type(self).__name__} takes a model, got {model!r}; load and quantize it first: quantize_model("
+                "AutoModelForCausalLM.from_pretrained(...), BitNetQuantizationConfig.bitnet_b158())"
+            )
         if others:
             super().__init__(model, args, *others, **named)
         else:
@@ -147,7 +145,7 @@ class QATMixin(Guards, Published):
     def train(self, resume_from_checkpoint: str | bool | None = None, *others: Any, **named: Any) -> Any:
         """As Trainer's. With True it continues from the last checkpoint that was written to its end."""
         assert isinstance(self.model, nn.Module)
-        check_model(self.model)
+        check_trainable(self.model)
         if self.args.online_calibration is None:
             for name, layer in quantized_layers(self.model):
                 check_calibrated(name, layer)
@@ -159,6 +157,7 @@ class QATMixin(Guards, Published):
         if self._distiller is not None:
             self._distiller.reset(self.accelerator.unwrap_model(self.model))
         if isinstance(resume_from_checkpoint, str):
+            check_whole(resume_from_checkpoint)
             check_schemes(resume_from_checkpoint, schemes_of(self.model))
             if self.is_world_process_zero():  # others may hold an empty copy until sharding hands the weights out
                 check_teacher(resume_from_checkpoint, None if self._distiller is None else self._fingerprint)

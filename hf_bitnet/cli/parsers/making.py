@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..options import add_model, add_quantization, command, positive
+from ..options import above_zero, add_model, add_quantization, between, command, positive, seed
 
 
 def add_quantize(commands: Any) -> None:
@@ -60,8 +60,8 @@ def add_train(commands: Any) -> None:
     text.add_argument("--max-validation-windows", type=positive, metavar="N", help="measure on so many windows (default: all)")
     training = parser.add_argument_group("training")
     training.add_argument("--max-train-tokens", type=positive, metavar="N", help="end the training after so many tokens")
-    training.add_argument("--epochs", type=float, metavar="X", help="(default: 1)")
-    training.add_argument("--learning-rate", type=float, metavar="X", help="(default: 1e-4, for pretrained models)")
+    training.add_argument("--epochs", type=above_zero, metavar="X", help="(default: 1)")
+    training.add_argument("--learning-rate", type=above_zero, metavar="X", help="(default: 1e-4, for pretrained models)")
     training.add_argument("--batch-size", type=positive, metavar="N", help="windows a step and device (default: 8)")
     training.add_argument(
         "--training-preset",
@@ -74,13 +74,13 @@ def add_train(commands: Any) -> None:
     )
     training.add_argument(
         "--drawn-share",
-        type=float,
+        type=between(0, 1),
         default=0.0,
         metavar="X",
         help="share of the text that the full-precision model writes (0..1)",
     )
     training.add_argument("--bf16", action="store_true", help="compute in bfloat16 (weights stay float32)")
-    training.add_argument("--seed", type=int, metavar="N", help="(default: 42)")
+    training.add_argument("--seed", type=seed, metavar="N", help="(default: 42)")
     training.add_argument(
         "--set",
         action="append",

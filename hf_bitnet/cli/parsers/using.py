@@ -5,7 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..options import add_model, add_placement, add_quantization, between, command, positive, vocabulary
+from ..options import (
+    add_gguf_activation,
+    add_model,
+    add_placement,
+    add_quantization,
+    between,
+    command,
+    positive,
+    seed,
+    vocabulary,
+)
 
 
 def add_eval(commands: Any) -> None:
@@ -29,6 +39,7 @@ def add_eval(commands: Any) -> None:
     parser.add_argument("--against", metavar="MODEL", help="measure this reference too, and show ratios and what was kept")
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="(default: 16)")
     add_placement(parser)
+    add_gguf_activation(parser)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
 
 
@@ -88,8 +99,9 @@ def add_chat(commands: Any) -> None:
     parser.add_argument(
         "--top-p", type=between(0, 1), metavar="X", help="sample from so much probability (default: the model's own)"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="the same answer each time")
+    parser.add_argument("--seed", type=seed, metavar="N", help="the same answer each time")
     add_placement(parser)
+    add_gguf_activation(parser)
 
 
 def add_bench(commands: Any) -> None:
@@ -108,3 +120,4 @@ def add_bench(commands: Any) -> None:
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="rounds that count (default: 5)")
     parser.add_argument("--threads", type=positive, metavar="N", help="of the CPU (default: as torch has it)")
     add_placement(parser)
+    add_gguf_activation(parser)

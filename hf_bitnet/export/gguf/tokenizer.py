@@ -2,7 +2,7 @@
 
 Read from the tokenizer.json inside a fast tokenizer, never from its class name. Three kinds:
 
-* BPE over bytes -> model "gpt2": tokens, merges, and the name of the pre-tokenizer (`tokenizer_pre.py`);
+* BPE over bytes -> model "gpt2": tokens, merges, and the name of the pre-tokenizer (`gguf_pre_tokenizers.py`);
 * BPE with byte fallback (Llama 2, Mistral, Gemma) -> model "llama": scores in place of merges (`tokenizer_merges.py`);
 * unigram -> model "t5": scores.
 
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
+from ...gguf_pre_tokenizers import PRE_TOKENIZERS, steps_of
 from .tokenizer_merges import NEVER, ranks_of, scores_of, unmerged
-from .tokenizer_pre import PRE_TOKENIZERS, steps_of
 from .tokenizer_spaces import MORE, SPACE, parts_of, spaces_of, unicode_note
 from .tokenizer_special import SpecialTokens, special_tokens
 from .tokenizer_vocabulary import Vocabulary, byte_tokens, missing_bytes, unknown_token, vocabulary_of

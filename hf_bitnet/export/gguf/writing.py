@@ -10,6 +10,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from ...gguf_file import ACTIVATION_KEY
+from ...quantizers import ACTIVATION_SCHEMES
 from ..format import Progress, Source
 from ..report import WrittenTensor
 from .planning import Plan
@@ -61,6 +63,9 @@ def _write_head(path: Path, source: Source, plan: Plan) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(plan.main_kind.file_type)
     plan.metadata.write(writer)
+    schemes = {layer.activation for layer in source.layers.values()}
+    if len(schemes) == 1 and not next(iter(schemes)).static:
+        writer.add_string(ACTIVATION_KEY, next(name for name in ACTIVATION_SCHEMES if ACTIVATION_SCHEMES.get(name) in schemes))
     config = source.model.config
     add_tokenizer(writer, source.tokenizer, config)
     size = f"{plan.architecture.name}.vocab_size"

@@ -24,6 +24,8 @@ from .config import DistillationConfig
 
 Teacher = nn.Module | str | os.PathLike[str]
 SELF, CACHED = "self", "cached"
+# left unset, transformers asks on standard input whether to run a checkpoint's code
+_SAFE: dict[str, Any] = {"trust_remote_code": False}
 # enough of each tensor to tell two models apart, cheap for any size
 _FINGERPRINTED = 256
 
@@ -66,19 +68,33 @@ def _shards(accelerator: Accelerator) -> bool:
 
 
 def _load(path: str | os.PathLike[str], student: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    kind = teacher_class(path, type(student).__name__)
+    return kind.from_pretrained(path, **_SAFE) if dtype is None else kind.from_pretrained(path, dtype=dtype, **_SAFE)
+
+
+def teacher_class(path: str | os.PathLike[str], default: str) -> Any:
+    """The class of a saved teacher; only its config is read.
+
+    Args:
+        default: name of the class, where the config names none.
+
+    Raises ValueError (OSError from the Hub) where there is no such model, or none that transformers has.
+    """
     close = get_close_matches(str(path), (SELF, CACHED), n=1, cutoff=0.8)
     if close and not Path(path).exists():
         raise ValueError(f"teacher={str(path)!r} is neither a folder nor 'self' nor 'cached'; did you mean {close[0]!r}?")
-    safe = {"trust_remote_code": False}  # left unset, transformers asks on standard input whether to run its code
-    config = transformers.AutoConfig.from_pretrained(path, **safe)
-    names = getattr(config, "architectures", None) or [type(student).__name__]
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **_SAFE)
+    except OSError as error:
+        raise OSError(f"teacher={str(path)!r} is no model that can be loaded: {error}") from error
+    names = getattr(config, "architectures", None) or [default]
     kind = getattr(transformers, names[0], None)
     if kind is None:
         raise ValueError(
             f"the teacher {str(path)!r} is a {names[0]}, which transformers does not have; load it and pass the model: "
             "teacher=MyModel.from_pretrained(...)"
         )
-    return kind.from_pretrained(path, **safe) if dtype is None else kind.from_pretrained(path, dtype=dtype, **safe)
+    return kind
 
 
 def refuse_shared(teacher: nn.Module, student: nn.Module) -> None:

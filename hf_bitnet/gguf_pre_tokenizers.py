@@ -1,4 +1,4 @@
-r"""Names llama.cpp's pre-tokenizer for the pre-tokenizer of a tokenizer.json. Own; the regexes are those of llama-vocab.cpp.
+r"""Floor 0: llama.cpp's names of pre-tokenizers, and those of tokenizer.json. Own; the regexes are those of llama-vocab.cpp.
 
 llama.cpp stores no regex in a file but the name of one that is compiled in (`tokenizer.ggml.pre`). Its own converter finds the
 name by a hash of one encoded text; here the steps of the pre-tokenizer are compared instead, each written as a regex, so that a
@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
+
+from tokenizers import Regex, pre_tokenizers
 
 BYTES = "bytes"  # stands for the step that writes bytes as characters; later steps see those characters
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -83,6 +85,55 @@ PRE_TOKENIZERS: Mapping[tuple[str, ...], Pre] = {
         "falcon", None, "digits, and characters that have a byte which is written as one of ²³¹¼½¾,", digits=True
     ),
 }
+
+
+# further names of llama.cpp for the same: those of models whose tokenizer is the other's
+_FURTHER_NAMES = {
+    "gpt-2": ("phi-2", "jina-es", "jina-de", "gigachat", "jina-v2-es", "jina-v2-de", "a.x-4.0", "mellum", "modern-bert"),
+    "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
+    "smaug-bpe": ("dbrx",),
+    "qwen2": ("deepseek-r1-qwen", "kormo", "f2llmv2", "megrez"),
+    "gpt-4o": ("llama4", "kanana2", "talkie"),
+}
+_FIRST_NAMES = {further: name for name, names in _FURTHER_NAMES.items() for further in names}
+# under these a text begins with the bos token, where a file does not say whether it does
+_BEGINNING = ("llama-bpe", "tekken")
+
+
+class Cut(NamedTuple):
+    """What a name stands for.
+
+    Attributes:
+        pre_tokenizer: of the package tokenizers. whole: a word of the vocabulary is taken as it is (`ignore_merges`).
+        begins: a text begins with the bos token, where the file does not say whether it does.
+    """
+
+    pre_tokenizer: Any
+    whole: bool
+    begins: bool
+
+
+def named(name: str) -> Cut | None:
+    """The pre-tokenizer that llama.cpp has under a name; None for one that is not known here."""
+    first = _FIRST_NAMES.get(name, name)
+    for steps, pre in PRE_TOKENIZERS.items():
+        if first in (pre.merging, pre.whole):
+            return Cut(pre_tokenizers.Sequence([_made(step) for step in steps]), first == pre.whole, first in _BEGINNING)
+    return None
+
+
+def known_names() -> list[str]:
+    """What `named` knows."""
+    first = [name for pre in PRE_TOKENIZERS.values() for name in (pre.merging, pre.whole) if name]
+    return [*first, *_FIRST_NAMES]
+
+
+def _made(step: str) -> Any:
+    if step == BYTES:
+        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if step == _PUNCTUATION:
+        return pre_tokenizers.Punctuation("contiguous")
+    return pre_tokenizers.Split(Regex(step), "isolated")
 
 
 def steps_of(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...]:
