@@ -38,7 +38,7 @@ def open_model(path: str | os.PathLike[str], **options: Any) -> Any:
     try:
         # the config of the version and folder that the weights are of
         kind, config = model_class(path, **{name: options[name] for name in HUB_ARGUMENTS if name in options})
-    except OSError:
+    except (OSError, ValueError):
         if not os.path.exists(path) and holds_gguf(path, **options):
             return _imported(path, options)
         raise
