@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 import hf_bitnet as hb
 from hf_bitnet.gguf_pre_tokenizers import PRE_TOKENIZERS, known_names, named
+from hf_bitnet.publish.opening import tokenizer_at
 from hf_bitnet.surgery import quantized_layers
 from tests import gguf_models
 from tests.checkpoints import logits
@@ -173,6 +174,13 @@ def test_unigram_is_refused(tmp_path: Path) -> None:
     assert hb.import_tokenizer(tmp_path / "v.gguf", base=str(tmp_path / "base")).encode("</s>") == [1, 2]
     with pytest.raises(TypeError, match="takes no dtype; its options are revision"):
         hb.import_tokenizer(tmp_path / "v.gguf", dtype="auto")
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    tiny("llama")[0].save_pretrained(tmp_path / "model")
+    for read in (hb.import_tokenizer, tokenizer_at):
+        with pytest.raises(ValueError, match=r"model' holds no tokenizer that transformers reads \(.*\); put it there: Auto"):
+            read(tmp_path / "model")
 
 
 # ---- from the command line ----

@@ -94,14 +94,29 @@ def import_tokenizer(
     kind that is not read (BPE over bytes and SentencePiece's BPE are); where transformers finds none in the folder.
     """
     if base is not None:
-        return transformers.AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        return folder_tokenizer(base)
     found, rest = _fetched(os.fspath(path), file, options)
     if rest:
         raise TypeError(f"import_tokenizer takes no {next(iter(rest))}; its options are {', '.join(_HUB)}")
     gguf = _gguf(found, file)
-    if gguf is not None:
-        return gguf_tokenizer(gguf)
-    return transformers.AutoTokenizer.from_pretrained(found, trust_remote_code=False)
+    return gguf_tokenizer(gguf) if gguf is not None else folder_tokenizer(found)
+
+
+def folder_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer that transformers finds in a folder or on the Hub; its code is never run.
+
+    Raises ValueError where a folder has none, OSError where there is no such folder or repository.
+    """
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        if not os.path.isdir(path):
+            raise
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{os.fspath(path)!r} holds no tokenizer that transformers reads ({said}); put it there: "
+            "AutoTokenizer.from_pretrained(<the original model>).save_pretrained(folder)"
+        ) from error
 
 
 def holds_gguf(path: str | os.PathLike[str], **options: Any) -> bool:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ..config import FOREIGN_LINEAR_CLASS, NATIVE_METHOD
 from ..files import read_object
 from ..plugin import HUB_ARGUMENTS, load_native
-from .importing import holds_gguf, import_model, import_tokenizer
+from .importing import folder_tokenizer, holds_gguf, import_model, import_tokenizer
 
 _ADVICE = "copy or download it again"
 # what a run leaves in its folder, the best to open first
@@ -151,7 +151,7 @@ def tokenizer_at(path: str | os.PathLike[str]) -> Any:
         _refuse_other_folders(Path(name))
     try:
         with naming(name):
-            return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            return folder_tokenizer(name)
     except (OSError, ValueError):
         if not os.path.exists(name) and holds_gguf(name):
             return import_tokenizer(name)
