@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_bitnet.importing import Found, Levels, Misfit, fit, recognise
+from hf_bitnet.importing.codes import _has_any, _present
 from hf_bitnet.quantizers import WEIGHT_SCHEMES
 
 SHAPES = [(48, 64), (7, 96), (1, 32), (33, 512)]
@@ -204,3 +205,24 @@ def test_levels_outside(numbers: tuple[int, ...], bits: int) -> None:
 def test_weights_without_rows_or_columns(shape: tuple[int, int]) -> None:
     misfit = recognise(torch.zeros(shape))
     assert isinstance(misfit, Misfit) and misfit.reason == f"it has shape {shape}, which holds no weights"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.float32])
+@pytest.mark.parametrize("columns", [1, 3, 4, 8, 24, 33])
+def test_rows_that_are_not_all_zero(dtype: torch.dtype, columns: int) -> None:
+    """Whatever their length, dtype and place in memory; a negative zero is a zero."""
+    torch.manual_seed(columns)
+    storage = (torch.rand(50 * columns + 5) > 1 - 1 / columns).to(dtype) * -1
+    for offset in range(5):
+        rows = storage[offset : offset + 50 * columns].view(50, columns)
+        expected = torch.tensor([any(value != 0 for value in row) for row in rows.tolist()])
+        assert torch.equal(_has_any(rows), expected) and torch.equal(_has_any(rows[::2]), expected[::2])
+    assert not _has_any(torch.full((2, 8), -0.0)).any()
+
+
+def test_levels_that_begin_alike() -> None:
+    """Counting ends when all levels between the ends were seen, and not before."""
+    levels = torch.zeros(3000, 1024, dtype=torch.int8)
+    levels[-1, -3:] = torch.tensor([-7, 3, 7])
+    assert _present(levels) == [-7, 0, 3, 7] and _present(levels[:2]) == [0]
+    assert _present(torch.tensor([[-32768, 32767]], dtype=torch.int16)) == [-32768, 32767]

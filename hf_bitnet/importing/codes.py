@@ -46,7 +46,7 @@ class Levels:
     """A foreign weight.
 
     Attributes:
-        levels: whole numbers, int16 (N, K).
+        levels: whole numbers, int8 or int16 (N, K).
         scale: float32 (1, 1), (N, 1) or (N, G), any sign; where it is 0 the levels mean nothing.
         bits: that the foreign format keeps a level in.
         learned: whether the scale was a parameter, and should be one again.
@@ -80,9 +80,7 @@ def fit(foreign: Levels, outside: str = "refuse") -> Found | Misfit:
     """
     if not bool(torch.isfinite(foreign.scale).all()):
         return Misfit(f"{int((~torch.isfinite(foreign.scale)).sum())} of its scales are NaN or infinite")
-    levels, scale = _positive(foreign)
-    levels, scale = _reduced(levels, scale)
-    present = _present(levels)
+    levels, scale, present = _reduced(*_positive(foreign))
     width = max(foreign.bits, 1)
     fitting = [name for name in schemes() if _holds(name, present) or _holds(name, present, halved=True)]
     narrow = [name for name in fitting if WEIGHT_SCHEMES.get(name).storage_bits <= _stored(width)]
@@ -149,12 +147,13 @@ def _outside(present: list[int], bits: int, fits_wider: bool) -> str:
 
 def _positive(foreign: Levels) -> tuple[Tensor, Tensor]:
     """Levels and scales with no scale below 0; where a scale is 0 so are the levels."""
-    levels, scale = foreign.levels.to(torch.int16), foreign.scale.float()
+    scale = foreign.scale.float()
     if bool((scale > 0).all()):
-        return levels, scale
+        return foreign.levels, scale
     sign = scale.sign().to(torch.int16)
-    columns = levels.shape[1] // sign.shape[1]
-    return levels * sign.repeat_interleave(columns, dim=1), scale.abs()
+    columns = foreign.levels.shape[1] // sign.shape[1]
+    # int8 holds no opposite of its lowest level
+    return foreign.levels.to(torch.int16) * sign.repeat_interleave(columns, dim=1), scale.abs()
 
 
 def _present(levels: Tensor) -> list[int]:
@@ -164,19 +163,24 @@ def _present(levels: Tensor) -> list[int]:
     for rows in levels.split(max(1, _COUNTED_AT_ONCE // levels.shape[1])):
         # int16 does not hold the distance of all int16 levels
         counts += torch.bincount((rows.to(torch.int32) - lowest).flatten(), minlength=counts.numel())
+        if bool(counts.all()):  # which is soon so, unless the levels are many
+            break
     return [lowest + index for index in torch.nonzero(counts)[:, 0].tolist()]
 
 
-def _reduced(levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Without a factor that all levels share, where the scales can take it over exactly: 0 and +-127 become 0 and +-1."""
+def _reduced(levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """Without a factor that all levels share, where the scales can take it over exactly: 0 and +-127 become 0 and +-1.
+
+    Returns levels, scales and the different levels, ascending.
+    """
     present = _present(levels)
     factor = math.gcd(*present)
     if factor <= 1:
-        return levels, scale
+        return levels, scale, present
     larger = scale * factor
     if not all(torch.equal((level // factor) * larger, level * scale) for level in present):
-        return levels, scale
-    return torch.div(levels, factor, rounding_mode="trunc"), larger
+        return levels, scale, present
+    return torch.div(levels, factor, rounding_mode="trunc"), larger, [level // factor for level in present]
 
 
 def _fewest(levels: Tensor, scale: Tensor) -> Tensor:
@@ -184,7 +188,7 @@ def _fewest(levels: Tensor, scale: Tensor) -> Tensor:
 
     A scale whose levels are all 0 may be any, so it takes the mean of the others.
     """
-    used = levels.reshape(scale.numel(), -1).ne(0).any(dim=-1).reshape(scale.shape)
+    used = _has_any(levels.reshape(scale.numel(), -1)).reshape(scale.shape)
     if not bool(used.any()):
         return scale.new_ones(1, 1)
     lowest, highest = torch.where(used, scale, torch.inf), torch.where(used, scale, -torch.inf)
@@ -197,3 +201,11 @@ def _fewest(levels: Tensor, scale: Tensor) -> Tensor:
         if bool((low >= high).all()):
             return torch.where(low.isfinite(), low, typical)
     return torch.where(used, scale, typical)
+
+
+def _has_any(rows: Tensor) -> Tensor:
+    """Which rows of whole numbers (R, n) are not all 0: bool (R,). By words of eight bytes where they can be."""
+    words = not rows.is_floating_point() and rows.is_contiguous() and rows.shape[1] * rows.itemsize % 8 == 0
+    if words and rows.storage_offset() * rows.itemsize % 8 == 0:
+        rows = rows.view(torch.int64)
+    return rows.ne(0).any(dim=-1)

@@ -177,7 +177,7 @@ def model_class(config: PreTrainedConfig) -> Any:
     kind = getattr(transformers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         mapping = transformers.AutoModelForCausalLM._model_mapping
-        if type(config) not in mapping.keys():  # noqa: SIM118 - a lazy mapping
+        if type(config) not in mapping:
             raise ValueError(f"transformers has no class {name!r}, and none that predicts tokens for {type(config).__name__}")
         kind = mapping[type(config)]
     return kind

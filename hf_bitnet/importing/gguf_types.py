@@ -24,7 +24,7 @@ _I2_S_BLOCK = 128
 
 class _Blocks(NamedTuple):
     """name: of the type. weights, bytes: of a block. bits: of a level. scale: where the fp16 is. decode: of the other bytes,
-    uint8 (blocks, bytes - 2) -> levels (blocks, weights).
+    uint8 (blocks, bytes - 2) -> levels int8 (blocks, weights).
     """
 
     name: str
@@ -36,31 +36,32 @@ class _Blocks(NamedTuple):
 
 
 def _fields(codes: Tensor, bits: int, run: int) -> Tensor:
-    """uint8 (B, n) -> (B, n * 8 / bits): fields from the lowest on; those of one byte are `run` weights apart."""
+    """uint8 (B, n) -> int8 (B, n * 8 / bits): fields from the lowest on; those of one byte are `run` weights apart."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device).view(1, 1, -1, 1)
     parts = codes.reshape(codes.shape[0], -1, 1, run) >> shifts
-    return (parts & (2**bits - 1)).reshape(codes.shape[0], -1).to(torch.int16)
+    return parts.bitwise_and_(2**bits - 1).reshape(codes.shape[0], -1).view(torch.int8)
 
 
 def _trits(codes: Tensor, weights: int) -> Tensor:
-    """uint8 (B, n) -> (B, weights): base 3, the most significant first, as a fraction of 256."""
-    powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.int32, device=codes.device).view(1, -1, 1)
-    shifted = (codes.to(torch.int32).unsqueeze(1) * powers) % 256
-    return (shifted * 3 // 256).reshape(codes.shape[0], -1)[:, :weights].to(torch.int16)
+    """uint8 (B, n) -> int8 (B, weights): base 3, the most significant first, as a fraction of 256."""
+    powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=codes.device).view(1, -1, 1)
+    shifted = codes.unsqueeze(1) * powers  # modulo 256, as uint8 is
+    digits = (shifted >= 86).view(torch.int8) + (shifted >= 171).view(torch.int8)  # thirds of 256
+    return digits.reshape(codes.shape[0], -1)[:, :weights]
 
 
 def _tq1_0(codes: Tensor) -> Tensor:
-    return torch.cat([_trits(codes[:, :32], 160), _trits(codes[:, 32:48], 80), _trits(codes[:, 48:52], 16)], dim=1) - 1
+    return torch.cat([_trits(codes[:, :32], 160), _trits(codes[:, 32:48], 80), _trits(codes[:, 48:52], 16)], dim=1).sub_(1)
 
 
 _TYPES = {
-    2: _Blocks("Q4_0", 32, 18, 4, 0, lambda codes: _fields(codes, 4, 16) - 8),
-    8: _Blocks("Q8_0", 32, 34, 8, 0, lambda codes: codes.view(torch.int8).to(torch.int16)),
+    2: _Blocks("Q4_0", 32, 18, 4, 0, lambda codes: _fields(codes, 4, 16).sub_(8)),
+    8: _Blocks("Q8_0", 32, 34, 8, 0, lambda codes: codes.view(torch.int8)),
     34: _Blocks("TQ1_0", 256, 54, 2, 52, _tq1_0),
-    35: _Blocks("TQ2_0", 256, 66, 2, 64, lambda codes: _fields(codes, 2, 32) - 1),
+    35: _Blocks("TQ2_0", 256, 66, 2, 64, lambda codes: _fields(codes, 2, 32).sub_(1)),
     # a block without a scale is zeros, which need a second bit
-    41: _Blocks("Q1_0", 128, 18, 2, 0, lambda codes: 2 * _fields(codes, 1, 1) - 1),
-    42: _Blocks("Q2_0", 64, 18, 2, 0, lambda codes: _fields(codes, 2, 1) - 1),
+    41: _Blocks("Q1_0", 128, 18, 2, 0, lambda codes: _fields(codes, 1, 1).mul_(2).sub_(1)),
+    42: _Blocks("Q2_0", 64, 18, 2, 0, lambda codes: _fields(codes, 2, 1).sub_(1)),
 }
 LEGAL = (*(each.name for each in _TYPES.values()), "I2_S", *_BY_VALUE.values(), "F32", "F16", "BF16")
 
@@ -72,7 +73,7 @@ def is_float(tensor: Stored) -> bool:
 def layer_weight(file: GGUFFile, tensor: Stored) -> Levels | Tensor | Misfit:
     """The weight of a linear map: its levels, or its floats, or why it can be neither.
 
-    Returns int16 levels (N, K) and their scales; for types of floats and of values a float (N, K).
+    Returns int8 levels (N, K) and their scales; for types of floats and of values a float (N, K).
     """
     if len(tensor.shape) != 2:
         return Misfit(f"it has shape {tensor.shape}; legal is a matrix")
