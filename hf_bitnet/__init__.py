@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .calibration import calibrate, fit_weights
     from .config import BitNetQuantizationConfig
     from .modules import BitConv1D, BitEmbedding, BitLinear, PackedBitLinear, PackedEmbedding
+    from .pages import keep_freed_memory
     from .plugin import load_native
     from .publish import export_model, import_model, import_tokenizer, open_model, push_to_hub
     from .quantizers import Quantized
@@ -83,6 +84,7 @@ _HOME = {
     "open_model": "publish",
     "push_to_hub": "publish",
     "harden": "surgery",
+    "keep_freed_memory": "pages",
     "kept_codes": "surgery",
     "optimize_for_generation": "surgery",
     "layer_report": "analysis",
@@ -152,6 +154,7 @@ __all__ = [
     "hub_checkpoint",
     "import_model",
     "import_tokenizer",
+    "keep_freed_memory",
     "kept_codes",
     "layer_report",
     "load_native",

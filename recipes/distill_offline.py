@@ -39,6 +39,7 @@ from hf_bitnet import (
     cache_teacher_logits,
     command_line_defaults,
     coverage,
+    keep_freed_memory,
     quantize_model,
     read_windows,
 )
@@ -157,4 +158,5 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # on a CPU a fifth less time
     main()

@@ -36,6 +36,7 @@ from hf_bitnet import (
     TokenWindows,
     command_line_defaults,
     coverage,
+    keep_freed_memory,
     quantize_model,
     read_windows,
     set_norm_blend,
@@ -171,4 +172,5 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # on a CPU a fifth less time
     main()

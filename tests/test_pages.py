@@ -1,7 +1,10 @@
-"""Pages of mapped files are given back, and nothing is lost by it."""
+"""Pages of mapped files are given back, and nothing is lost by it; memory of tensors is kept."""
 
 from __future__ import annotations
 
+import argparse
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import hf_bitnet
 from hf_bitnet import pages
+from hf_bitnet.cli import common, main
 from hf_bitnet.pages import release_mapped
 
 _MB = 2**20
@@ -78,3 +83,47 @@ def test_other_systems_and_containers_keep_everything(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(pages.os, "pread", hidden)
     assert release_mapped(tensor) == 0 and holds_its_rows(tensor)
+
+
+_STEPS = """
+import resource, torch, hf_bitnet
+kept = hf_bitnet.keep_freed_memory() if {keep} else None
+head, x, y = torch.nn.Linear(64, 16384), torch.randn(640, 64), torch.randint(0, 16384, (640,))
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.nn.functional.cross_entropy(head(x), y).backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(kept, sum([faults() for _ in range(12)][4:]))
+"""
+
+
+@on_linux
+def test_freed_memory_is_kept() -> None:
+    """Of a step with large logits: most of its memory is that of the steps before, where all of it was new each time."""
+    found = {}
+    for keep in (False, True):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", _STEPS.format(keep=keep)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        kept, found[keep] = done.stdout.split()
+        if keep and kept == "False":
+            pytest.skip("another C library than glibc")
+    assert int(found[True]) < 0.6 * int(found[False]), found
+
+
+def test_without_such_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert hf_bitnet.keep_freed_memory() is False
+
+
+def test_commands_keep_memory_in_their_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(common, "keep_freed_memory", lambda: calls.append(1))
+    for own in (False, True):
+        common.keep_memory(argparse.Namespace(own_process=own))
+    assert calls == [1]
+    seen = []
+    monkeypatch.setattr("hf_bitnet.cli._run", lambda arguments: seen.append(arguments.own_process) or 0)
+    monkeypatch.setattr(sys, "argv", ["hf-bitnet", "presets"])
+    assert main() == 0 and main(["presets"]) == 0
+    assert seen == [True, False]

@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return 2
+    arguments.own_process = argv is None  # else somebody else's, whose settings are not ours
     return _run(arguments)
 
 

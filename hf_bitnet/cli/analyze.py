@@ -30,7 +30,7 @@ from ..files import write_text
 from ..publish.opening import tokenizer_at
 from ..reports import report_page
 from ..surgery import quantized_layers
-from .common import config_from, device_of, dtype_of, progress, quietly, say, summary, texts
+from .common import config_from, device_of, dtype_of, keep_memory, progress, quietly, say, summary, texts
 from .options import UsageError, quantization_fields
 
 _LENGTH = 256
@@ -42,6 +42,7 @@ Reports = dict[str, Report[Any]]
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     _check(arguments)
     model = open_model(arguments.model, dtype=dtype_of(arguments.dtype)).to(device_of(arguments.device))
+    keep_memory(arguments)
     packed = _prepared(arguments, model)
     batches = None if arguments.text is None else _batches(arguments, model)
     reports = _reports(arguments, model, batches)

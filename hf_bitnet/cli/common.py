@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
-from .. import BitNetQuantizationConfig, import_model, open_model
+from .. import BitNetQuantizationConfig, import_model, keep_freed_memory, open_model
 from ..hub import without_bars
 from ..publish.importing import holds_gguf
 from .options import UsageError, quantization_fields
@@ -108,6 +108,12 @@ def open_checkpoint(arguments: argparse.Namespace, path: str) -> Any:
     if not holds_gguf(path):
         raise UsageError(f"--activation is for GGUF files, and {path!r} is none: its config.json says how inputs are quantized")
     return import_model(path, activation=arguments.activation, dtype=dtype)
+
+
+def keep_memory(arguments: argparse.Namespace) -> None:
+    """Before long computing, and after what is loaded: memory of tensors that are freed stays for the next ones."""
+    if arguments.own_process:
+        keep_freed_memory()
 
 
 def texts(names: list[str]) -> list[Path]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import perplexity, text_windows
 from ..publish.opening import open_tokenizer, tokenizer_at
-from .common import device_of, open_checkpoint, progress, quietly, say, texts
+from .common import device_of, keep_memory, open_checkpoint, progress, quietly, say, texts
 from .harness import Harness, retention, task_table
 from .options import UsageError
 
@@ -71,6 +71,7 @@ def _measured(
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
     device = device_of(arguments.device)
     model = open_checkpoint(arguments, path).to(device)
+    keep_memory(arguments)
     result: dict[str, Any] = {"model": path, "device": str(device)}
     high: dict[str, list[str]] = {}
     if windows is not None:

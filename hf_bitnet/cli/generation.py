@@ -12,7 +12,7 @@ from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from .. import optimize_for_generation
-from .common import open_checkpoint
+from .common import keep_memory, open_checkpoint
 
 
 def open_causal(arguments: argparse.Namespace, path: str, device: torch.device) -> Any:
@@ -21,6 +21,7 @@ def open_causal(arguments: argparse.Namespace, path: str, device: torch.device) 
     if not hasattr(model, "can_generate") or not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(f"{path!r} holds a {type(model).__name__}, which is no causal language model and continues no text")
     model = model.to(device).eval()
+    keep_memory(arguments)
     return optimize_for_generation(model) if device.type == "cpu" else model
 
 

@@ -17,7 +17,7 @@ from .. import QATArguments, command_line_defaults, convert, read_windows
 from ..publish.opening import model_class, tokenizer_at
 from ..training.resume import last_complete_checkpoint
 from ..training.run_folder import earlier_run
-from .common import config_from, quietly, training_preset
+from .common import config_from, keep_memory, quietly, training_preset
 from .options import UsageError
 
 
@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     valid, valid_text = _windows(
         arguments, tokenizer, arguments.validation_file, arguments.validation_split, arguments.max_validation_windows
     )
+    keep_memory(arguments)
     model = kind.from_pretrained(arguments.model, dtype=torch.float32, trust_remote_code=False)
     out = sys.stderr if arguments.json else sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # Trainer's log lines
