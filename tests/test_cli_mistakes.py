@@ -159,10 +159,10 @@ def test_a_run_s_folder_and_an_adapter_are_no_models(packed: Path, tmp_path: Pat
     ("words", "code", "said"),
     [
         (["--seed", "-1"], 2, "argument --seed: must be 0 to 4294967295, got -1"),
-        (["--epochs", "0"], 2, "argument --epochs: must be above 0, got 0"),
-        (["--learning-rate", "nan"], 2, "argument --learning-rate: must be above 0, got nan"),
+        (["--epochs", "0"], 2, "argument --epochs: must be a number above 0, got 0"),
+        (["--learning-rate", "nan"], 2, "argument --learning-rate: must be a number above 0, got nan"),
         (["--drawn-share", "1.5"], 2, "argument --drawn-share: must be 0 to 1, got 1.5"),
-        (["--resume"], 1, "holds no complete checkpoint; leave it out to begin a run there"),
+        (["--resume"], 1, "holds no complete checkpoint; leave --resume out to begin a run there"),
         (["--group-size", "48", "--granularity", "group"], 1, "48"),
         (["--min-coverage", "0.99", "--keep", "q_proj"], 1, "of the linear weights would be quantized, min_coverage asks for"),
         (["--teacher", "no/such"], 1, "teacher='no/such' is no model that can be loaded"),
@@ -176,6 +176,13 @@ def test_train_says_it_before_anything_is_measured(
     found, printed, err = run(capsys, "train", base, tmp_path / "out", *files, *words)
     assert found == code and said in err, err
     assert "measuring" not in printed and not (tmp_path / "out").exists()
+
+
+def test_resume_where_nothing_is_whole(base: Path, tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "checkpoint-3").mkdir()
+    files = ("--train-file", base / "train.txt", "--validation-file", base / "valid.txt", "--length", 16)
+    code, _, err = run(capsys, "train", base, tmp_path, *files, "--resume")
+    assert code == 1 and "holds no complete checkpoint; replace what is there (--force)" in err
 
 
 def test_train_of_a_quantized_model(packed: Path, base: Path, tmp_path: Path, capsys: Captured) -> None:

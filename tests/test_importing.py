@@ -226,3 +226,11 @@ def test_levels_that_begin_alike() -> None:
     levels[-1, -3:] = torch.tensor([-7, 3, 7])
     assert _present(levels) == [-7, 0, 3, 7] and _present(levels[:2]) == [0]
     assert _present(torch.tensor([[-32768, 32767]], dtype=torch.int16)) == [-32768, 32767]
+
+
+def test_a_factor_that_a_byte_does_not_hold() -> None:
+    """-128 and 0 alone become -1 and 0, and no weight changes its sign."""
+    levels = torch.tensor([[-128, 0, 0, -128] * 8], dtype=torch.int8)
+    got = fit(Levels(levels, torch.full((1, 1), 0.5), 8))
+    assert isinstance(got, Found)
+    assert torch.equal(got.quantized.dequantize(), levels.float() * 0.5)

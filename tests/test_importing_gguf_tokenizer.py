@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 import hf_bitnet as hb
+from hf_bitnet.gguf_file import GGUFFile
 from hf_bitnet.gguf_pre_tokenizers import PRE_TOKENIZERS, known_names, named
-from hf_bitnet.publish.opening import tokenizer_at
+from hf_bitnet.importing.gguf_tokenizer import ends
+from hf_bitnet.publish.importing import holds_gguf
+from hf_bitnet.publish.opening import model_class, tokenizer_at
 from hf_bitnet.surgery import quantized_layers
 from tests import gguf_models
 from tests.checkpoints import logits
@@ -22,6 +26,7 @@ from tests.tokenizers_made import SPECIAL, TEXTS, over_bytes, unigram, with_fall
 
 gguf = pytest.importorskip("gguf", reason="pip install 'hf_bitnet[gguf]'")
 
+from hf_bitnet.export.gguf.tokenizer import add_tokenizer  # noqa: E402
 from tests.gguf_vocabulary import write_vocabulary  # noqa: E402
 from tests.test_export_gguf_tokenizer import _GEMMA, _LLAMA2, pre_tokenizer_of  # noqa: E402
 
@@ -205,7 +210,7 @@ def test_the_file_says_how_inputs_are_quantized(folders: tuple[Path, Path], tmp_
         layer.activation for _, layer in quantized_layers(original)
     }
     assert imported.config.quantization_config.activation == "int8"
-    assert imported.generation_config.eos_token_id == [2, 5]
+    assert imported.generation_config.eos_token_id == [2, 5]  # the first is </s>, known by its text as well
     batch = tiny("llama")[1]
     # scales have half precision in the file
     assert (logits(imported, batch) - logits(original, batch)).abs().max() < 0.05 * logits(original, batch).abs().max()
@@ -215,6 +220,7 @@ def test_the_file_says_how_inputs_are_quantized(folders: tuple[Path, Path], tmp_
     (tmp_path / "bad.gguf").write_bytes(data[:place] + b"intX" + data[place + 4 :])
     with pytest.raises(ValueError, match=r"hf_bitnet\.activation='intX', legal: int8, .*activation='int8'"):
         hb.import_model(tmp_path / "bad.gguf")
+    assert hb.import_model(tmp_path / "bad.gguf", activation="int8").config.quantization_config.activation == "int8"
 
 
 def test_mixed_activations_are_not_said(tmp_path: Path) -> None:
@@ -267,3 +273,96 @@ def test_special_tokens_are_cut_out(folders: tuple[Path, Path]) -> None:
     found = hb.import_tokenizer(folders[1].parent)
     assert found.convert_ids_to_tokens(found.encode("a</s><tool>b"))[2:4] == ["</s>", "<tool>"]
     assert set(SPECIAL) <= set(found.all_special_tokens) | {"<unk>"} and "<tool>" not in found.all_special_tokens
+
+
+# ---- as llama.cpp has it ----
+
+
+def test_tokens_that_end_a_text(tmp_path: Path) -> None:
+    """Those that the file names, and those that llama.cpp knows by their texts; none that there is not."""
+    tokens = ["a", "<|eot_id|>", "<|im_end|>", "b", "</s>"]
+    path = file_of(tmp_path / "v.gguf", tokens, eos_token_id=3, eot_token_id=1, eom_token_id=9)
+    assert ends(GGUFFile(path)) == [3, 1, 2, 4]
+    assert ends(GGUFFile(file_of(path, ["a", "b"], eos_token_id=2**32 - 1))) == []
+
+
+def test_ends_of_the_base_stay(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    model = hb.open_model(folders[0])
+    model.generation_config.eos_token_id = [7, 2]
+    model.config.eos_token_id = [7, 2]
+    model.save_pretrained(tmp_path / "base")
+    imported = hb.import_model(folders[1], base=str(tmp_path / "base"))
+    assert imported.generation_config.eos_token_id[:2] == [7, 2] and 5 in imported.generation_config.eos_token_id
+
+
+def test_phi_3_takes_spaces_into_its_special_tokens(tmp_path: Path) -> None:
+    original = with_fallback(_LLAMA2)
+    for name, stripped in (("Phi-3 mini", True), ("Ada", False)):
+        writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
+        writer.add_name(name)
+        add_tokenizer(writer, original, tiny("llama", vocab_size=len(original))[0].config)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        found = hb.import_tokenizer(tmp_path / "v.gguf")
+        assert (found.encode("</s> \nb") == found.encode("</s>b")) == stripped
+        assert found.encode("<s> b") != found.encode("<s>b")  # of the exceptions
+
+
+def test_equal_scores_say_no_order(tmp_path: Path) -> None:
+    tokens = ["<unk>", "<s>", "</s>", "a", "b", "c", "ab", "bc"]
+    options = {"model": "llama", "token_type": [2, 3, 3, 1, 1, 1, 1, 1], "add_space_prefix": False}
+    first = [0.0, 0.0, 0.0, -1.0, -1.0, -1.0]
+    for last, expected in (([-2.0, -3.0], ["<s>", "ab", "c"]), ([-3.0, -2.0], ["<s>", "a", "bc"])):
+        found = hb.import_tokenizer(file_of(tmp_path / "v.gguf", tokens, **options, scores=[*first, *last]))
+        assert found.convert_ids_to_tokens(found.encode("abc")) == expected
+    path = file_of(tmp_path / "v.gguf", tokens, **options, scores=[*first, -2.0, -2.0])
+    with pytest.raises(ValueError, match="gives several tokens the same score, so that it says no order of merges"):
+        hb.import_tokenizer(path)
+
+
+def test_special_tokens_behind_the_last_word(tmp_path: Path) -> None:
+    """Unused rows stay as far as one of them is special; defaults that do not fit are none."""
+    tokens, types = ["a", "b", "[PAD2]", "[PAD3]", "[PAD4]"], [1, 1, 5, 5, 5]
+    found = hb.import_tokenizer(file_of(tmp_path / "v.gguf", tokens, token_type=types, padding_token_id=3))
+    assert (found.pad_token, found.pad_token_id, len(found)) == ("[PAD3]", 3, 4)
+    path = file_of(tmp_path / "v.gguf", ["<unk>", "a"], model="llama", scores=[0.0, -1.0], token_type=[2, 1])
+    found = hb.import_tokenizer(path)
+    assert (found.unk_token, found.bos_token, found.eos_token) == ("<unk>", "a", None)  # llama.cpp's own bos is 1
+
+
+# ---- which path is which ----
+
+
+def test_what_holds_gguf(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    packed, file = folders
+    renamed = tmp_path / "model.bin"
+    shutil.copy(file, renamed)
+    assert holds_gguf(file) and holds_gguf(renamed) and holds_gguf(file.parent)
+    assert not holds_gguf(packed) and not holds_gguf(packed / "model.safetensors") and not holds_gguf(tmp_path)
+    both = tmp_path / "both"
+    shutil.copytree(packed, both / "packed")
+    shutil.copy(file, both)
+    # the folder inside is asked for
+    assert hb.open_model(both, subfolder="packed").name_or_path != str(both / file.name)
+    assert hb.open_model(both).name_or_path == str(both / file.name)
+    shutil.copy(packed / "config.json", both)  # as in many repositories
+    assert hb.open_model(both).name_or_path == str(both / file.name)
+    shutil.copy(packed / "model.safetensors", both)
+    assert hb.open_model(both).name_or_path == str(both)
+    with pytest.raises((OSError, ValueError)) as caught:
+        model_class(packed / "model.safetensors")
+    assert "GGUF" not in str(caught.value)
+
+
+def test_activation_beside_another_model(folders: tuple[Path, Path], tmp_path: Path, capsys: Captured) -> None:
+    packed, file = folders
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    words = ["--activation", "none", "--json"]
+    code, printed, err = run(capsys, "eval", file, "--against", packed, "--text", tmp_path / "text.txt", "--length", 16, *words)
+    assert code == 0 and json.loads(printed)["perplexity_ratio"] > 0, err
+    sizes = ["--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1]
+    assert run(capsys, "bench", packed, "--against", file, *sizes, *words)[0] == 0
+    code, _, err = run(capsys, "bench", packed, *sizes, *words)
+    assert code == 2 and "is for GGUF files" in err

@@ -33,7 +33,7 @@ def test_the_only_gguf_file_of_a_repository_is_fetched(
         hb.import_model(REPO, revision="v2")
 
 
-def test_such_a_repository_is_opened_like_any_other(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_such_a_repository_is_opened_like_any_other(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the model and its tokenizer; a repository that is not there is asked for, and named."""
     tokenizer = over_bytes()
     fields = {"weight": "ternary", "form": "packed"}
@@ -44,6 +44,26 @@ def test_such_a_repository_is_opened_like_any_other(hub: LoopbackHub, tmp_path: 
     assert hb.import_tokenizer(REPO).encode("the dog</s>") == tokenizer.encode("the dog</s>")
     assert tokenizer_at(REPO).encode("the dog</s>") == tokenizer.encode("the dog</s>")
     assert holds_gguf(REPO) and not holds_gguf("org/nothing") and not holds_gguf("nothing")
+    hb.export_model(REPO, tmp_path / "again", format="hf_bitnet", verify=False, progress=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert holds_gguf(REPO)
+    assert str(hb.coverage(hb.open_model(REPO))) == str(hb.coverage(hb.import_model(tmp_path / "gguf")))  # as fetched before
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for opened in (hb.open_model, tokenizer_at):
         with pytest.raises(OSError, match="cannot load 'org/nothing': there is no such folder here, and of the Hub: "):
             opened("org/nothing")
+
+
+def test_a_tokenizer_is_fetched_without_weights(hub: LoopbackHub, tmp_path: Path) -> None:
+    """Of a repository in safetensors: with its chat template, and no weight is touched."""
+    tokenizer = over_bytes()
+    tokenizer.chat_template = "{{ messages }}"
+    quantized = {"weight": "ternary", "form": "packed"}
+    gguf_models.made("llama", quantized, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    hb.push_to_hub(tmp_path / "model", REPO)
+    assert hb.import_tokenizer(REPO, revision="main").chat_template == "{{ messages }}"
+    cache = Path(constants.HF_HUB_CACHE)
+    assert any(cache.rglob("tokenizer.json")) and not any(cache.rglob("*.safetensors"))
+    with pytest.raises(TypeError, match="takes no bogus"):
+        hb.import_tokenizer(REPO, base=REPO, bogus=1)

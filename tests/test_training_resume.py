@@ -210,6 +210,18 @@ def test_torn_files_are_named(name: str, tmp_path: Path, caplog: pytest.LogCaptu
         make_trainer(tmp_path, _model(), **_run("together")).train(resume_from_checkpoint=str(last))
 
 
+def test_files_of_others_and_of_old_are_no_concern(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-3"
+    (folder / "extra.pt").mkdir(parents=True)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
+    (folder / "probe.bin").write_bytes(b"mine")
+    torch.save({"a": torch.ones(3)}, folder / "optimizer.pt", _use_new_zipfile_serialization=False)
+    torch.save({"a": torch.ones(3)}, folder / "pytorch_model.bin")
+    assert last_complete_checkpoint(tmp_path, 1) == str(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"PK")
+    assert last_complete_checkpoint(tmp_path, 1) is None
+
+
 def test_a_torn_note_of_the_schedule_is_none(tmp_path: Path) -> None:
     with pytest.raises(InterruptedError):
         make_trainer(tmp_path, _model(), callbacks=[_StopAt(7)], **_run("together")).train()

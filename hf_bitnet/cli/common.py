@@ -105,9 +105,12 @@ def open_checkpoint(arguments: argparse.Namespace, path: str) -> Any:
     dtype = dtype_of(arguments.dtype)
     if arguments.activation is None:
         return open_model(path, dtype=dtype)
-    if not holds_gguf(path):
+    against = getattr(arguments, "against", None) or []
+    if holds_gguf(path):
+        return import_model(path, activation=arguments.activation, dtype=dtype)
+    if not any(holds_gguf(each) for each in (arguments.model, *([against] if isinstance(against, str) else against))):
         raise UsageError(f"--activation is for GGUF files, and {path!r} is none: its config.json says how inputs are quantized")
-    return import_model(path, activation=arguments.activation, dtype=dtype)
+    return open_model(path, dtype=dtype)
 
 
 def keep_memory(arguments: argparse.Namespace) -> None:

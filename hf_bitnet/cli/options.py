@@ -12,6 +12,7 @@ from typing import Any
 DIFFERENT = 3
 # for the shell's completion; the command itself asks the registry
 FORMATS = ("hf_bitnet", "bitnet", "dense", "gguf", "i2_s", "onnx", "mlx")
+GGUF_TOO = "folder, GGUF file, or name on the Hub"
 PRESETS = ("bitnet_b158", "w1a8", "w2a8", "w4a8", "w8a8")
 # names of config fields that options give as they are
 _FIELDS = (
@@ -52,9 +53,7 @@ def command(commands: Any, name: str, summary: str, examples: str) -> argparse.A
     return parser
 
 
-def add_model(
-    parser: argparse.ArgumentParser, optional: bool = False, what: str = "folder, name on the Hub, or GGUF file"
-) -> None:
+def add_model(parser: argparse.ArgumentParser, optional: bool = False, what: str = "folder, or name on the Hub") -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=what)
 
 
@@ -132,7 +131,7 @@ def seed(text: str) -> int:
 def above_zero(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
     return value
 
 

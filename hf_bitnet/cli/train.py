@@ -31,7 +31,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "(--resume), or replace it (--force)"
         )
     if arguments.resume and last_complete_checkpoint(arguments.out, training.world_size) is None:
-        raise ValueError(f"--resume: {arguments.out!r} holds no complete checkpoint; leave it out to begin a run there")
+        way = "replace what is there (--force)" if found else "leave --resume out to begin a run there"
+        raise ValueError(f"--resume: {arguments.out!r} holds no complete checkpoint; {way}")
     kind, _ = model_class(arguments.model)
     tokenizer = tokenizer_at(arguments.model)
     most = None if arguments.max_train_tokens is None else -(-arguments.max_train_tokens // arguments.length)

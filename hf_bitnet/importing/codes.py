@@ -180,7 +180,8 @@ def _reduced(levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     larger = scale * factor
     if not all(torch.equal((level // factor) * larger, level * scale) for level in present):
         return levels, scale, present
-    return torch.div(levels, factor, rounding_mode="trunc"), larger, [level // factor for level in present]
+    # int8 holds no factor of 128
+    return torch.div(levels.to(torch.int16), factor, rounding_mode="trunc"), larger, [level // factor for level in present]
 
 
 def _fewest(levels: Tensor, scale: Tensor) -> Tensor:

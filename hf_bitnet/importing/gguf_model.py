@@ -65,11 +65,12 @@ class GGUFModel:
 
     Args:
         base: folder or Hub name of a model with the same architecture, whose config.json is taken instead of the metadata.
+        activation: scheme of all quantized layers; None takes what the file says.
 
     Raises ValueError for an architecture that is not known, or one of which the metadata does not say enough.
     """
 
-    def __init__(self, path: Path, outside: str, base: str | None) -> None:
+    def __init__(self, path: Path, outside: str, base: str | None, activation: str | None = None) -> None:
         require_gguf()
         self.file, self.outside, self.source = GGUFFile(path), outside, str(path)
         name = self.file.architecture
@@ -81,7 +82,7 @@ class GGUFModel:
         self.architecture = _ARCHITECTURES[name]
         self.config = model_config(base) if base is not None else self._config()
         set_scale(self.file, self.config)
-        self.activation = self._activation()
+        self.activation = activation or self._activation()
 
     def tensors(self, wanted: Wanted) -> Iterator[tuple[str, Tensor | Found | Misfit]]:
         names = self._names(wanted)

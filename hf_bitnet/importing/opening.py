@@ -49,12 +49,19 @@ def import_checkpoint(
         _refuse_exports(path)
     # before the weights, which take longer
     generation = _generation(path) if gguf is None and (path / GENERATION_CONFIG_NAME).is_file() else None
-    contents = GGUFModel(gguf, outside, base) if gguf is not None else _opened(Folder(path, base), activation, outside, w_bits)
+    contents = (
+        GGUFModel(gguf, outside, base, activation)
+        if gguf is not None
+        else _opened(Folder(path, base), activation, outside, w_bits)
+    )
     model = assemble(contents, activation=activation, dtype=dtype, **options)
     if generation is not None and model.can_generate():
         model.generation_config = generation
-    if isinstance(contents, GGUFModel) and model.can_generate() and (stops := ends(contents.file)):
-        model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+    if isinstance(contents, GGUFModel) and model.can_generate():
+        said = model.generation_config.eos_token_id if base is not None else None
+        stops = list(dict.fromkeys([*([said] if isinstance(said, int) else said or []), *ends(contents.file)]))
+        if stops:
+            model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     return model
 
 

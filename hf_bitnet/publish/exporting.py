@@ -146,7 +146,12 @@ def _refuse_foreign(path: str | os.PathLike[str]) -> None:
     """Before any weight is read: a checkpoint that is not quantized, or by another library."""
     if os.path.exists(path) and holds_gguf(path):
         return  # which says so itself
-    _, config = model_class(path)
+    try:
+        _, config = model_class(path)
+    except (OSError, ValueError):
+        if not os.path.exists(path) and holds_gguf(path):
+            return
+        raise
     places = (config, config.get_text_config(decoder=True))
     settings = next((found for each in places if (found := getattr(each, "quantization_config", None)) is not None), None)
     if settings is None:

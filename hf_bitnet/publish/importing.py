@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 import transformers
 
 from ..config import FOREIGN_LINEAR_CLASS, NATIVE_METHOD, QUANT_METHOD, NativeBitNetConfig
+from ..gguf_file import MAGIC
 from ..importing import Folder, gguf_tokenizer, import_checkpoint
 from ..plugin import load_native
 from ..surgery import convert_native, pack_model, trained_layers, unpack_model
 
 _FORMS = ("packed", "train")
 _GGUF = ".gguf"
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".h5")
 # what is fetched of a repository: nothing that could run
 _FILES = ["*.json", "*.safetensors"]
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -93,22 +96,27 @@ def import_tokenizer(
     Raises ValueError (OSError from the Hub) where there is no such checkpoint; where a GGUF file has no tokenizer, or one of a
     kind that is not read (BPE over bytes and SentencePiece's BPE are); where transformers finds none in the folder.
     """
+    if unknown := [name for name in options if name not in _HUB]:
+        raise TypeError(f"import_tokenizer takes no {unknown[0]}; its options are {', '.join(_HUB)}")
     if base is not None:
-        return folder_tokenizer(base)
-    found, rest = _fetched(os.fspath(path), file, options)
-    if rest:
-        raise TypeError(f"import_tokenizer takes no {next(iter(rest))}; its options are {', '.join(_HUB)}")
+        return folder_tokenizer(base, **options)
+    if file is None and not os.path.exists(path) and not holds_gguf(path, **options):
+        return folder_tokenizer(path, **options)  # of the Hub, without the weights beside it
+    found, _ = _fetched(os.fspath(path), file, options)
     gguf = _gguf(found, file)
     return gguf_tokenizer(gguf) if gguf is not None else folder_tokenizer(found)
 
 
-def folder_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerBase:
+def folder_tokenizer(path: str | os.PathLike[str], **options: Any) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer that transformers finds in a folder or on the Hub; its code is never run.
+
+    Args:
+        options: of from_pretrained.
 
     Raises ValueError where a folder has none, OSError where there is no such folder or repository.
     """
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
     except (ValueError, KeyError) as error:
         if not os.path.isdir(path):
             raise
@@ -120,24 +128,42 @@ def folder_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedTok
 
 
 def holds_gguf(path: str | os.PathLike[str], **options: Any) -> bool:
-    """Whether a GGUF file lies there: it is one, or a folder with one and no config.json, or such a repository of the Hub.
+    """Whether a GGUF file lies there: it is one, or a folder or a repository of the Hub with one and no other weights.
 
     Args:
-        options: revision and token of the Hub, and others, which do not matter.
+        options: subfolder, revision and token of the Hub, and others, which do not matter.
     """
     name = os.fspath(path)
     local = Path(name).expanduser()
     if local.is_dir():
-        return bool(_names(local)) and not (local / "config.json").is_file()
-    if local.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        return local.is_file()
+        folder = local / (options.get("subfolder") or "")
+        return _only_gguf(each.name for each in folder.glob("*"))
+    if local.is_file():
+        return local.suffix == _GGUF or _begins_as_gguf(local)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or options.get("subfolder"):
+        return False
     import huggingface_hub
 
+    at = _of_repository(options)
     try:
-        there = huggingface_hub.HfApi().list_repo_files(name, **_of_repository(options))
-    except Exception:  # of the network, by the release of huggingface_hub: the question is not answered
+        return _only_gguf(huggingface_hub.HfApi().list_repo_files(name, **at))
+    except Exception:  # of the network, by the release of huggingface_hub; what was fetched before may be there
+        pass
+    try:  # as `_fetched` asks
+        found = Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES, local_files_only=True, **at))
+        return _only_gguf(each.name for each in found.glob("*"))
+    except Exception:  # not there
         return False
-    return "config.json" not in there and any(each.endswith(_GGUF) for each in there)
+
+
+def _begins_as_gguf(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def _only_gguf(names: Iterable[str]) -> bool:
+    names = list(names)
+    return any(name.endswith(_GGUF) for name in names) and not any(name.endswith(_OTHER_WEIGHTS) for name in names)
 
 
 def _native(path: Path, form: str, activation: str | None, options: dict[str, Any]) -> Any:

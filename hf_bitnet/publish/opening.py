@@ -33,7 +33,7 @@ def open_model(path: str | os.PathLike[str], **options: Any) -> Any:
     Raises ValueError when there is no such folder or no such class, OSError when it cannot be loaded.
     """
     options["trust_remote_code"] = options.get("trust_remote_code") is True
-    if os.path.exists(path) and holds_gguf(path):
+    if os.path.exists(path) and holds_gguf(path, **options):
         return _imported(path, options)
     try:
         # the config of the version and folder that the weights are of
@@ -66,7 +66,7 @@ def model_class(path: str | os.PathLike[str], *, trust_remote_code: bool = False
     name = os.fspath(path)
     if not Path(name).exists() and name.startswith((".", "/", "~")):
         raise ValueError(f"there is no folder {name!r}")
-    if os.path.exists(name) and holds_gguf(name):
+    if os.path.exists(name) and holds_gguf(name, **hub):
         raise ValueError(
             f"{name!r} is a GGUF file or holds one, whose weights are quantized already; hf_bitnet.import_model opens it, "
             "this needs the model that it was made from"

@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 _TEACHER_FILE, _SCHEMES_FILE = "qat_teacher.json", "qat_schemes.json"
 # of Trainer, peft, FSDP and DeepSpeed
 _WEIGHTS = ("*model*.safetensors*", "*model*.bin*", "*/adapter_model.*", "*model_fsdp*", "global_step*", "*.distcp")
-_SAVED_BY_TORCH = (".pt", ".pth", ".bin")
+_SAVED_BY_TORCH = ("optimizer.[bp]*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin", "*model*.bin")
+_OLD_FORMAT = b"\x80"
 _OPTIMIZERS = ("optimizer*", "global_step*")
 
 
@@ -61,17 +62,23 @@ def _missing(folder: Path, step: int, world_size: int) -> str | None:
 
 
 def _torn(folder: Path) -> str | None:
-    """Which file was not written to its end. Their beginnings and ends are looked at, not what is between."""
-    for path in sorted(folder.glob("*")):
-        if path.suffix in _SAVED_BY_TORCH and not zipfile.is_zipfile(path):
+    """Which of Trainer's files was not written to its end. Their beginnings and ends are looked at, not what is between."""
+    for path in sorted(path for path in folder.glob("*") if path.is_file()):
+        if any(path.match(pattern) for pattern in _SAVED_BY_TORCH) and not _whole_by_torch(path):
             return f"{path.name} is cut short or damaged"
-        if path.suffix == ".safetensors":
+        if path.match("*model*.safetensors"):
             try:
                 with safe_open(path, framework="pt"):
                     pass
             except (SafetensorError, OSError) as error:
                 return f"{path.name} is cut short or damaged ({error})"
     return None
+
+
+def _whole_by_torch(path: Path) -> bool:
+    with open(path, "rb") as file:
+        of_old = file.read(1) == _OLD_FORMAT  # which says nothing of its end
+    return of_old or zipfile.is_zipfile(path)
 
 
 def check_whole(folder: str | Path) -> None:

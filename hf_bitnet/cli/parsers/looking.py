@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..options import add_model, command
+from ..options import GGUF_TOO, add_model, command
 
 
 def add_info(commands: Any) -> None:
@@ -17,7 +17,7 @@ def add_info(commands: Any) -> None:
         "  hf-bitnet info model.gguf\n"
         "  hf-bitnet info --kernels              # which body serves which operation here, and why",
     )
-    add_model(parser, optional=True, what="folder, GGUF file, or name on the Hub")
+    add_model(parser, optional=True, what=GGUF_TOO)
     parser.add_argument("--kernels", action="store_true", help="show the kernels")
     parser.add_argument("--device", default="cpu", help="of the kernels: cpu or cuda (default: cpu)")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..options import above_zero, add_model, add_quantization, between, command, positive, seed
+from ..options import GGUF_TOO, above_zero, add_model, add_quantization, between, command, positive, seed
 
 
 def add_quantize(commands: Any) -> None:
@@ -105,7 +105,7 @@ def add_export(commands: Any) -> None:
         "  hf-bitnet export out/packed dense --format dense --set dtype=float16 --set max_shard_size=2GB\n"
         "  hf-bitnet export out/packed exports --format dense gguf --set dense.dtype=float32 --verify codes",
     )
-    add_model(parser, optional=True)
+    add_model(parser, optional=True, what=GGUF_TOO)
     parser.add_argument("out", metavar="OUT", nargs="?", help="folder to write; with several formats each gets one inside")
     parser.add_argument("--format", nargs="+", metavar="NAME", help="one or several of those that --list shows")
     parser.add_argument(

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from ..options import (
+    GGUF_TOO,
     add_gguf_activation,
     add_model,
     add_placement,
@@ -28,7 +29,7 @@ def add_eval(commands: Any) -> None:
         "  hf-bitnet eval out/packed --tasks hellaswag,arc_easy --limit 200     # needs: pip install lm-eval\n"
         "  hf-bitnet eval org/model --text valid.txt --length 1024 --bf16 --json",
     )
-    add_model(parser)
+    add_model(parser, what=GGUF_TOO)
     parser.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 text file(s), for perplexity")
     parser.add_argument("--length", type=positive, default=256, metavar="N", help="tokens in a window (default: 256)")
     parser.add_argument("--max-windows", type=positive, metavar="N", help="measure on so many windows (default: all)")
@@ -88,7 +89,7 @@ def add_chat(commands: Any) -> None:
         "  hf-bitnet chat out/packed --temperature 0.7 --top-p 0.9 --seed 1 --system 'You answer in one sentence.'\n"
         "  echo 'Once upon a time' | hf-bitnet chat out/packed --raw",
     )
-    add_model(parser)
+    add_model(parser, what=GGUF_TOO)
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and end (default: ask, again and again)")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told first, where its chat template knows that")
     parser.add_argument("--raw", action="store_true", help="continue the text, without the chat template")
@@ -113,7 +114,7 @@ def add_bench(commands: Any) -> None:
         "  hf-bitnet bench out/packed --against org/model               # the two take turns\n"
         "  hf-bitnet bench out/packed --prompt-tokens 512 --new-tokens 128 --repeats 9 --threads 4 --json",
     )
-    add_model(parser)
+    add_model(parser, what=GGUF_TOO)
     parser.add_argument("--against", nargs="+", default=[], metavar="MODEL", help="measure these too, in turns")
     parser.add_argument("--prompt-tokens", type=positive, default=128, metavar="N", help="(default: 128)")
     parser.add_argument("--new-tokens", type=positive, default=64, metavar="N", help="(default: 64)")
