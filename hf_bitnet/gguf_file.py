@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ _ALIGNMENT, _LARGEST_ALIGNMENT = 32, 2**16
 _MOST_DIMENSIONS = 4
 # arrays longer than this (vocabularies) are passed over; only their length is kept
 _LONGEST_ARRAY = 4096
+_TEXT_LENGTH = struct.Struct("<Q")
 # the shortest key and value, and the shortest description of a tensor
 _LEAST_PAIR, _LEAST_TENSOR = 13, 24
 _LARGEST = 2**48
@@ -141,11 +143,10 @@ class GGUFFile:
             return found
         if not isinstance(found, Length):
             raise ValueError(f"{self.path}: {key} is {found!r}, which is no list; copy or download the file again")
-        cursor = _Cursor(self.data, found.place)
         if found.kind != _STRING:
             return list(struct.unpack_from(f"<{found:d}{_NUMBERS[found.kind]}", self.data, found.place))
         try:
-            return [cursor.text() for _ in range(found)]
+            return [self.data[start:end].decode("utf-8") for start, end in _Cursor(self.data, found.place).texts(found)]
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path}: {key} holds no text ({error}); copy or download the file again") from None
 
@@ -198,6 +199,20 @@ class _Cursor:
         self.place += length
         return value
 
+    def texts(self, count: int) -> Iterator[tuple[int, int]]:
+        """Where each of so many texts begins and ends. Vocabularies have hundreds of thousands."""
+        place, last, length_at = self.place, len(self.data), _TEXT_LENGTH.unpack_from
+        for _ in range(count):
+            if place + _TEXT_LENGTH.size > last:
+                raise _Damaged(f"at byte {place} it should hold the length of a text, but only {last - place} bytes are left")
+            start = place + _TEXT_LENGTH.size
+            place = start + length_at(self.data, place)[0]
+            if place > last:
+                raise _Damaged(
+                    f"at byte {start} it should hold a text of {place - start} bytes, but only {last - start} are left"
+                )
+            yield start, place
+
     def value(self, kind: int) -> Any:
         if kind == _STRING:
             return self.text()
@@ -211,10 +226,8 @@ class _Cursor:
         if kind == _STRING:
             self.expect(8 * count, f"{count} texts")
             start = self.place
-            for _ in range(count):
-                length = self.number("Q")
-                self.expect(length, f"a text of {length} bytes")
-                self.place += length
+            for _, end in self.texts(count):
+                self.place = end
             return Length(count, kind, start)
         if kind not in _NUMBERS:
             raise _Damaged(f"at byte {self.place} is a list of the type {kind}, which no list has")
