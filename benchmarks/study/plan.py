@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.study.arms import ARMS, OFTEN_RATES
 
 SMALL, LARGE = "novels-llama-small", "novels-llama"
+# what the parts of "all" do by themselves is in the ablation
 _COMPARED = (
     "plain",
     "full-precision twin",
@@ -18,16 +19,9 @@ _COMPARED = (
     "softmax relaxation",
     "annealed residual",
     "pull and noise",
-    "GPTQ start",
-    "cautious",
-    "token noise",
-    "cautious, token noise",
-    "small batches",
-    "MARS",
     "early",
-    "drawn text",
-    "fast norms",
     "all",
+    "all, hidden states",
 )
 _CONVERSIONS = ("plain", "learned scale", "GPTQ start", "all but TWN's scale")
 _TEXT_ONLY = ("full-precision twin", "labels only")
