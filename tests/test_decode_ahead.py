@@ -27,13 +27,13 @@ PROMPT = torch.tensor([[5, 90, 41, 17]])
 
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers each call computed."""
+    """How many layers each call for a token computed."""
     counts: list[int] = []
     real = kernels.decode_layers
 
-    def counted(steps: Any, *args: Any) -> list[Tensor]:
-        counts.append(len(steps))
-        return real(steps, *args)
+    def counted(steps: Any, x: Tensor, *args: Any) -> list[Tensor]:
+        counts.extend([len(steps)] * (x.shape[1] == 1))
+        return real(steps, x, *args)
 
     monkeypatch.setattr(kernels, "decode_layers", counted)
     return counts
@@ -312,7 +312,7 @@ def test_what_is_no_row_is_refused() -> None:
     place = kernels.cache_place(torch.randn(1, 2, 4, 16), torch.randn(1, 2, 4, 16))
     for steps, given, message in (
         ([(layer, place, 3), (narrow, place, 3)], (x, angle, angle), "not of this layer"),
-        ([(layer, place, 4)], (x, angle, angle), "need a place for the token behind 4, and have 4"),
+        ([(layer, place, 4)], (x, angle, angle), "need 5 places, 1 of them new, and have 4"),
         ([(layer, place, 3)], (x, angle.to("meta"), angle), "need to be on the CPU"),
         ([(layer, place, 3)], (x, angle.double(), angle), "need one dtype"),
         ([(layer, place, 3)], (torch.randn(2, 1, 64), angle, angle), "are not of this layer"),

@@ -49,27 +49,35 @@ def made_layer(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("shape", "batch", "length"),
-    [((64, 96, 4, 2, 16), 1, 0), ((64, 96, 4, 2, 16), 2, 5), ((48, 40, 4, 4, 12), 3, 37), ((128, 256, 8, 2, 16), 1, 100)],
+    ("shape", "batch", "length", "tokens"),
+    [
+        *(((64, 96, 4, 2, 16), 1, 0, 1), ((64, 96, 4, 2, 16), 2, 5, 1)),
+        *(((48, 40, 4, 4, 12), 3, 37, 1), ((128, 256, 8, 2, 16), 1, 100, 1)),
+        *(((64, 96, 4, 2, 16), 1, 0, 2), ((64, 96, 4, 2, 16), 2, 5, 33), ((96, 40, 4, 2, 48), 2, 0, 20)),
+        *(((48, 40, 4, 4, 12), 3, 37, 300), ((128, 64, 4, 1, 80), 1, 250, 17), ((64, 96, 4, 2, 16), 2, 3, 1030)),
+    ],
 )
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("norms", [False, True])
 def test_one_call_is_the_definition(
-    dtype: torch.dtype, shape: tuple[int, ...], batch: int, length: int, bias: bool, norms: bool
+    dtype: torch.dtype, shape: tuple[int, ...], batch: int, length: int, tokens: int, bias: bool, norms: bool
 ) -> None:
     layer = made_layer(*shape, dtype, bias=bias, norms=norms)  # type: ignore[arg-type]
     hidden, _, _, kv_heads, size = shape
     generator = torch.Generator().manual_seed(3)
-    x, cos, sin = (torch.randn(*of, generator=generator).to(dtype) for of in ((batch, 1, hidden), (1, 1, size), (1, 1, size)))
-    keys, values = (torch.randn(batch, kv_heads, length + 3, size, generator=generator).to(dtype) for _ in range(2))
+    angles = (batch if tokens == 20 else 1, tokens, size)
+    x, cos, sin = (torch.randn(*of, generator=generator).to(dtype) for of in ((batch, tokens, hidden), angles, angles))
+    keys, values = (torch.randn(batch, kv_heads, length + tokens + 2, size, generator=generator).to(dtype) for _ in range(2))
     ours = keys.clone(), values.clone()
     expected = kernels.decode_layer(layer, x, cos, sin, keys, values, length)
     found = kernels.DescribedLayer(layer).decode(x, cos, sin, *ours, length)
-    # a rounding to bfloat16 that goes the other way may move a code of the next product
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.004}[dtype]
+    # a rounding that goes the other way may move a code of the next product: in bfloat16 often, in float32 of few tokens
+    tolerance, other = {torch.float32: (1e-5, 0.002), torch.bfloat16: (0.03, 0), torch.float16: (0.004, 0.005)}[dtype]
     for a, b in ((found, expected), (ours[0], keys), (ours[1], values)):
-        assert (a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max()
-    assert torch.equal(ours[0][:, :, length + 1 :], keys[:, :, length + 1 :])  # nothing behind the token is touched
+        error = (a.float() - b.float()).abs().amax(-1) / b.float().abs().max()
+        assert error.max() <= max(tolerance, 0.03 * (tokens > 1))
+        assert (error > tolerance).sum() <= other * error.numel()
+    assert torch.equal(ours[0][:, :, length + tokens :], keys[:, :, length + tokens :])  # nothing behind the tokens is touched
 
 
 def test_it_refuses_what_is_not_a_layer() -> None:
@@ -79,7 +87,7 @@ def test_it_refuses_what_is_not_a_layer() -> None:
         kernels.DescribedLayer(wrong)
     described = kernels.DescribedLayer(layer)
     x, angle, keys = torch.randn(1, 1, 64), torch.randn(1, 1, 16), torch.randn(1, 2, 4, 16)
-    with pytest.raises(ValueError, match="a place for the token"):
+    with pytest.raises(ValueError, match="need 5 places, 1 of them new"):
         described.decode(x, angle, angle, keys, keys.clone(), 4)
     with pytest.raises(ValueError, match="not of this layer"):
         described.decode(torch.randn(1, 1, 32), angle, angle, keys, keys.clone(), 3)

@@ -298,7 +298,7 @@ def test_what_changes_at_every_token_is_not_proven_for_ever(
             for layer in layers:
                 layer.mlp.up_proj.weight = nn.Parameter(layer.mlp.up_proj.weight.data.clone(), requires_grad=False)
         same(model(torch.tensor([[1 + token]]), past_key_values=cache).logits, expected[token : token + 1])
-    assert proofs.count("_prove") < 10 and proofs.count("_agrees") < 10 * len(layers)
+    assert proofs.count("_prove") < 10 and proofs.count("_agrees") < 2 * 10 * len(layers)  # of a token and of a prompt
     decoded(model, 40)  # nothing changes any more
     called = forwards(model)
     decoded(model)

@@ -1,4 +1,4 @@
-"""A whole decoder layer for one new token: what it is, and its definition by the other operations. Own.
+"""A whole decoder layer for new tokens: what it is, and its definition by the other operations. Own.
 
 The body in C++ (`cpu/decoder.py`) makes one call of it. Between the products of a token, calling thirty operations and as many
 modules costs more than computing them.
@@ -79,35 +79,37 @@ _NORM_NAMES = ("input_norm", "post_norm", "q_norm", "k_norm", "out_norm", "down_
 
 
 def decode_layer(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
-    """The layer for one new token of each sequence.
+    """The layer for the next tokens of each sequence, each of which sees itself and what is before it.
 
     Args:
-        x: (B, 1, hidden). cos, sin: (B or 1, 1, head_dim). All of one float dtype.
-        keys, values: buffers (B, kv_heads, positions, head_dim) that hold `length` past positions; those of the token are
-            written to position `length`, which must exist.
+        x: (B, T, hidden). cos, sin: (B or 1, T, head_dim). All of one float dtype.
+        keys, values: buffers (B, kv_heads, positions, head_dim) that hold `length` past positions; those of the tokens are
+            written to positions `length` .. `length + T - 1`, which must exist.
 
     Returns:
-        (B, 1, hidden).
+        (B, T, hidden).
     """
-    batch, dtype = x.shape[0], x.dtype
+    batch, tokens, hidden = x.shape
+    dtype, end = x.dtype, length + tokens
 
     def linear(value: Tensor, weight: PackedWeight) -> Tensor:
-        return packed_linear(value.reshape(batch, -1), *weight, layer.layout, layer.rows, dtype).view(batch, 1, -1)
+        rows = value.reshape(batch * tokens, -1)
+        return packed_linear(rows, *weight, layer.layout, layer.rows, dtype).view(batch, tokens, -1)
 
-    normed = layer.input_norm(x).view(batch, -1)
+    normed = layer.input_norm(x).view(-1, hidden)
     heads = (
-        y.view(batch, 1, -1, layer.head_dim).transpose(1, 2)
+        y.view(batch, tokens, -1, layer.head_dim).transpose(1, 2)
         for y in packed_linears(normed, layer.qkv, layer.layout, layer.rows, dtype)
     )
     q, k, v = heads
     q, k = rotate(_normed(layer.q_norm, q), _normed(layer.k_norm, k), cos, sin)
-    keys[:, :, length : length + 1], values[:, :, length : length + 1] = k, v
-    present = slice(0, length + 1)
-    q = q.reshape(batch, layer.kv_heads, layer.heads // layer.kv_heads, layer.head_dim)
+    keys[:, :, length:end], values[:, :, length:end] = k, v
+    visible = torch.ones(tokens, end, dtype=torch.bool, device=x.device).tril(length)
     attended = scaled_dot_product_attention(
-        q.float(), keys[:, :, present].float(), values[:, :, present].float(), scale=layer.scaling
+        q.float(), keys[:, :, :end].float(), values[:, :, :end].float(), visible, scale=layer.scaling, enable_gqa=True
     )
-    x = x + linear(_normed(layer.out_norm, attended.to(dtype).reshape(batch, -1)), layer.attention_out)
+    attended = attended.to(dtype).transpose(1, 2).reshape(batch, tokens, -1)
+    x = x + linear(_normed(layer.out_norm, attended), layer.attention_out)
     normed = layer.post_norm(x)
     gate, up = (linear(normed, weight) for weight in layer.gate_up)
     return x + linear(_normed(layer.down_norm, ACTIVATIONS[layer.activation](gate) * up), layer.down)

@@ -1,4 +1,4 @@
-"""Room for the next token in transformers' cache of keys and values. Own.
+"""Room for the next tokens in transformers' cache of keys and values. Own.
 
 They live in buffers with room to grow, of which the cache holds views, instead of being copied for each token.
 """
@@ -52,13 +52,17 @@ def with_room(layer: DynamicLayer) -> kernels.CachePlace:
     length, held = keys.shape[2], held_by(layer)
     if held is not None and held.place.positions > length:
         return held.place
-    batch, heads, _, size = keys.shape
-    capacity = length + max(_TOKENS, length // 2)
-    buffers = tuple(tensor.new_empty(batch, heads, capacity, size) for tensor in (keys, values))
-    buffers[0][:, :, :length], buffers[1][:, :, :length] = keys, values
-    place = kernels.cache_place(*buffers)
+    place = buffers(keys, keys.shape[1], keys.shape[3], length)
+    place.keys[:, :, :length], place.values[:, :, :length] = keys, values
     show(layer, place, length)
     return place
+
+
+def buffers(like: Tensor, heads: int, size: int, tokens: int, *, grows: bool = True) -> kernels.CachePlace:
+    """Buffers (B, heads, positions, size) for `tokens`, and more if it `grows`; B, dtype and device are those of `like`."""
+    positions = tokens + max(_TOKENS, tokens // 2) if grows else tokens
+    keys, values = (like.new_empty(like.shape[0], heads, positions, size) for _ in range(2))
+    return kernels.cache_place(keys, values)
 
 
 def show(layer: DynamicLayer, place: kernels.CachePlace, length: int) -> None:

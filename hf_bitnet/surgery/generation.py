@@ -38,14 +38,15 @@ def optimize_for_generation(model: Model, *, enable: bool = True) -> Model:
     """Gives norms, attention layers and packed decoder layers of transformers faster forwards, in place; returns the model.
 
     Packed decoder layers in the manner of Llama (`pack_model` first; also Mistral, Qwen 2 and 3, BitNet) compute a new token in
-    one kernel call for all of them.
+    one kernel call for all of them, and a prompt (without padding, from its beginning) in one call each.
 
     They serve where no gradient is asked for and nothing is compiled; training, saving, `torch.compile` and state-dict keys
     are as before. Calling it again changes nothing; copies of the model stay optimized.
 
     Numerics: the rotary embedding is bit for bit that of the model. RMS norms round where the model's do and differ only in
     the order of one float32 sum. Attention from one new token groups the query heads that share a key, and rounds once, as
-    torch's fused attention does on every path; the last digit of its output may differ.
+    torch's fused attention does on every path; the last digit of its output may differ. Where AMX serves, attention of a prompt in
+    bfloat16 rounds the weights of the softmax too, as torch's does.
 
     Args:
         enable: False takes it all off again.

@@ -40,7 +40,8 @@ using Part = void (*)(Random&);
 const Part kParts[] = {fuzz_linear,     fuzz_int_matmul,      fuzz_linear,        fuzz_fixed_matmul, fuzz_quantize_rows,
                        fuzz_linear,     fuzz_quantize_weight, fuzz_quantize_pack, fuzz_linear,       fuzz_pack,
                        fuzz_scale_rows, fuzz_linear,          fuzz_magnitudes,    fuzz_trits,        fuzz_linear,
-                       fuzz_rms_norm,   fuzz_rotate,          fuzz_decode_layer,  fuzz_experts,      fuzz_errors};
+                       fuzz_rms_norm,   fuzz_rotate,          fuzz_decode_layer,  fuzz_experts,      fuzz_decode_tokens,
+                       fuzz_errors};
 
 void run_cases(int64_t caller) {
     const auto parts = int64_t(std::size(kParts));

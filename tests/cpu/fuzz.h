@@ -143,6 +143,7 @@ void fuzz_trits(Random& random);
 void fuzz_rms_norm(Random& random);
 void fuzz_rotate(Random& random);
 void fuzz_decode_layer(Random& random);
+void fuzz_decode_tokens(Random& random);
 void fuzz_errors(Random& random);
 
 // Products whose rows do not fit into one slab; long, so not drawn at random.

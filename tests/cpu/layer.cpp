@@ -59,7 +59,7 @@ void fuzz_decode_layer(Random& random) {
                           relu2 ? HB_RELU2 : HB_SILU, {q.weight, k.weight, v.weight}, o.weight, {gate.weight, up.weight}, down.weight};
     const int64_t head_stride = places * d, batch_stride = kv * head_stride;
     const hb_decode_step step = {&l, keys.data(), values.data(), batch_stride, head_stride, d, length, out.data()};
-    expect_ok(hb_decode_layers(&step, 1, batch, x.data(), cos.data(), sin.data(), 0));
+    expect_ok(hb_decode_layers(&step, 1, batch, 1, x.data(), cos.data(), sin.data(), 0));
 
     Array normed(random, dtype, batch * hidden), queries(random, dtype, batch * wide), turned(random, dtype, batch * wide);
     Array attended(random, dtype, batch * wide), sum(random, dtype, batch * hidden), part(random, dtype, batch * hidden);
@@ -100,6 +100,54 @@ void fuzz_decode_layer(Random& random) {
     double largest = 0;
     for (int64_t i = 0; i < out.count(); ++i) largest = fmax(largest, fabs(sum.get(i) + part.get(i)));
     for (int64_t i = 0; i < out.count(); ++i) out.expect_near(i, sum.get(i) + part.get(i), 0.03 * largest);
+}
+
+// Several tokens at once against one after another: what they write to the buffers is the same, what they see nearly.
+void fuzz_decode_tokens(Random& random) {
+    const int dtype = random.one_in(3) ? HB_F16 : random.one_in(2) ? HB_BF16 : HB_F32;
+    const int64_t size = dtype == HB_F32 ? 4 : 2, d = 2 * random.between(1, 40), kv = random.between(1, 3);
+    const int64_t heads = kv * random.between(1, 3), hidden = d + random.between(0, 40), ffn = random.between(1, 60);
+    const int64_t tokens = random.one_in(40) ? random.between(500, 600) : random.between(2, 70), batch = random.between(1, 3);
+    const int64_t length = random.one_in(3) ? 0 : random.between(0, 300), places = length + tokens + random.between(0, 3);
+    describe("hb_decode_layers batch=%lld tokens=%lld hidden=%lld heads=%lld/%lld of %lld ffn=%lld length=%lld dtype=%d", ll(batch),
+             ll(tokens), ll(hidden), ll(heads), ll(kv), ll(d), ll(ffn), ll(length), dtype);
+    const int64_t wide = heads * d, narrow = kv * d;
+    Matrix q(random, wide, hidden, false, dtype), k(random, narrow, hidden, false, dtype), v(random, narrow, hidden, false, dtype);
+    Matrix o(random, hidden, wide, false, dtype), gate(random, ffn, hidden, false, dtype), up(random, ffn, hidden, false, dtype);
+    Matrix down(random, hidden, ffn, false, dtype);
+    const int64_t angles = random.one_in(2) ? 1 : batch;
+    Array norm(random, dtype, hidden), post(random, dtype, hidden), x(random, dtype, batch * tokens * hidden);
+    Array cos(random, dtype, angles * tokens * d), sin(random, dtype, angles * tokens * d), out(random, dtype, batch * tokens * hidden);
+    Array keys(random, dtype, batch * kv * places * d), values(random, dtype, batch * kv * places * d);
+    for (Array* each : {&norm, &post, &x, &cos, &sin, &keys, &values})
+        for (int64_t i = 0; i < each->count(); ++i) each->set(i, random.uniform(-1, 1));
+    Array other_keys(random, dtype, keys.count()), other_values(random, dtype, keys.count());
+    for (int64_t i = 0; i < keys.count(); ++i) other_keys.set(i, keys.get(i)), other_values.set(i, values.get(i));
+    hb_decoder_layer l = {dtype, hidden, heads, kv, d, ffn, {norm.data(), 1e-5f, 0}, {post.data(), 1e-6f, 0}, {}, {}, {}, {},
+                          float(1 / sqrt(double(d))), -128, 127, 1e-5f, {2, 1, -1, 1, 0}, HB_SILU,
+                          {q.weight, k.weight, v.weight}, o.weight, {gate.weight, up.weight}, down.weight};
+    const int64_t head_stride = places * d, batch_stride = kv * head_stride;
+    const hb_decode_step step = {&l, keys.data(), values.data(), batch_stride, head_stride, d, length, out.data()};
+    expect_ok(hb_decode_layers(&step, 1, batch, tokens, x.data(), cos.data(), sin.data(), angles == 1 ? 0 : tokens * d));
+
+    Array one(random, dtype, hidden);
+    double largest = 0, error = 0;
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t t = 0; t < tokens; ++t) {
+            const auto of = [&](Array& array, int64_t element) { return static_cast<char*>(array.data()) + element * size; };
+            const int64_t row = (b * tokens + t) * hidden, angle = (angles == 1 ? t : b * tokens + t) * d;
+            const hb_decode_step next = {&l, of(other_keys, b * batch_stride), of(other_values, b * batch_stride), batch_stride,
+                                         head_stride, d, length + t, one.data()};
+            expect_ok(hb_decode_layers(&next, 1, 1, 1, of(x, row), of(cos, angle), of(sin, angle), 0));
+            for (int64_t i = 0; i < hidden; ++i) {
+                largest = fmax(largest, fabs(one.get(i)));
+                error = fmax(error, fabs(one.get(i) - out.get(row + i)));
+            }
+        }
+    for (int64_t i = 0; i < keys.count(); ++i) keys.expect_near(i, other_keys.get(i), 0), values.expect_near(i, other_values.get(i), 0);
+    Array furthest(random, HB_F32, 1);
+    furthest.set(0, error / largest);
+    furthest.expect_near(0, 0, dtype == HB_F32 ? 0.04 : 0.1);
 }
 
 }  // namespace fuzz

@@ -106,15 +106,15 @@ def decode_layers(steps: Sequence[tuple[Described, Place, int]], x: Tensor, cos:
         x, cos, sin: of `decode_layer`; all of the layers' dtype.
 
     Returns:
-        Every layer's result, (B, 1, hidden) each.
+        Every layer's result, (B, T, hidden) each.
 
     Raises:
         ValueError: the parts do not belong together, or a buffer is full.
     """
-    batch, _, hidden = x.shape
+    batch, tokens, hidden = x.shape
     size, dtype = cos.shape[-1], x.dtype
-    if cos.shape != sin.shape or cos.shape[0] not in (1, batch) or cos.shape[-2] != 1:
-        raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} are not those of one token")
+    if cos.shape != sin.shape or cos.shape[0] not in (1, batch) or cos.shape[-2] != tokens:
+        raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} are not those of {tokens} tokens")
     if not dtype == cos.dtype == sin.dtype:
         raise ValueError(f"x, cos and sin need one dtype, not {dtype}, {cos.dtype} and {sin.dtype}")
     if not x.is_cpu or not cos.is_cpu or not sin.is_cpu:
@@ -127,12 +127,14 @@ def decode_layers(steps: Sequence[tuple[Described, Place, int]], x: Tensor, cos:
             raise ValueError(f"x {tuple(x.shape)} of {dtype} and angles of {size} are not of this layer")
         if (place.batch, place.heads, place.size, place.dtype) != (batch, layer.kv_heads, size, dtype):
             raise ValueError(f"keys {tuple(place.keys.shape)} of {place.dtype} are not of this layer")
-        if length >= place.positions:
-            raise ValueError(f"keys and values need a place for the token behind {length}, and have {place.positions}")
+        if length + tokens > place.positions:
+            raise ValueError(f"keys and values need {length + tokens} places, {tokens} of them new, and have {place.positions}")
         packed.append(_STEP.pack(described.address, *place.numbers, length, result.data_ptr()))
-    angle_stride = 0 if cos.shape[0] == 1 else size
+    if not x.numel():
+        return results
+    angle_stride = 0 if cos.shape[0] == 1 else tokens * size
     given = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), angle_stride
-    check(functions().hb_decode_layers(b"".join(packed), len(packed), batch, *given))
+    check(functions().hb_decode_layers(b"".join(packed), len(packed), batch, tokens, *given))
     return results
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 LEVELS = ("portable", "avx2", "avxvnni", "avx512vnni", "amx", "neon")
 
 _PREFIX, _SUFFIX = {"darwin": ("lib", ".dylib"), "win32": ("", ".dll")}.get(sys.platform, ("lib", ".so"))
@@ -49,7 +49,7 @@ _SIGNATURES: dict[str, list[type]] = {
     ],
     "hb_rms_norm": [_pointer, _i64, _i64, _i64, _i64, _pointer, _float, _pointer],
     "hb_rotate": [_pointer, _i64, _i64, _i64, _i64, _i64, _pointer, _pointer, _i64, _i64],
-    "hb_decode_layers": [_pointer, _i64, _i64, _pointer, _pointer, _pointer, _i64],
+    "hb_decode_layers": [_pointer, _i64, _i64, _i64, _pointer, _pointer, _pointer, _i64],
     "hb_level": [],
     "hb_level_legal": [_int],
     "hb_set_level": [_int],

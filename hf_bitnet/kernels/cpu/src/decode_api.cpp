@@ -5,15 +5,6 @@
 #include "hf_bitnet_decode.h"
 
 namespace hb {
-namespace {
-
-constexpr int64_t kThreadElements = 16 << 10;  // elements below which a second thread does not pay
-
-// as many of something of this size as one thread should have
-int64_t grain(int64_t elements) { return elements >= kThreadElements ? 1 : kThreadElements / (elements > 0 ? elements : 1); }
-
-}  // namespace
-
 int norm_rows(const void* x, int dtype, int64_t rows, int64_t k, int64_t x_stride, const hb_norm& norm, void* out) {
     const DecodeBodies& body = decode();
     std::atomic<int> failed{HB_OK};
@@ -30,6 +21,11 @@ int norm_rows(const void* x, int dtype, int64_t rows, int64_t k, int64_t x_strid
 }
 
 const DecodeBodies& decode() { return of_width(decode_portable(), decode_avx2, decode_avx512); }
+
+const AttendBodies& attention(int dtype) {
+    const AttendBodies* tiles = dtype == HB_BF16 && hb_level() == HB_AMX ? attend_amx() : nullptr;
+    return tiles ? *tiles : *decode().attention;
+}
 
 }  // namespace hb
 

@@ -9,6 +9,7 @@
 #ifdef HB_WITH_AMX
 #include "amx_block.inc"
 #include "product.inc"
+#include "transpose_avx512.inc"
 
 namespace hb {
 namespace {
@@ -77,31 +78,6 @@ void lay_rows(const FixedOperand& a, const AnyFloat* scale, int64_t m0, int64_t 
                 _mm512_store_si512(to, numbers);
             }
         }
-}
-
-// words (16 vectors, 16 lanes) -> lane i of vector j to lane j of vector i
-inline void transpose(__m512i* words) {
-    __m512i half[16];
-    unroll<8>([&](auto i) HB_LAMBDA {
-        half[2 * i] = _mm512_unpacklo_epi32(words[2 * i], words[2 * i + 1]);
-        half[2 * i + 1] = _mm512_unpackhi_epi32(words[2 * i], words[2 * i + 1]);
-    });
-    unroll<4>([&](auto i) HB_LAMBDA {
-        words[4 * i] = _mm512_unpacklo_epi64(half[4 * i], half[4 * i + 2]);
-        words[4 * i + 1] = _mm512_unpackhi_epi64(half[4 * i], half[4 * i + 2]);
-        words[4 * i + 2] = _mm512_unpacklo_epi64(half[4 * i + 1], half[4 * i + 3]);
-        words[4 * i + 3] = _mm512_unpackhi_epi64(half[4 * i + 1], half[4 * i + 3]);
-    });
-    unroll<4>([&](auto i) HB_LAMBDA {
-        half[i] = _mm512_shuffle_i32x4(words[i], words[4 + i], 0x88), half[4 + i] = _mm512_shuffle_i32x4(words[8 + i], words[12 + i], 0x88);
-        half[8 + i] = _mm512_shuffle_i32x4(words[i], words[4 + i], 0xdd);
-        half[12 + i] = _mm512_shuffle_i32x4(words[8 + i], words[12 + i], 0xdd);
-    });
-    unroll<4>([&](auto i) HB_LAMBDA {
-        words[i] = _mm512_shuffle_i32x4(half[i], half[4 + i], 0x88), words[8 + i] = _mm512_shuffle_i32x4(half[i], half[4 + i], 0xdd);
-        words[4 + i] = _mm512_shuffle_i32x4(half[8 + i], half[12 + i], 0x88);
-        words[12 + i] = _mm512_shuffle_i32x4(half[8 + i], half[12 + i], 0xdd);
-    });
 }
 
 // 32 rows from `row` on where they are neighbours in memory, 32 numbers of each: pairs along K become words, which are transposed.

@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 // raised with every incompatible change; Python refuses a library of another version
-#define HB_ABI_VERSION 3
+#define HB_ABI_VERSION 4
 
 enum hb_dtype { HB_F32 = 0, HB_BF16 = 1, HB_F16 = 2, HB_I8 = 3 };
 enum hb_error { HB_OK = 0, HB_ERROR_ARGUMENT = 1, HB_ERROR_UNSUPPORTED = 2, HB_ERROR_MEMORY = 3 };

@@ -45,8 +45,8 @@ typedef struct {
     hb_weight qkv[3], attention_out, gate_up[2], down;
 } hb_decoder_layer;
 
-// One layer's part in decoding a token: its description, the buffers (batch, kv_heads, positions, head_dim) of its keys and values
-// with their strides in elements, the number of past positions they hold, and the result (batch, hidden).
+// One layer's part in computing new tokens: its description, the buffers (batch, kv_heads, positions, head_dim) of its keys and
+// values with their strides in elements, the number of past positions they hold, and the result (batch, tokens, hidden).
 typedef struct {
     const hb_decoder_layer* layer;
     void* keys;
@@ -55,11 +55,12 @@ typedef struct {
     void* out;
 } hb_decode_step;
 
-// Layers that follow each other, for one new token of each of `batch` sequences: x (batch, hidden) is the input of the first, `out`
-// of each that of the next; cos and sin (batch, head_dim) with `angle_stride` between sequences. Keys and values of the token are
-// written to position `length` of each layer's buffers, and it attends to positions 0 .. length. Roundings are those of eager code;
-// attention rounds once, at its end. After an error the results are those of no layer from the one that failed on.
-HB_API int hb_decode_layers(const hb_decode_step* steps, int64_t count, int64_t batch, const void* x, const void* cos,
+// Layers that follow each other, for `tokens` new positions of each of `batch` sequences: x (batch, tokens, hidden) is the input of
+// the first, `out` of each that of the next; cos and sin (batch, tokens, head_dim) with `angle_stride` between sequences. Keys and
+// values of token t are written to position `length` + t of each layer's buffers, and it attends to positions 0 .. length + t.
+// Roundings are those of eager code; attention rounds once, at its end, and of several tokens in bfloat16 also its weights where AMX
+// serves. After an error the results are those of no layer from the one that failed on.
+HB_API int hb_decode_layers(const hb_decode_step* steps, int64_t count, int64_t batch, int64_t tokens, const void* x, const void* cos,
                             const void* sin, int64_t angle_stride);
 
 #ifdef __cplusplus

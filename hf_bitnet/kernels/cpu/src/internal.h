@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <atomic>
+
 #include "hf_bitnet_cpu.h"
 
 namespace hb {
@@ -89,8 +91,20 @@ static void for_range(int64_t size, int64_t grain, const Body& body) {
         const_cast<Body*>(&body));
 }
 
+// task(i) for all i < count, on as many threads. Tasks are taken, not dealt: a core that others use as well holds nobody up.
+// `around` is called at the begin and the end of each thread's share with true and false.
+template <class Task, class Around>
+static void take_tasks(int64_t count, int64_t most_threads, const Around& around, const Task& task) {
+    std::atomic<int64_t> next{0};
+    for_range(smaller(smaller(threads(), most_threads), count), 1, [&](int64_t, int64_t) {
+        around(true);
+        for (int64_t i = next++; i < count; i = next++) task(i);
+        around(false);
+    });
+}
+
 // ---- scratch: one growing buffer per thread and slot, 64-byte aligned, so that decoding allocates nothing. NULL: no memory.
-enum Slot { SLOT_CODES, SLOT_PANEL, SLOT_SUMS, SLOT_ROW, SLOT_LAYER, SLOT_TOKENS, SLOT_EXPERT, SLOTS };
+enum Slot { SLOT_CODES, SLOT_PANEL, SLOT_SUMS, SLOT_ROW, SLOT_LAYER, SLOT_TOKENS, SLOT_EXPERT, SLOT_KEYS, SLOTS };
 void* scratch(Slot slot, size_t bytes);
 
 // ---- one table per level; `rows` and `product` may each be the table of a lower level ----

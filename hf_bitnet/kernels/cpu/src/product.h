@@ -13,8 +13,6 @@
 //   sum x (code - zero) = step * sum x u + (lowest - zero) * sum x.
 #pragma once
 
-#include <atomic>
-
 #include "internal.h"
 
 namespace hb {
@@ -127,18 +125,6 @@ struct ProductBodies {
     // serve. NULL where bfloat16 is not multiplied faster than two bytes.
     int (*fixed_bf16)(const FixedCall& call) = nullptr;
 };
-
-// task(i) for all i < count, on as many threads. Tasks are taken, not dealt: a core that others use as well holds nobody up.
-// `around` is called at the begin and the end of each thread's share with true and false.
-template <class Task, class Around>
-static void take_tasks(int64_t count, int64_t most_threads, const Around& around, const Task& task) {
-    std::atomic<int64_t> next{0};
-    for_range(smaller(smaller(threads(), most_threads), count), 1, [&](int64_t, int64_t) {
-        around(true);
-        for (int64_t i = next++; i < count; i = next++) task(i);
-        around(false);
-    });
-}
 
 // All that turns integer sums into results.
 struct Epilogue {
