@@ -95,17 +95,52 @@ def test_families_that_take_the_one_call(family: str, taken: list[int]) -> None:
     assert taken == [4] * model.config.num_hidden_layers
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [2, 90])
+def test_what_is_added_to_a_prompt_takes_it_too(taken: list[int], tokens: int) -> None:
+    """As the next turn of a chat is, or guessed tokens that are looked at together."""
+    model, plain = hb.optimize_for_generation(packed_llama()), packed_llama()
+    more = torch.randint(0, 160, (2, tokens), generator=torch.Generator().manual_seed(2))
+    logits = []
+    for each in (model, plain):
+        cache = DynamicCache()
+        each(IDS, past_key_values=cache), each(IDS[:, :1], past_key_values=cache)
+        cache.crop(-6)  # 40 are left
+        logits += [each(more, past_key_values=cache).logits, each(IDS[:, :1], past_key_values=cache).logits]
+        assert cache.get_seq_length() == 41 + tokens
+    assert taken[:2] == [45, 45] and taken[-2:] == [tokens, tokens]  # between them, the proof of the model's forward
+    near(logits[0], logits[2]), near(logits[1], logits[3])
+
+
+@torch.no_grad()
+def test_a_cache_of_other_tensors_is_not_written_into(taken: list[int]) -> None:
+    model, plain = hb.optimize_for_generation(packed_llama()), packed_llama()
+    given = [torch.randn(2, 2, 3, 16, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    before = [tensor.clone() for tensor in given]
+    logits = []
+    for each in (model, plain):
+        cache = DynamicCache()
+        for index in range(2):
+            cache.update(given[2 * index], given[2 * index + 1], index)
+            cache.layers[index].keys, cache.layers[index].values = given[2 * index : 2 * index + 2]
+        logits.append(each(IDS, past_key_values=cache).logits)
+    assert taken == [45, 45] and all(map(torch.equal, given, before))
+    near(*logits)
+
+
+def masked_otherwise(model: LlamaForCausalLM) -> Tensor:
+    mask = torch.ones(1, 1, 45, 45, dtype=torch.bool).tril()
+    mask[..., 44, 3] = False
+    first = model(IDS, attention_mask=mask, use_cache=False).logits
+    mask[..., 44, 3] = True  # the same tensor with other numbers
+    mask[..., 30, 7] = False
+    return torch.cat([first, model(IDS, attention_mask=mask, use_cache=False).logits])
+
+
 def padded(model: LlamaForCausalLM) -> Tensor:
     mask = torch.ones_like(IDS)
     mask[0, :9] = 0
     return model(IDS, attention_mask=mask).logits[mask.bool()]
-
-
-def behind_others(model: LlamaForCausalLM) -> Tensor:
-    cache = DynamicCache()
-    cache.update(*(torch.ones(2, 2, 3, 16) * factor for factor in (0.1, 0.2)), 0)
-    cache.update(*(torch.ones(2, 2, 3, 16) * factor for factor in (0.3, 0.4)), 1)
-    return model(IDS, past_key_values=cache).logits
 
 
 def both_ways(model: LlamaForCausalLM) -> Tensor:
@@ -146,7 +181,7 @@ def with_gradients(model: LlamaForCausalLM) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "way", [padded, behind_others, both_ways, eager, packed_texts, static, autocast, watched, with_gradients]
+    "way", [padded, masked_otherwise, both_ways, eager, packed_texts, static, autocast, watched, with_gradients]
 )
 def test_what_is_no_plain_prompt_takes_the_layers_own_forward(way: Callable[[Any], Tensor], taken: list[int]) -> None:
     model = packed_llama()

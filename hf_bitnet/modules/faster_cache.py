@@ -45,14 +45,14 @@ def held_by(layer: DynamicLayer) -> Held | None:
     return held if held is not None and held.present[0] is layer.keys and held.present[1] is layer.values else None
 
 
-def with_room(layer: DynamicLayer) -> kernels.CachePlace:
-    """Buffers that hold the cache's keys and values and have a place for one more; the cache shows views of them."""
+def with_room(layer: DynamicLayer, tokens: int = 1) -> kernels.CachePlace:
+    """Buffers that hold the cache's keys and values and have a place for `tokens` more; the cache shows views of them."""
     keys, values = layer.keys, layer.values
     assert keys is not None and values is not None
     length, held = keys.shape[2], held_by(layer)
-    if held is not None and held.place.positions > length:
+    if held is not None and held.place.positions >= length + tokens:
         return held.place
-    place = buffers(keys, keys.shape[1], keys.shape[3], length)
+    place = buffers(keys, keys.shape[1], keys.shape[3], length + tokens - 1)
     place.keys[:, :, :length], place.values[:, :, :length] = keys, values
     show(layer, place, length)
     return place

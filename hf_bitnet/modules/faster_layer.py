@@ -115,13 +115,13 @@ class FasterLayer(Faster):
         **kwargs: Any,
     ) -> Any:
         if (
-            attention_mask is None
+            (attention_mask is None or hidden_states.shape[1] > 1)
             and position_embeddings is not None
             and (past_key_values is None or type(past_key_values) is DynamicCache)
             and not kernels.is_recording()
             and not torch.is_grad_enabled()
         ):
-            y = _computed(self, hidden_states, past_key_values, position_embeddings, kwargs)  # type: ignore[arg-type]
+            y = _computed(self, hidden_states, attention_mask, past_key_values, position_embeddings, kwargs)  # type: ignore[arg-type]
             if y is not None:
                 return y
         return super().forward(  # type: ignore[misc]
@@ -156,11 +156,22 @@ def _linears(module: Any) -> list[Any]:
 
 
 def _computed(
-    module: nn.Module, x: Tensor, cache: DynamicCache | None, angles: tuple[Tensor, Tensor], given: dict[str, Any]
+    module: nn.Module,
+    x: Tensor,
+    mask: Tensor | None,
+    cache: DynamicCache | None,
+    angles: tuple[Tensor, Tensor],
+    given: dict[str, Any],
 ) -> Tensor | None:
     """The layer's result by a kernel call; None where its own forward has to run."""
-    if x.shape[1] != 1:
-        return _prompt(module, x, cache, angles) if faster_prompt.is_causal(module, given) else None
+    if not x.numel() or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+        return None
+    if x.shape[1] > 1:
+        plain = faster_prompt.is_causal(module, given) and faster_prompt.shows_all_before(mask, *x.shape[:2])
+        plan = _plan_of(module) if plain else None
+        return (
+            None if plan is None or not plan.prompts else faster_prompt.compute(module, plan.described, x, mask, cache, angles)
+        )
     if cache is None or given.get("output_attentions"):
         return None
     y = faster_ahead.taken(module, x, cache, angles)
@@ -169,18 +180,8 @@ def _computed(
 
 def _decode(module: nn.Module, x: Tensor, cache: DynamicCache, angles: tuple[Tensor, Tensor]) -> Tensor | None:
     """The layer's result for a token, by a call that computes the layers behind it too."""
-    if not x.is_cpu or torch.is_autocast_enabled("cpu"):
-        return None
     steps = faster_ahead.steps_of(described_of(faster_ahead.row_from(module)), x, cache, angles)
     return faster_ahead.compute(steps, x, cache, angles) if steps else None
-
-
-def _prompt(module: nn.Module, x: Tensor, cache: DynamicCache | None, angles: tuple[Tensor, Tensor]) -> Tensor | None:
-    """The layer's result for a prompt."""
-    if not x.numel() or not x.is_cpu or torch.is_autocast_enabled("cpu"):
-        return None
-    plan = _plan_of(module)
-    return faster_prompt.compute(module, plan.described, x, cache, angles) if plan is not None and plan.prompts else None
 
 
 def described_of(layers: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, kernels.DescribedLayer]]:

@@ -45,8 +45,8 @@ def optimize_for_generation(model: Model, *, enable: bool = True) -> Model:
 
     Numerics: the rotary embedding is bit for bit that of the model. RMS norms round where the model's do and differ only in
     the order of one float32 sum. Attention from one new token groups the query heads that share a key, and rounds once, as
-    torch's fused attention does on every path; the last digit of its output may differ. Where AMX serves, attention of a prompt in
-    bfloat16 rounds the weights of the softmax too, as torch's does.
+    torch's fused attention does on every path; the last digit of its output may differ. Where AMX serves, attention of a
+    prompt in bfloat16 rounds the weights of the softmax too, as torch's does.
 
     Args:
         enable: False takes it all off again.
