@@ -117,7 +117,7 @@ def test_rows_that_are_no_blocks(kind: int, words: str, tmp_path: Path) -> None:
 def test_which_file(good: Path, tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(good.read_bytes())
-    with pytest.raises(ValueError, match=r"holds several GGUF files; name one: file='a.gguf', or b.gguf"):
+    with pytest.raises(ValueError, match=r"holds several GGUF files; name one: .*/a.gguf, or in place of it b.gguf"):
         import_model(tmp_path)
     assert_same_layers(import_model(tmp_path, file="b.gguf"), import_model(good))
     with pytest.raises(ValueError, match=r"holds no file 'c.gguf'; it has: a.gguf, b.gguf"):

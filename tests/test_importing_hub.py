@@ -8,6 +8,7 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 import hf_bitnet as hb
+from hf_bitnet.cli import main
 from hf_bitnet.publish.importing import holds_gguf
 from hf_bitnet.publish.opening import tokenizer_at
 from tests import gguf_models
@@ -29,8 +30,36 @@ def test_the_only_gguf_file_of_a_repository_is_fetched(
     assert str(hb.coverage(hb.import_model(REPO, revision="v2"))) == expected  # as it was fetched before
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="b.gguf", repo_id=REPO, revision="v2")
-    with pytest.raises(ValueError, match=r"org/model holds several GGUF files; name one: file='b\.gguf', or model\.gguf"):
+    with pytest.raises(
+        ValueError, match=r"holds several GGUF files; name one: org/model/b\.gguf, or in place of it model\.gguf"
+    ):
         hb.import_model(REPO, revision="v2")
+
+
+def test_one_of_several_files_is_named(hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = over_bytes()
+    model = gguf_models.made("llama", {"weight": "ternary", "form": "packed"}, vocab_size=len(tokenizer))
+    hb.export_model(model, tmp_path / "gguf", format="gguf", tokenizer=tokenizer, verify=False, progress=False)
+    hb.push_to_hub(tmp_path / "gguf", REPO)
+    at = {"path_or_fileobj": tmp_path / "gguf/model.gguf", "repo_id": REPO}
+    for name in ("other.gguf", "small/other.gguf"):
+        HfApi().upload_file(path_in_repo=name, **at)
+    expected = str(hb.coverage(hb.import_model(tmp_path / "gguf")))
+    for name in ("org/model/other.gguf", "org/model/small/other.gguf"):
+        assert holds_gguf(name)
+        for opened in (hb.import_model(name), hb.open_model(name)):
+            assert str(hb.coverage(opened)) == expected
+        assert tokenizer_at(name).encode("the dog") == tokenizer.encode("the dog")
+    assert main(["chat", REPO, "--prompt", "the dog"]) == 1
+    assert "name one: org/model/model.gguf" in capsys.readouterr().err
+    assert main(["chat", "org/model/other.gguf", "--prompt", "the dog", "--max-new-tokens", "2"]) == 0
+    with pytest.raises(ValueError, match=r"names a GGUF file already, and file='model\.gguf' another one"):
+        hb.import_model("org/model/other.gguf", file="model.gguf")
+    for opened in (hb.open_model, hb.import_model):
+        with pytest.raises(OSError, match=r"there is no file 'org/model/missing\.gguf', and the Hub"):
+            opened("org/model/missing.gguf")
+    with pytest.raises(ValueError, match=r"there is no folder or file 'some/missing\.gguf'"):
+        hb.import_model("some/missing.gguf")
 
 
 def test_such_a_repository_is_opened_like_any_other(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 DIFFERENT = 3
 # for the shell's completion; the command itself asks the registry
 FORMATS = ("hf_bitnet", "bitnet", "dense", "gguf", "i2_s", "onnx", "mlx")
-GGUF_TOO = "folder, GGUF file, or name on the Hub"
+GGUF_TOO = "folder, GGUF file, or name on the Hub (org/name, org/name/file.gguf)"
 PRESETS = ("bitnet_b158", "w1a8", "w2a8", "w4a8", "w8a8")
 # names of config fields that options give as they are
 _FIELDS = (

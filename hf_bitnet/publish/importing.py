@@ -50,7 +50,7 @@ def import_model(
     floats.
 
     Args:
-        path: folder, GGUF file or Hub name.
+        path: folder, GGUF file or Hub name, also "org/name/file.gguf".
         file: name of the GGUF file in that folder or repository, where there are several.
         form: "packed", or "train": float weights that give the same codes, with learned scales.
         base: folder or Hub name of a model with the same architecture, whose config.json describes this one; for checkpoints
@@ -140,6 +140,8 @@ def holds_gguf(path: str | os.PathLike[str], **options: Any) -> bool:
         return _only_gguf(each.name for each in folder.glob("*"))
     if local.is_file():
         return local.suffix == _GGUF or _begins_as_gguf(local)
+    if _in_repository(name) is not None:
+        return True
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or options.get("subfolder"):
         return False
     import huggingface_hub
@@ -154,6 +156,13 @@ def holds_gguf(path: str | os.PathLike[str], **options: Any) -> bool:
         return _only_gguf(each.name for each in found.glob("*"))
     except Exception:  # not there
         return False
+
+
+def _in_repository(path: str) -> tuple[str, str] | None:
+    """The repository and the file that "org/name/file.gguf" means; None for other names."""
+    parts = path.split("/", 2)
+    named = len(parts) == 3 and path.endswith(_GGUF) and not path.startswith((".", "/", "~"))
+    return ("/".join(parts[:2]), parts[2]) if named else None
 
 
 def _begins_as_gguf(path: Path) -> bool:
@@ -186,7 +195,11 @@ def _fetched(path: str, file: str | None, options: dict[str, Any]) -> tuple[Path
     local = Path(path).expanduser()
     if local.exists():
         return local, options
-    if path.startswith((".", "/", "~")) or not 0 <= path.count("/") <= 1 or path.endswith(_GGUF):
+    if (inside := _in_repository(path)) is not None:
+        if file is not None:
+            raise ValueError(f"{path!r} names a GGUF file already, and file={file!r} another one; give one of them")
+        path, file = inside
+    elif path.startswith((".", "/", "~")) or not 0 <= path.count("/") <= 1 or path.endswith(_GGUF):
         raise ValueError(f"there is no folder or file {path!r}")
     import huggingface_hub
 
@@ -200,9 +213,10 @@ def _fetched(path: str, file: str | None, options: dict[str, Any]) -> tuple[Path
         if len(names) == 1:
             return Path(huggingface_hub.hf_hub_download(path, names[0], **hub)), options
     except (OSError, ValueError) as error:
-        raise OSError(f"there is no folder {path!r}, and the Hub does not give it ({error})") from error
+        missing = f"folder {path!r}" if file is None else f"file '{path}/{file}'"
+        raise OSError(f"there is no {missing}, and the Hub does not give it ({error})") from error
     if names:
-        raise ValueError(f"{path} holds several GGUF files; name one: file={names[0]!r}, or {', '.join(names[1:])}")
+        raise ValueError(_several(path, names))
     return found, options
 
 
@@ -222,8 +236,12 @@ def _gguf(path: Path, file: str | None) -> Path | None:
     if not names or any(path.glob("*.safetensors")):
         return None
     if len(names) > 1:
-        raise ValueError(f"{path} holds several GGUF files; name one: file={names[0]!r}, or {', '.join(names[1:])}")
+        raise ValueError(_several(path, names))
     return path / names[0]
+
+
+def _several(path: str | Path, names: list[str]) -> str:
+    return f"{path} holds several GGUF files; name one: {path}/{names[0]}, or in place of it {', '.join(names[1:])}"
 
 
 def _names_there(repo_id: str, found: Path, at: dict[str, Any]) -> list[str]:
