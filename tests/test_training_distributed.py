@@ -62,6 +62,23 @@ save_file(result, f"{folder}/result-{os.environ['RANK']}.safetensors")
 """
 
 
+_OTHER_TEACHER = """
+import json, os, pathlib, sys
+from hf_bitnet.training.resume import check_teacher
+from accelerate import PartialState
+PartialState(cpu=True)
+folder = pathlib.Path(sys.argv[1])
+# of the sharded teacher, the first process alone holds what a fingerprint can be taken of
+check_teacher(folder, "a" if os.environ["RANK"] == "0" else None)
+try:
+    check_teacher(folder, "b")
+except ValueError as error:
+    (folder / f"said-{os.environ['RANK']}").write_text(str(error))
+PartialState().wait_for_everyone()
+PartialState().destroy_process_group()
+"""
+
+
 def _launch(script: str, *arguments: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no_python"]
@@ -238,3 +255,11 @@ def test_all_ranks_choose_the_same_int8_products(tmp_path: Path) -> None:
     cosines = [json.loads((tmp_path / f"cosines-{rank}.json").read_text()) for rank in (0, 1)]
     assert cosines[0] == cosines[1] and cosines[0][BAD]["input"] < 0.99 < cosines[0][BAD]["weight"]
     assert_same(*(load_file(tmp_path / f"result-{rank}.safetensors") for rank in (0, 1)))
+
+
+def test_every_process_hears_of_another_teacher(tmp_path: Path) -> None:
+    """One that went on alone would wait for the others for ever."""
+    (tmp_path / "qat_teacher.json").write_text(json.dumps({"fingerprint": "a"}))
+    _launch(_OTHER_TEACHER, str(tmp_path))
+    said = [(tmp_path / f"said-{rank}").read_text() for rank in range(2)]
+    assert said[0] == said[1] and "trained with another teacher" in said[0]

@@ -1,6 +1,6 @@
 """Floor 3: the layers."""
 
-from .base import QuantizedLayer
+from .base import QuantizedLayer, unwrapped
 from .bit_linear import BitConv1D, BitLinear, LayerSpec, TrainedLayer
 from .embedding import BitEmbedding, EmbeddingSpec, PackedEmbedding, QuantizedEmbedding, plain_embedding, shape_of
 from .experts import BitExperts
@@ -28,4 +28,5 @@ __all__ = [
     "TrainedLayer",
     "plain_embedding",
     "shape_of",
+    "unwrapped",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,12 @@ from .sub_norm import SubNorm
 
 # float32 whatever dtype the model is cast to: a bfloat16 scale is off by up to 0.4 %, which every output inherits
 PROTECTED = ("weight_scale", "act_scale", "ste_temperature", "strength")
+_WRAPPERS = re.compile(r"(^module\.|_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.)")
+
+
+def unwrapped(name: str) -> str:
+    """A dotted name as the model has it, however it is compiled, checkpointed or spread over processes just now."""
+    return _WRAPPERS.sub("", name)
 
 
 class QuantizedLayer(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Generic, TypeVar, overload
 
-from ..modules import QuantizedLayer
+from ..modules import QuantizedLayer, unwrapped
 from ..quantizers import ACTIVATION_SCHEMES
 from .chart import Bar, bar_chart
 
@@ -145,8 +145,7 @@ def described(name: str, layer: QuantizedLayer) -> dict[str, Any]:
     size = f" of {quantizer.group_size}" if quantizer.group_size else ""
     activation = next((key for key in ACTIVATION_SCHEMES if ACTIVATION_SCHEMES.get(key) is layer.activation), "other")
     return {
-        # the name in the model as it is loaded, not as torch.compile wraps it
-        "name": name.replace("_orig_mod.", ""),
+        "name": unwrapped(name),
         "scheme": f"{quantizer.scheme}, {quantizer.scale_rule} per {quantizer.granularity}{size}",
         "activation": activation,
         "bits": quantizer.bits,

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 
 logger = logging.getLogger(__name__)
@@ -95,19 +97,31 @@ def write_teacher(folder: str | Path, fingerprint: str | None) -> None:
 
 
 def check_teacher(folder: str | Path, fingerprint: str | None) -> None:
-    """Raises ValueError when the checkpoint was trained with another teacher; says nothing when it has no note."""
+    """Raises ValueError when the checkpoint was trained with another teacher; says nothing when it has no note.
+
+    Of several processes the first one compares (others may hold an empty copy until sharding hands the weights out), and all
+    raise: one that went on would wait for the others for ever.
+    """
+    different = [_other_teacher(folder, fingerprint) if PartialState().is_main_process else None]
+    if said := broadcast_object_list(different)[0]:
+        raise ValueError(said)
+
+
+def _other_teacher(folder: str | Path, fingerprint: str | None) -> str | None:
+    """What to say of a checkpoint that was trained with another teacher; None of others."""
     said = note(folder, _TEACHER_FILE)
     if said is None:
-        return
+        return None
     before = said.get("fingerprint")
-    if before != fingerprint:
-        there, now = ("no teacher" if each is None else "a teacher" for each in (before, fingerprint))
-        differs = "another teacher than the one given now" if before and fingerprint else f"{there}, and there is {now} now"
-        raise ValueError(
-            f"{folder} was trained with {differs}, so resuming would not continue that run. Give the teacher that it had. "
-            "With teacher='self' build the trainer from the model the run started from (not from the checkpoint), then call "
-            "trainer.train(resume_from_checkpoint=True)"
-        )
+    if before == fingerprint:
+        return None
+    there, now = ("no teacher" if each is None else "a teacher" for each in (before, fingerprint))
+    differs = "another teacher than the one given now" if before and fingerprint else f"{there}, and there is {now} now"
+    return (
+        f"{folder} was trained with {differs}, so resuming would not continue that run. Give the teacher that it had. "
+        "With teacher='self' build the trainer from the model the run started from (not from the checkpoint), then call "
+        "trainer.train(resume_from_checkpoint=True)"
+    )
 
 
 def write_schemes(folder: str | Path, schemes: Mapping[str, str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from ..modules import BitEmbedding, NativeLayer, TrainedLayer
+from ..modules import BitEmbedding, NativeLayer, TrainedLayer, unwrapped
 from ..quantizers import WeightQuantizer, make_weight_quantizer
 from ..surgery import set_strengths, trained_layers, trained_tables
 from .amounts import steps_per_epoch
@@ -26,7 +25,6 @@ from .sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 _FILE = "qat_schedule.json"
-_WRAPPERS = re.compile(r"(^module\.|_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.)")
 _WHOLE = QuantizationSchedule(ramp="none")
 
 
@@ -175,7 +173,7 @@ def schemes_of(model: nn.Module) -> dict[str, str]:
 
 def _named(model: nn.Module) -> list[tuple[str, TrainedLayer]]:
     """The layers by names that do not depend on how they are compiled, checkpointed or spread."""
-    return [(_WRAPPERS.sub("", name), layer) for name, layer in trained_layers(model)]
+    return [(unwrapped(name), layer) for name, layer in trained_layers(model)]
 
 
 def _scheme(layer: TrainedLayer) -> str:

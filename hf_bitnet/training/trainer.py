@@ -159,8 +159,7 @@ class QATMixin(Guards, Published):
         if isinstance(resume_from_checkpoint, str):
             check_whole(resume_from_checkpoint)
             check_schemes(resume_from_checkpoint, schemes_of(self.model))
-            if self.is_world_process_zero():  # others may hold an empty copy until sharding hands the weights out
-                check_teacher(resume_from_checkpoint, None if self._distiller is None else self._fingerprint)
+            check_teacher(resume_from_checkpoint, None if self._distiller is None else self._fingerprint)
         return super().train(resume_from_checkpoint, *others, **named)
 
     def prepare_run(self, checkpoint: str | bool | None) -> None:
