@@ -52,8 +52,13 @@ def test_nothing_there(path: str) -> None:
 def test_a_name_that_the_hub_does_not_give() -> None:
     with pytest.raises(OSError, match="there is no folder 'someone/nothing', and the Hub does not give it"):
         import_model("someone/nothing")
-    with pytest.raises(OSError, match="there is no folder 'someone/nothing'"):
+    no_file = "there is no file 'someone/nothing/model.gguf', and the Hub does not give it"
+    with pytest.raises(OSError, match=no_file):
         import_model("someone/nothing", file="model.gguf")
+    with pytest.raises(OSError, match=no_file):
+        import_model("someone/nothing/model.gguf")
+    with pytest.raises(ValueError, match=r"names a GGUF file already, and file='other\.gguf' another one"):
+        import_model("someone/nothing/model.gguf", file="other.gguf")
 
 
 def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
