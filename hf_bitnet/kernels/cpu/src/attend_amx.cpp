@@ -56,7 +56,7 @@ struct TileProducts {
     }
 
     static void scores(const void* queries, const char* keys, int64_t wide, int64_t rows, float* to) {
-        multiply_block<true>(tiles_of_rows(queries, 2 * wide), 2 * wide, int(rows), reinterpret_cast<const uint8_t*>(keys), to, false);
+        multiply_block<true>(tiles_of_rows(queries, 2 * wide), 2 * wide, int(rows), reinterpret_cast<const uint8_t*>(keys), to, false, {});
     }
 
     // two halves of 16 rows, [kAttendKeys / 32] tiles each
@@ -69,7 +69,7 @@ struct TileProducts {
                     bool more) {
         const auto* right = reinterpret_cast<const uint8_t*>(values) + 2 * column * kAttendKeys;
         const auto run = rows > 16 ? block<true, true> : block<true, false>;
-        run(tiles_of_rows(weights, 2 * kAttendKeys), keys / kTileKeys, right, right + 32 * kAttendKeys, sums, more);
+        run(tiles_of_rows(weights, 2 * kAttendKeys), keys / kTileKeys, right, right + 32 * kAttendKeys, sums, more, {});
     }
 };
 

@@ -77,7 +77,7 @@ bool part_of_outputs(const Call& call, const Slab& slab, int64_t from, int64_t t
         for (int64_t r = from; r < to; r += pairs) {
             const int rows = int(smaller(pairs, slab.rows - r));
             int32_t* sums = c + (last && k0 == 0 ? 0 : 2 * (r - from) * nr);  // see part_of_outputs of product_api.cpp
-            body.kernel(slab.block(2 * r, k0), size, 2 * rows, panels, 8, sums, k0 > 0);
+            body.kernel(slab.block(2 * r, k0), size, 2 * rows, panels, 8, sums, k0 > 0, {});
             if (last) finish_rows(r, rows, sums);
         }
     }

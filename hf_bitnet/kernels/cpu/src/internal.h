@@ -54,6 +54,18 @@ static inline uint16_t to_f16(float value) {
     uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
     return uint16_t(sign | ((rounded - 0x38000000u) >> 13));
 }
+
+// Lines of memory that results will be written to, `stride` bytes apart. They are fetched while the sums are computed: rows of
+// results are far apart, and stores would wait for their lines one after another.
+struct Lines {
+    const char* first;
+    int64_t stride;
+    int count;
+};
+static inline void fetch(const Lines& lines) {
+    for (int i = 0; i < lines.count; ++i) __builtin_prefetch(lines.first + i * lines.stride, 1);
+}
+
 static inline bool is_float(int64_t dtype) { return dtype == HB_F32 || dtype == HB_BF16 || dtype == HB_F16; }
 static inline size_t size_of(int dtype) { return dtype == HB_F32 ? 4 : dtype == HB_I8 ? 1 : 2; }
 static inline const char* at(const void* data, int dtype, int64_t element) {

@@ -93,7 +93,8 @@ struct ProductBodies {
     // the matrix anything may stand: x is 0 there, and results are not kept
     void (*panel)(const Packed& w, int64_t row, int rows, int64_t k0, int64_t size, uint8_t* out);
     // c (mr, nr) (+)= a block of x times nr / 16 panels that are `size * 16` bytes each
-    void (*kernel)(const int8_t* block, int64_t size, int rows, const uint8_t* panels, int bits, int32_t* c, bool accumulate);
+    void (*kernel)(const int8_t* block, int64_t size, int rows, const uint8_t* panels, int bits, int32_t* c, bool accumulate,
+                   const Lines& later);
     // int8 x (k) -> planes for `bits`, chunks * (8 / bits) * V bytes, padded with zeros
     void (*permute)(const int8_t* x, int64_t k, int bits, int64_t chunks, int8_t* out);
     // c[m * c_stride + i] = sum over K of x_m * u, for weight rows row .. row + count, m rows of planes

@@ -22,8 +22,9 @@ void pack_rows(const int8_t* x, int64_t stride, int rows, int64_t size, int8_t* 
     }
 }
 
-void kernel(const int8_t* x, int64_t size, int rows, const uint8_t* panels, int, int32_t* c, bool accumulate) {
-    multiply_block<false>(tiles_of_rows(x, size), size, rows, panels, c, accumulate);
+void kernel(const int8_t* x, int64_t size, int rows, const uint8_t* panels, int, int32_t* c, bool accumulate,
+            const Lines& later) {
+    multiply_block<false>(tiles_of_rows(x, size), size, rows, panels, c, accumulate, later);
 }
 
 const ProductBodies& bodies() {

@@ -211,14 +211,8 @@ void add_group(const Call& call, const hb_weight& weight, int64_t n0, int64_t co
 // ones has the sum of x in every column.
 void sums_of_group(const Call& call, const int8_t* block, int64_t size, int rows, uint8_t* ones, int32_t* c, float* sums) {
     memset(ones, 1, size_t(size) * size_t(call.body.nr));
-    call.body.kernel(block, size, rows, ones, 1, c, false);
+    call.body.kernel(block, size, rows, ones, 1, c, false, {});
     for (int r = 0; r < rows; ++r) sums[r] = float(c[r * call.body.nr]);
-}
-
-// The first lines that the rows of a block's results will be written to are fetched while their sums are computed: those rows
-// are far apart, and stores wait for their lines one after another.
-void prefetch_results(const Call& call, const hb_weight& weight, int64_t m, int rows, int64_t n) {
-    for (int r = 0; r < rows; ++r) __builtin_prefetch(at(weight.out, call.out_dtype, (m + r) * weight.out_stride + n), 1);
 }
 
 // What `ProductBodies::panel` makes, with K in its own order, code by code.
@@ -246,6 +240,7 @@ bool part_of_outputs(const Call& call, const Slab& slab, const hb_weight& weight
     e.ones = ones;
     const Packed packed = call.packed(weight);
     const auto panel = call.ordered ? body.panel : panel_in_order;
+    const int64_t apart = weight.out_stride * int64_t(size_of(call.out_dtype));
     for (int64_t k0 = 0, group = 0; k0 < call.k; k0 += kc, ++group) {
         const int64_t size = slab.size(k0);
         for (int p = 0; p < nr / 16; ++p)
@@ -265,8 +260,8 @@ bool part_of_outputs(const Call& call, const Slab& slab, const hb_weight& weight
             // sums of a single part of K stay in the first-level cache: the next rows write over them
             int32_t* sums = c + (last && k0 == 0 ? 0 : (r - from) * nr);
             float* of_groups = grouped ? total + (r - from) * nr : nullptr;
-            if (last) prefetch_results(call, weight, slab.m0 + r, rows, n0);
-            body.kernel(block, size, rows, panels, call.grid.bits, sums, !grouped && k0 > 0);
+            const Lines results = {at(weight.out, call.out_dtype, (slab.m0 + r) * weight.out_stride + n0), apart, rows};
+            body.kernel(block, size, rows, panels, call.grid.bits, sums, !grouped && k0 > 0, last ? results : Lines{});
             if (grouped) {
                 float group_sums[64];
                 sums_of_group(call, block, size, rows, panels + round_up(kc, 64) * nr, c + 2 * span * nr, group_sums);

@@ -206,7 +206,9 @@ HB_NOINLINE void block(const int8_t* x, int64_t steps, const uint8_t* left, cons
     });
 }
 
-void kernel(const int8_t* x, int64_t size, int rows, const uint8_t* panels, int, int32_t* c, bool accumulate) {
+void kernel(const int8_t* x, int64_t size, int rows, const uint8_t* panels, int, int32_t* c, bool accumulate,
+            const Lines& later) {
+    fetch(later);
     using Block = void (*)(const int8_t*, int64_t, const uint8_t*, const uint8_t*, int32_t*, bool);
     static constexpr Block blocks[kBlockRows] = {block<1>, block<2>, block<3>, block<4>,  block<5>,  block<6>,
                                                  block<7>, block<8>, block<9>, block<10>, block<11>, block<12>};

@@ -82,7 +82,9 @@ void block(const int8_t* x, int64_t steps, const int8_t* panel, int32_t* c, bool
     unroll<kRows>([&](auto r) HB_LAMBDA { unroll<4>([&](auto h) HB_LAMBDA { vst1q_s32(c + r * kBlockColumns + 4 * h, acc[r][h]); }); });
 }
 
-void kernel(const int8_t* x, int64_t size, int rows, const uint8_t* panels, int, int32_t* c, bool accumulate) {
+void kernel(const int8_t* x, int64_t size, int rows, const uint8_t* panels, int, int32_t* c, bool accumulate,
+            const Lines& later) {
+    fetch(later);
     using Block = void (*)(const int8_t*, int64_t, const int8_t*, int32_t*, bool);
     static constexpr Block blocks[kBlockRows] = {block<1>, block<2>, block<3>, block<4>, block<5>, block<6>};
     blocks[rows - 1](x, size / 4, reinterpret_cast<const int8_t*>(panels), c, accumulate);

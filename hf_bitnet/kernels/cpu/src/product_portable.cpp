@@ -35,7 +35,9 @@ void dot(const Packed& w, int64_t row, int64_t count, const int8_t* planes, int6
     }
 }
 
-void kernel(const int8_t* x, int64_t size, int rows, const uint8_t* panels, int, int32_t* c, bool accumulate) {
+void kernel(const int8_t* x, int64_t size, int rows, const uint8_t* panels, int, int32_t* c, bool accumulate,
+            const Lines& later) {
+    fetch(later);
     const auto* levels = reinterpret_cast<const int8_t*>(panels);
     if (!accumulate) memset(c, 0, size_t(rows) * kBlockColumns * 4);
     for (int64_t s = 0; s < size / 4; ++s, x += 4 * rows, levels += 64)
