@@ -5,6 +5,7 @@
 // computed in parts of kPartRows tokens, whose intermediate results stay near the processor.
 #include "decode.h"
 #include "hf_bitnet_decode.h"
+#include "product.h"
 
 namespace hb {
 namespace {
@@ -28,11 +29,16 @@ bool lay_out(const hb_decoder_layer& l, int64_t rows, Space* space) {
     return all != nullptr;
 }
 
-int product(const hb_decoder_layer& l, int64_t rows, const void* x, int64_t k, const hb_weight* weights, int64_t count,
-            char* const* outs) {
+hb_input input_of(const hb_decoder_layer& l, const void* x, int64_t k) {
     hb_input input = {};
     input.x = x, input.x_stride = k, input.x_dtype = int32_t(l.dtype);
     input.qmin = l.qmin, input.qmax = l.qmax, input.eps = l.eps;
+    return input;
+}
+
+int product(const hb_decoder_layer& l, int64_t rows, const void* x, int64_t k, const hb_weight* weights, int64_t count,
+            char* const* outs) {
+    const hb_input input = input_of(l, x, k);
     hb_weight placed[3];
     for (int64_t i = 0; i < count; ++i) placed[i] = weights[i], placed[i].out = outs[i], placed[i].out_stride = weights[i].n;
     return hb_linear(&input, rows, k, &l.grid, placed, count, int(l.dtype));
@@ -132,12 +138,20 @@ void add(const hb_decoder_layer& l, int64_t rows, const char* a, const char* b, 
     });
 }
 
-void gate(const hb_decoder_layer& l, int64_t rows, char* gates, const char* ups) {
+// The first half of the MLP, from space.normed to space.gates.
+int gate(const hb_decoder_layer& l, int64_t rows, const Space& space) {
     const int dtype = int(l.dtype);
+    const Gate meet = {decode().gate, int(l.activation), space.gates, l.ffn};
+    int error = linear_gate(input_of(l, space.normed, l.hidden), rows, l.hidden, l.grid, l.gate_up, dtype, meet);
+    if (error != HB_ERROR_UNSUPPORTED) return error;
+    char* const outs[2] = {space.gates, space.ups};
+    error = product(l, rows, space.normed, l.hidden, l.gate_up, 2, outs);
+    if (error) return error;
     for_range(rows * l.ffn, kThreadElements, [&](int64_t begin, int64_t end) {
-        char* from = at(gates, dtype, begin);
-        decode().gate(from, at(ups, dtype, begin), dtype, int(l.activation), end - begin, from);
+        char* from = at(space.gates, dtype, begin);
+        decode().gate(from, at(space.ups, dtype, begin), dtype, int(l.activation), end - begin, from);
     });
+    return HB_OK;
 }
 
 bool sound(const hb_decoder_layer& l, int64_t batch, int64_t tokens, int64_t length) {
@@ -165,11 +179,8 @@ int decode_part(const hb_decoder_layer& l, const Part& part, const char* x, char
     add(l, rows, x, space.normed, space.sum);
 
     error = norm_rows(space.sum, dtype, rows, l.hidden, l.hidden, l.post_norm, space.normed);
-    char* const gate_up[2] = {space.gates, space.ups};
-    if (!error) error = product(l, rows, space.normed, l.hidden, l.gate_up, 2, gate_up);
-    if (error) return error;
-    gate(l, rows, space.gates, space.ups);
-    error = norm_in_place(l, l.down_norm, rows, l.ffn, space.gates);
+    if (!error) error = gate(l, rows, space);
+    if (!error) error = norm_in_place(l, l.down_norm, rows, l.ffn, space.gates);
     if (!error) error = product(l, rows, space.gates, l.ffn, &l.down, 1, &space.attended);
     if (!error) add(l, rows, space.sum, space.attended, out);
     return error;

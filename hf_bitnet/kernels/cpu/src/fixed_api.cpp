@@ -1,6 +1,6 @@
 // hb_fixed_matmul: a float matrix times int8 codes in two exact integer products. Own.
 //
-// The matrix form of product_api.cpp, with two rows of bytes for every row of the float operand, and panels made from a matrix
+// The matrix form of product_matrix.cpp, with two rows of bytes for every row of the float operand, and panels made from a matrix
 // whose rows (not columns) are summed over: gradients by the input sum over outputs, gradients by the weight over tokens.
 #include "product.h"
 
@@ -76,7 +76,7 @@ bool part_of_outputs(const Call& call, const Slab& slab, int64_t from, int64_t t
         const bool last = k0 + body.kc >= slab.kpad;
         for (int64_t r = from; r < to; r += pairs) {
             const int rows = int(smaller(pairs, slab.rows - r));
-            int32_t* sums = c + (last && k0 == 0 ? 0 : 2 * (r - from) * nr);  // see part_of_outputs of product_api.cpp
+            int32_t* sums = c + (last && k0 == 0 ? 0 : 2 * (r - from) * nr);  // see part_of_outputs of product_matrix.cpp
             body.kernel(slab.block(2 * r, k0), size, 2 * rows, panels, 8, sums, k0 > 0, {});
             if (last) finish_rows(r, rows, sums);
         }

@@ -142,6 +142,20 @@ struct Epilogue {
 
 int fixed_bf16(const FixedCall& call);  // of the AMX level
 
+// Where results of two products meet: out (m, n) = activation of the first times the second.
+struct Gate {
+    // see DecodeBodies::gate
+    void (*meet)(const void* gates, const void* ups, int dtype, int activation, int64_t n, void* out);
+    int activation;
+    void* out;
+    int64_t out_stride;
+};
+
+// hb_linear of two weights of equal size, whose own results, which are nowhere needed, meet in `gate`. HB_ERROR_UNSUPPORTED: one
+// after another, then.
+int linear_gate(const hb_input& input, int64_t m, int64_t k, const hb_grid& grid, const hb_weight* weights, int out_dtype,
+                const Gate& gate);
+
 // hb_linear. With `row_of`, weight i meets row row_of[i] of float x alone and has one row of results; at most a few rows.
 int linear(const hb_input& input, int64_t m, int64_t k, const hb_grid& grid, const hb_weight* weights, int64_t count,
            int out_dtype, const int64_t* row_of);
