@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +103,13 @@ def packed_llama(**changes: object) -> LlamaForCausalLM:
     return hb.pack_model(model, progress=False)
 
 
+def packed_tiny(family: str) -> Any:
+    """A tiny model of a family of `tiny`, whose norms have gains that are not 1, quantized and packed."""
+    model = tiny.tiny(family)[0].eval()
+    hb.quantize_model(model, hb.BitNetQuantizationConfig.bitnet_b158(), progress=False)
+    return hb.pack_model(model, progress=False)
+
+
 def plans(model: LlamaForCausalLM) -> list[object]:
     found = [faster_layer._PLANS.get(layer) for layer in model.model.layers]
     return [plan if isinstance(plan, faster_layer._Plan) else None for plan in found]
@@ -124,9 +132,7 @@ def test_generation_is_the_same_and_takes_the_one_call() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("family", tiny.CAUSAL)
 def test_other_families_generate_the_same(family: str) -> None:
-    model = tiny.tiny(family)[0].eval()
-    hb.quantize_model(model, hb.BitNetQuantizationConfig.bitnet_b158(), progress=False)
-    hb.pack_model(model, progress=False)
+    model = packed_tiny(family)
     prompt = torch.randint(5, 50, (1, 5), generator=torch.Generator().manual_seed(1))
     settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     before = model.generate(prompt, **settings)
@@ -137,12 +143,7 @@ def test_other_families_generate_the_same(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "bitnet"])
 def test_families_that_take_the_one_call(family: str) -> None:
     """Among them norms of heads, norms in front of projections and another activation, with gains that are not 1."""
-    model = tiny.tiny(family)[0].eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.copy_(torch.rand(parameter.shape) + 0.5)
-    hb.quantize_model(model, hb.BitNetQuantizationConfig.bitnet_b158(), progress=False)
-    hb.pack_model(model, progress=False)
+    model = packed_tiny(family)
     settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     before = model.generate(torch.tensor([[5, 40, 21]]), **settings)
     assert torch.equal(before, hb.optimize_for_generation(model).generate(torch.tensor([[5, 40, 21]]), **settings))

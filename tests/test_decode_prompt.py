@@ -15,7 +15,7 @@ from hf_bitnet.modules import faster_layer, faster_prompt
 from hf_bitnet.modules.faster_cache import held_by
 from tests import tiny
 from tests.cpu_kernels import needs_cpu_kernels
-from tests.test_decode_layer import packed_llama
+from tests.test_decode_layer import packed_llama, packed_tiny
 
 pytestmark = needs_cpu_kernels
 IDS = torch.randint(0, 160, (2, 45), generator=torch.Generator().manual_seed(1))
@@ -72,12 +72,7 @@ def test_the_cache_has_room_for_the_next_token_and_keeps_its_place(taken: list[i
 @torch.no_grad()
 @pytest.mark.parametrize("family", tiny.CAUSAL)
 def test_other_families_compute_the_same(family: str) -> None:
-    model = tiny.tiny(family)[0].eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.copy_(torch.rand(parameter.shape) + 0.5)
-    hb.quantize_model(model, hb.BitNetQuantizationConfig.bitnet_b158(), progress=False)
-    hb.pack_model(model, progress=False)
+    model = packed_tiny(family)
     ids = torch.randint(5, 50, (9, 11), generator=torch.Generator().manual_seed(1))
     expected = model(ids).logits
     found = hb.optimize_for_generation(model)(ids).logits
@@ -89,9 +84,8 @@ def test_other_families_compute_the_same(family: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "bitnet"])
 def test_families_that_take_the_one_call(family: str, taken: list[int]) -> None:
-    model = tiny.tiny(family)[0].eval()
-    hb.quantize_model(model, hb.BitNetQuantizationConfig.bitnet_b158(), progress=False)
-    hb.optimize_for_generation(hb.pack_model(model, progress=False))(torch.tensor([[5, 40, 21, 9]]))
+    model = packed_tiny(family)
+    hb.optimize_for_generation(model)(torch.tensor([[5, 40, 21, 9]]))
     assert taken == [4] * model.config.num_hidden_layers
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # the linear layers, tokens and data order are the same for all arms; so is what follows, unless the arm says otherwise
@@ -110,14 +110,6 @@ ARMS: dict[str, Arm] = {
         drawn=0.5,
         rates=OFTEN_RATES,
     ),
-    "all, hidden states": Arm(
-        "own: all, and DistilBERT-like",
-        {"weight_scale": "threshold"},
-        arguments={**_EARLY, **_FAST_NORMS},
-        distillation={**_KL, "hidden": {"weight": 0.3}},
-        drawn=0.5,
-        rates=OFTEN_RATES,
-    ),
     "more momentum": Arm("own", arguments={"adam_beta1": 0.97}),
     "hidden states": Arm("DistilBERT-like", distillation={**_KL, "hidden": {"weight": 0.3}}),
     "relations": Arm("BitDistill (arXiv 2510.13998)", distillation={**_KL, "relations": {"weight": 0.1}}),
@@ -132,3 +124,6 @@ ARMS: dict[str, Arm] = {
     "scale a channel": Arm("plain", {"granularity": "channel"}),
     "scale a group": Arm("plain", {"granularity": "group", "group_size": 64}),
 }
+ARMS["all, hidden states"] = replace(
+    ARMS["all"], source="own: all, and DistilBERT-like", distillation={**_KL, "hidden": {"weight": 0.3}}
+)

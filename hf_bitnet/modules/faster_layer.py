@@ -217,8 +217,7 @@ def _plan_of(module: nn.Module) -> _Plan | None:
 
 def _attends_to_all(module: Any) -> bool:
     """Whether the way to attend that the config names looks at the whole past, as the kernel does."""
-    config = getattr(module._modules["self_attn"], "config", None)
-    return config is None or config.__dict__.get("_attn_implementation_internal", "sdpa") in _ATTENDING
+    return faster_prompt.attending(module) in _ATTENDING
 
 
 def _modules_of(module: Any) -> list[nn.Module]:

@@ -33,13 +33,17 @@ class _Mask(NamedTuple):
 _last: _Mask | None = None
 
 
+def attending(module: Any) -> str | None:
+    """The way to attend that a layer's config names, read where the property of transformers keeps it, which costs less."""
+    config = getattr(module._modules["self_attn"], "config", None)
+    return "sdpa" if config is None else config.__dict__.get("_attn_implementation_internal", "sdpa")
+
+
 def is_causal(module: Any, given: Mapping[str, Any]) -> bool:
     """Whether the layer, called without a mask and with `given` besides, lets each token see itself and what is before it."""
-    attention = module._modules["self_attn"]
-    config = getattr(attention, "config", None)
-    # without a mask only torch's fused attention is causal of itself
-    fused = config is None or config.__dict__.get("_attn_implementation_internal", "sdpa") in (None, "sdpa")
-    return fused and getattr(attention, "is_causal", True) is True and all(map(_says_nothing, given.values()))
+    fused = attending(module) in (None, "sdpa")  # without a mask only torch's fused attention is causal of itself
+    causal = getattr(module._modules["self_attn"], "is_causal", True) is True
+    return fused and causal and all(map(_says_nothing, given.values()))
 
 
 def _says_nothing(value: Any) -> bool:

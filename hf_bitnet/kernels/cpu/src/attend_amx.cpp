@@ -13,8 +13,6 @@ namespace {
 
 constexpr int64_t kTile = 1024, kTileKeys = 32;  // bytes; numbers along K of one tile
 
-inline __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
-
 struct TileProducts {
     static constexpr int64_t kNumber = 2, kWeights = 2;
 

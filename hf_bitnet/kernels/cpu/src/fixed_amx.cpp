@@ -56,8 +56,6 @@ inline __m512i scaled(__m512i halves, __m512 even, __m512 odd) {  // 32 bfloat16
     return pair(rounded_up_there(_mm512_mul_ps(low, even)), rounded_up_there(_mm512_mul_ps(high, odd)));
 }
 
-inline __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
-
 // Rows [row, row + rows) where a row lies in one piece: some tiles of each row, then of the next.
 void lay_rows(const FixedOperand& a, const AnyFloat* scale, int64_t m0, int64_t row, int64_t rows, const Side& left) {
     const __m512i places = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
