@@ -5,17 +5,17 @@
 namespace fuzz {
 namespace {
 
-// A packed ternary matrix of a layer, with bytes at random.
+// A packed ternary matrix of a layer, with bytes at random, one scale or one a channel.
 struct Matrix {
     Array bytes, scale, bias;
     hb_weight weight;
 
     Matrix(Random& random, int64_t n, int64_t k, bool biased, int dtype)
-        : bytes(random, HB_I8, n * ((k + 3) / 4)), scale(random, HB_F32, 1), bias(random, dtype, biased ? n : 0) {
+        : bytes(random, HB_I8, n * ((k + 3) / 4)), scale(random, HB_F32, random.one_in(3) ? n : 1), bias(random, dtype, biased ? n : 0) {
         for (int64_t i = 0; i < bytes.count(); ++i) bytes.set(i, double(random.between(-128, 127)));
         for (int64_t i = 0; i < bias.count(); ++i) bias.set(i, random.uniform(-1, 1));
-        scale.set(0, 1 / sqrt(double(k)));
-        weight = {bytes.data(), n, (k + 3) / 4, scale.as<float>(), 1, 1, biased ? bias.data() : nullptr, dtype, nullptr, 0};
+        for (int64_t i = 0; i < scale.count(); ++i) scale.set(i, random.uniform(0.5, 1.5) / sqrt(double(k)));
+        weight = {bytes.data(), n, (k + 3) / 4, scale.as<float>(), scale.count(), 1, biased ? bias.data() : nullptr, dtype, nullptr, 0};
     }
 };
 
@@ -106,7 +106,8 @@ void fuzz_decode_layer(Random& random) {
 void fuzz_decode_tokens(Random& random) {
     const int dtype = random.one_in(3) ? HB_F16 : random.one_in(2) ? HB_BF16 : HB_F32;
     const int64_t size = dtype == HB_F32 ? 4 : 2, d = 2 * random.between(1, 40), kv = random.between(1, 3);
-    const int64_t heads = kv * random.between(1, 3), hidden = d + random.between(0, 40), ffn = random.between(1, 60);
+    const int64_t heads = kv * random.between(1, 3), ffn = random.between(1, 60);
+    const int64_t hidden = d + (random.one_in(12) ? random.between(500, 4500) : random.between(0, 40));  // sums in several parts
     const int64_t tokens = random.one_in(40) ? random.between(500, 600) : random.between(2, 70), batch = random.between(1, 3);
     const int64_t length = random.one_in(3) ? 0 : random.between(0, 300), places = length + tokens + random.between(0, 3);
     describe("hb_decode_layers batch=%lld tokens=%lld hidden=%lld heads=%lld/%lld of %lld ffn=%lld length=%lld dtype=%d", ll(batch),

@@ -2,7 +2,7 @@
 //
 // Between the products of one token a framework spends more time on calling than on computing: thirty operations and as many
 // modules a layer. Here they are seven kernels in a row; the parts are those that also exist as single operations. Prompts are
-// computed in parts of kPartRows tokens, whose intermediate results stay near the processor.
+// computed in parts of kPartRows tokens, whose intermediate results stay near the processor; there the gate belongs to a product.
 #include "decode.h"
 #include "hf_bitnet_decode.h"
 #include "product.h"

@@ -55,8 +55,8 @@ static inline uint16_t to_f16(float value) {
     return uint16_t(sign | ((rounded - 0x38000000u) >> 13));
 }
 
-// Lines of memory that results will be written to, `stride` bytes apart. They are fetched while the sums are computed: rows of
-// results are far apart, and stores would wait for their lines one after another.
+// Lines of memory that results will be written to, `stride` bytes apart. They are fetched before or while the sums are
+// computed: rows of results are far apart, and stores would wait for their lines one after another.
 struct Lines {
     const char* first;
     int64_t stride;

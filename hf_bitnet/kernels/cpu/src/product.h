@@ -92,7 +92,8 @@ struct ProductBodies {
     // codes [k0, k0 + size) of `rows` <= 16 weight rows -> [size / 4][16][4] in panel order, both multiples of its unit; outside
     // the matrix anything may stand: x is 0 there, and results are not kept
     void (*panel)(const Packed& w, int64_t row, int rows, int64_t k0, int64_t size, uint8_t* out);
-    // c (mr, nr) (+)= a block of x times nr / 16 panels that are `size * 16` bytes each
+    // c (mr, nr) (+)= a block of x times nr / 16 panels that are `size * 16` bytes each; `later`: lines that are fetched meanwhile,
+    // or before
     void (*kernel)(const int8_t* block, int64_t size, int rows, const uint8_t* panels, int bits, int32_t* c, bool accumulate,
                    const Lines& later);
     // int8 x (k) -> planes for `bits`, chunks * (8 / bits) * V bytes, padded with zeros

@@ -5,6 +5,8 @@
 
 namespace hb {
 
+constexpr int64_t kBlockMost = 32 * 32;  // results of a block whose gate is computed with it
+
 // One call, with all that both forms need.
 struct Call {
     const ProductBodies& body;

@@ -6,7 +6,6 @@ namespace {
 
 constexpr int64_t kSlabBytes = 4 << 20;  // int8 bytes of x laid out at a time
 constexpr int64_t kPartBytes = 1 << 20;  // int8 bytes of x that meet one panel: half of a second-level cache
-constexpr int64_t kBlockMost = 32 * 32;     // results of a block of any body
 constexpr int64_t kPartWidth = 2048;     // codes of a row of x that are counted for that
 
 bool lay_out(const Call& call, const Slab& slab) {
