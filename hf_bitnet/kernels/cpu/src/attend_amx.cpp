@@ -66,8 +66,8 @@ struct TileProducts {
     static void add(const float*, const void* weights, const char* values, int64_t column, int64_t keys, int64_t rows, float* sums,
                     bool more) {
         const auto* right = reinterpret_cast<const uint8_t*>(values) + 2 * column * kAttendKeys;
-        const auto run = rows > 16 ? block<true, true> : block<true, false>;
-        run(tiles_of_rows(weights, 2 * kAttendKeys), keys / kTileKeys, right, right + 32 * kAttendKeys, sums, more, {});
+        multiply_panels<true>(tiles_of_rows(weights, 2 * kAttendKeys), keys / kTileKeys, int(rows), right, right + 32 * kAttendKeys,
+                              sums, more, {});
     }
 };
 

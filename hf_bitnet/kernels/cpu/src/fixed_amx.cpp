@@ -152,7 +152,6 @@ bool part_of_outputs(const FixedCall& call, const Side& left, const Side& right,
     auto* c = static_cast<float*>(scratch(SLOT_SUMS, size_t(round_up(to - from, kBlockRows) * kBlockColumns) * 4));
     if (!c) return false;
     const auto finish = call.out_dtype == HB_F32 ? finish_rows<HB_F32> : call.out_dtype == HB_BF16 ? finish_rows<HB_BF16> : finish_rows<HB_F16>;
-    const int64_t apart = call.out_stride * int64_t(size_of(call.out_dtype));
     for (int64_t k0 = 0; k0 < kpad; k0 += kPart) {
         const bool last = k0 + kPart >= kpad;
         const auto* panels = reinterpret_cast<const uint8_t*>(right.block(n, k0));
@@ -161,7 +160,7 @@ bool part_of_outputs(const FixedCall& call, const Side& left, const Side& right,
             float* sums = c + (last && k0 == 0 ? 0 : (r - from) * kBlockColumns);
             const int64_t bytes = 2 * left.size(k0);
             const LeftRows x = left.data ? tiles_of_rows(left.block(r, k0), bytes) : rows_of(call.a, m0 + r, k0);
-            const Lines results = {at(call.out, call.out_dtype, (m0 + r) * call.out_stride + n0 + n), apart, int(rows)};
+            const Lines results = lines_of(call.out, call.out_dtype, call.out_stride, m0 + r, int(rows), n0 + n);
             multiply_block<true>(x, bytes, int(rows), panels, sums, k0 > 0, last ? results : Lines{});
             if (last) finish(call, sums, m0 + r, rows, n0 + n, columns);
         }

@@ -55,6 +55,13 @@ static inline uint16_t to_f16(float value) {
     return uint16_t(sign | ((rounded - 0x38000000u) >> 13));
 }
 
+static inline bool is_float(int64_t dtype) { return dtype == HB_F32 || dtype == HB_BF16 || dtype == HB_F16; }
+static inline size_t size_of(int dtype) { return dtype == HB_F32 ? 4 : dtype == HB_I8 ? 1 : 2; }
+static inline const char* at(const void* data, int dtype, int64_t element) {
+    return static_cast<const char*>(data) + element * int64_t(size_of(dtype));
+}
+static inline char* at(void* data, int dtype, int64_t element) { return static_cast<char*>(data) + element * int64_t(size_of(dtype)); }
+
 // Lines of memory that results will be written to, `stride` bytes apart. They are fetched before or while the sums are
 // computed: rows of results are far apart, and stores would wait for their lines one after another.
 struct Lines {
@@ -65,13 +72,11 @@ struct Lines {
 static inline void fetch(const Lines& lines) {
     for (int i = 0; i < lines.count; ++i) __builtin_prefetch(lines.first + i * lines.stride, 1);
 }
-
-static inline bool is_float(int64_t dtype) { return dtype == HB_F32 || dtype == HB_BF16 || dtype == HB_F16; }
-static inline size_t size_of(int dtype) { return dtype == HB_F32 ? 4 : dtype == HB_I8 ? 1 : 2; }
-static inline const char* at(const void* data, int dtype, int64_t element) {
-    return static_cast<const char*>(data) + element * int64_t(size_of(dtype));
+// Where `rows` rows of a matrix of results begin in column n.
+static inline Lines lines_of(const void* out, int dtype, int64_t stride, int64_t row, int rows, int64_t n) {
+    return {at(out, dtype, row * stride + n), stride * int64_t(size_of(dtype)), rows};
 }
-static inline char* at(void* data, int dtype, int64_t element) { return static_cast<char*>(data) + element * int64_t(size_of(dtype)); }
+
 static inline float load_float(const void* data, int dtype, int64_t i) {
     switch (dtype) {
         case HB_F32: return static_cast<const AnyFloat*>(data)[i];

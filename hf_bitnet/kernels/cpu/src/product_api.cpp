@@ -207,9 +207,10 @@ int linear(const hb_input& input, int64_t m, int64_t k, const hb_grid& grid, con
 
 int linear_gate(const hb_input& input, int64_t m, int64_t k, const hb_grid& grid, const hb_weight* weights, int out_dtype,
                 const Gate& gate) {
+    if (m <= kRowForm) return HB_ERROR_UNSUPPORTED;  // every token that is decoded asks
     if (!sound(input, m, k, grid, weights, 2, out_dtype)) return HB_ERROR_ARGUMENT;
     const bool plain = weights[0].n == weights[1].n && weights[0].groups == 1 && weights[0].scale && weights[1].scale && !input.zero;
-    if (m <= kRowForm || k == 0 || !plain) return HB_ERROR_UNSUPPORTED;
+    if (k == 0 || !plain) return HB_ERROR_UNSUPPORTED;
     Call call = call_of(input, m, k, grid, weights, 2, out_dtype);
     if (call.body.mr * call.body.nr > kBlockMost) return HB_ERROR_UNSUPPORTED;
     call.gate = &gate;

@@ -85,7 +85,6 @@ bool part_of_outputs(const Call& call, const Slab& slab, const hb_weight& weight
     if (call.x.zero) memset(ones, 0, size_t(nr) * 4);
     Epilogue e = epilogue(call, &weight, slab.scales - slab.m0, slab.sums - slab.m0);
     e.ones = ones;
-    const int64_t apart = weight.out_stride * int64_t(size_of(call.out_dtype));
     for (int64_t k0 = 0, group = 0; k0 < call.k; k0 += kc, ++group) {
         const int64_t size = slab.size(k0);
         lay_out_weights(call, weight, n0, columns, k0, size, panels);
@@ -103,7 +102,7 @@ bool part_of_outputs(const Call& call, const Slab& slab, const hb_weight& weight
             // sums of a single part of K stay in the first-level cache: the next rows write over them
             int32_t* sums = c + (last && k0 == 0 ? 0 : (r - from) * nr);
             float* of_groups = grouped ? total + (r - from) * nr : nullptr;
-            const Lines results = {at(weight.out, call.out_dtype, (slab.m0 + r) * weight.out_stride + n0), apart, rows};
+            const Lines results = lines_of(weight.out, call.out_dtype, weight.out_stride, slab.m0 + r, rows, n0);
             body.kernel(block, size, rows, panels, call.grid.bits, sums, !grouped && k0 > 0, last ? results : Lines{});
             if (grouped) {
                 float group_sums[64];
@@ -148,7 +147,6 @@ bool part_of_gate(const Call& call, const Slab& slab, int64_t from, int64_t to, 
     auto* panels = static_cast<uint8_t*>(scratch(SLOT_PANEL, size_t(kc * nr * 2)));
     auto* c = static_cast<int32_t*>(scratch(SLOT_SUMS, size_t(span * nr * 2) * 4));
     if (!panels || !c) return false;
-    const int64_t apart = call.gate->out_stride * int64_t(size_of(call.out_dtype));
     for (int64_t k0 = 0; k0 < call.k; k0 += kc) {
         const int64_t size = slab.size(k0);
         for (int i = 0; i < 2; ++i) lay_out_weights(call, call.weights[i], n0, columns, k0, size, panels + i * size * nr);
@@ -158,7 +156,7 @@ bool part_of_gate(const Call& call, const Slab& slab, int64_t from, int64_t to, 
             const int8_t* block = slab.block(r, k0);
             int32_t* first = c + (last && k0 == 0 ? 0 : 2 * (r - from) * nr);
             int32_t* const sums[2] = {first, first + mr * nr};
-            const Lines results = {at(call.gate->out, call.out_dtype, (slab.m0 + r) * call.gate->out_stride + n0), apart, rows};
+            const Lines results = lines_of(call.gate->out, call.out_dtype, call.gate->out_stride, slab.m0 + r, rows, n0);
             body.kernel(block, size, rows, panels, call.grid.bits, sums[0], k0 > 0, last ? results : Lines{});
             body.kernel(block, size, rows, panels + size * nr, call.grid.bits, sums[1], k0 > 0, {});
             if (last) finish_gate(call, slab, r, rows, n0, columns, sums);
@@ -191,7 +189,7 @@ int linear_blocks(const Call& call) {
         take_tasks(tasks, tasks, [&](bool first) { first ? body.begin() : body.end(); }, [&](int64_t task) {
             const int64_t from = task / panels * part, to = smaller(from + part, slab.rows);
             int64_t panel = task % panels;
-            const hb_weight& weight = call.gate ? call.weights[0] : weight_of(call, body.nr, &panel);
+            const hb_weight& weight = weight_of(call, body.nr, &panel);
             const bool done = call.gate ? part_of_gate(call, slab, from, to, panel * body.nr)
                                         : part_of_outputs(call, slab, weight, from, to, panel * body.nr);
             if (!done) complete = false;
