@@ -4,6 +4,9 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include <atomic>
 
@@ -75,6 +78,24 @@ static inline void fetch(const Lines& lines) {
 // Where `rows` rows of a matrix of results begin in column n.
 static inline Lines lines_of(const void* out, int dtype, int64_t stride, int64_t row, int rows, int64_t n) {
     return {at(out, dtype, row * stride + n), stride * int64_t(size_of(dtype)), rows};
+}
+
+// Whether each of these lines is one of the cache, so that whole ones may be written past it. A store to memory that is in no cache
+// would first read its line, and rows of results are far apart: most are not even in the cache of page addresses.
+static inline bool are_cache_lines(const Lines& lines) { return (reinterpret_cast<uintptr_t>(lines.first) | uintptr_t(lines.stride)) % 64 == 0; }
+// 64 bytes to a line of the cache, past it. From other threads they are seen after `finish_streams`.
+static inline void stream_line(char* to, const char* from) {
+#if defined(__SSE2__)
+    for (int i = 0; i < 4; ++i)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + i));
+#else
+    memcpy(to, from, 64);
+#endif
+}
+static inline void finish_streams() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
 }
 
 static inline float load_float(const void* data, int dtype, int64_t i) {

@@ -139,6 +139,7 @@ struct Epilogue {
     int32_t lowest, step;
     float zero_point;
     int out_dtype;
+    bool streams;  // results are whole lines of the cache, 32 of them at least, and go past it
 };
 
 int fixed_bf16(const FixedCall& call);  // of the AMX level

@@ -58,7 +58,7 @@ static inline const int8_t* codes_of_row(const Call& call, int64_t m, int8_t* bu
 }
 
 static inline Epilogue epilogue(const Call& call, const hb_weight* weight, const float* scales, const int32_t* sums) {
-    return {weight, scales, call.x.zero, sums, nullptr, call.k, call.grid.lowest, call.grid.step, call.grid.zero_point, call.out_dtype};
+    return {weight, scales, call.x.zero, sums, nullptr, call.k, call.grid.lowest, call.grid.step, call.grid.zero_point, call.out_dtype, false};
 }
 
 // The matrix form, product_matrix.cpp.

@@ -6,6 +6,7 @@ namespace {
 
 constexpr int64_t kSlabBytes = 4 << 20;  // int8 bytes of x laid out at a time
 constexpr int64_t kPartBytes = 1 << 20;  // int8 bytes of x that meet one panel: half of a second-level cache
+constexpr int64_t kPieces = 16;            // panels that meet a part of a wide x, at most
 constexpr int64_t kPartWidth = 2048;     // codes of a row of x that are counted for that
 
 bool lay_out(const Call& call, const Slab& slab) {
@@ -69,55 +70,19 @@ void lay_out_weights(const Call& call, const hb_weight& weight, int64_t n0, int6
         panel(packed, n0 + 16 * p, int(columns > 16 * p ? smaller(16, columns - 16 * p) : 0), k0, size, panels + p * size * 16);
 }
 
-// Rows [from, to) of the slab times outputs [n0, n0 + nr) of one weight.
-bool part_of_outputs(const Call& call, const Slab& slab, const hb_weight& weight, int64_t from, int64_t to, int64_t n0) {
-    const ProductBodies& body = call.body;
-    const int nr = body.nr, mr = body.mr;
-    const bool grouped = weight.groups > 1;
-    const int64_t kc = slab.kc, columns = smaller(nr, weight.n - n0);
-    const int64_t span = round_up(to - from, mr);
-    auto* panels = static_cast<uint8_t*>(scratch(SLOT_PANEL, size_t(round_up(kc, 64) * nr * 2)));
-    auto* c = static_cast<int32_t*>(scratch(SLOT_SUMS, size_t(span * nr + (grouped ? span * nr + 2 * mr * nr : nr)) * 4));
-    if (!panels || !c) return false;
-    auto* total = reinterpret_cast<float*>(c + span * nr);
-    if (grouped) memset(total, 0, size_t(span * nr) * 4);
-    auto* ones = c + span * nr;  // sums of u alone, for zero points of x
-    if (call.x.zero) memset(ones, 0, size_t(nr) * 4);
-    Epilogue e = epilogue(call, &weight, slab.scales - slab.m0, slab.sums - slab.m0);
-    e.ones = ones;
-    for (int64_t k0 = 0, group = 0; k0 < call.k; k0 += kc, ++group) {
-        const int64_t size = slab.size(k0);
-        lay_out_weights(call, weight, n0, columns, k0, size, panels);
-        if (call.x.zero)
-            for (int64_t p = 0; p < nr / 16; ++p)
-                for (int64_t i = 0; i < size; ++i)
-                    for (int64_t j = 0; j < 16 && in_panel_order(k0 + i, call.grid.bits) < call.k; ++j) {
-                        const uint8_t u = panels[p * size * 16 + (i / 4) * 64 + j * 4 + i % 4];
-                        ones[p * 16 + j] += body.is_signed ? int8_t(u) : u;
-                    }
-        const bool last = k0 + kc >= call.k;
-        for (int64_t r = from; r < to; r += mr) {
-            const int rows = int(smaller(mr, slab.rows - r));
-            const int8_t* block = slab.block(r, k0);
-            // sums of a single part of K stay in the first-level cache: the next rows write over them
-            int32_t* sums = c + (last && k0 == 0 ? 0 : (r - from) * nr);
-            float* of_groups = grouped ? total + (r - from) * nr : nullptr;
-            const Lines results = lines_of(weight.out, call.out_dtype, weight.out_stride, slab.m0 + r, rows, n0);
-            body.kernel(block, size, rows, panels, call.grid.bits, sums, !grouped && k0 > 0, last ? results : Lines{});
-            if (grouped) {
-                float group_sums[64];
-                sums_of_group(call, block, size, rows, panels + round_up(kc, 64) * nr, c + 2 * span * nr, group_sums);
-                add_group(call, weight, n0, columns, group, sums, of_groups, rows, group_sums);
+// ones[j] += the levels of output j in a panel, for inputs with zero points.
+void add_levels(const Call& call, const uint8_t* panels, int64_t k0, int64_t size, int32_t* ones) {
+    for (int64_t p = 0; p < call.body.nr / 16; ++p)
+        for (int64_t i = 0; i < size; ++i)
+            for (int64_t j = 0; j < 16 && in_panel_order(k0 + i, call.grid.bits) < call.k; ++j) {
+                const uint8_t u = panels[p * size * 16 + (i / 4) * 64 + j * 4 + i % 4];
+                ones[p * 16 + j] += call.body.is_signed ? int8_t(u) : u;
             }
-            // right behind their last sums: what is written goes to memory while the next rows are multiplied
-            if (last) body.finish(e, slab.m0 + r, rows, n0, columns, sums, of_groups, nr);
-        }
-    }
-    return true;
 }
 
 // Rows of one block of sums of both weights through the gate to where results belong; they are near the processor throughout.
-void finish_gate(const Call& call, const Slab& slab, int64_t r, int rows, int64_t n0, int64_t columns, const int32_t* const* sums) {
+void finish_gate(const Call& call, const Slab& slab, int64_t r, int rows, int64_t n0, int64_t columns, const int32_t* const* sums,
+                 const Lines& to, bool streams) {
     const int nr = call.body.nr, dtype = call.out_dtype;
     alignas(64) char results[2][kBlockMost * 4];
     for (int i = 0; i < 2; ++i) {
@@ -128,40 +93,94 @@ void finish_gate(const Call& call, const Slab& slab, int64_t r, int rows, int64_
         call.body.finish(epilogue(call, &weight, slab.scales + r, slab.sums + r), 0, rows, 0, columns, sums[i], nullptr, nr);
     }
     const Gate& gate = *call.gate;
-    char* out = at(gate.out, dtype, (slab.m0 + r) * gate.out_stride + n0);
-    const int64_t apart = gate.out_stride * int64_t(size_of(dtype)), bytes = columns * int64_t(size_of(dtype));
+    const int64_t line = nr * int64_t(size_of(dtype)), bytes = columns * int64_t(size_of(dtype));
     const bool whole = columns == nr;
     if (whole) gate.meet(results[0], results[1], dtype, gate.activation, int64_t(rows) * nr, results[0]);
-    for (int i = 0; i < rows; ++i, out += apart) {
-        char *of_gate = at(results[0], dtype, i * nr), *of_up = at(results[1], dtype, i * nr);
+    for (int i = 0; i < rows; ++i) {
+        char *of_gate = results[0] + i * line, *of_up = results[1] + i * line, *out = const_cast<char*>(to.first) + i * to.stride;
         if (!whole) gate.meet(of_gate, of_up, dtype, gate.activation, columns, of_gate);
-        memcpy(out, of_gate, size_t(bytes));
+        if (streams)
+            for (int64_t byte = 0; byte < line; byte += 64) stream_line(out + byte, of_gate + byte);
+        else
+            memcpy(out, of_gate, size_t(bytes));
     }
 }
 
-// part_of_outputs of two weights that meet in the call's gate.
-bool part_of_gate(const Call& call, const Slab& slab, int64_t from, int64_t to, int64_t n0) {
+// Outputs of one weight that a panel is made of.
+struct Piece {
+    const hb_weight* weight;
+    int64_t n0, columns;
+};
+
+// Piece i of all weights; where two weights meet in a gate, theirs take turns.
+Piece piece_of(const Call& call, int64_t i) {
+    const int64_t nr = call.body.nr;
+    const hb_weight* weight = call.weights;
+    if (call.gate)
+        weight += i % 2, i /= 2;
+    else
+        weight = &weight_of(call, nr, &i);
+    return {weight, i * nr, smaller(nr, weight->n - i * nr)};
+}
+
+// Where the results of a piece begin in `rows` rows.
+Lines lines_of(const Call& call, const Piece& piece, int64_t row, int rows) {
+    void* out = call.gate ? call.gate->out : piece.weight->out;
+    return hb::lines_of(out, call.out_dtype, call.gate ? call.gate->out_stride : piece.weight->out_stride, row, rows, piece.n0);
+}
+
+// Rows [from, to) of the slab times pieces [first, first + count). K is the outer loop: a part of x that the second-level cache holds
+// meets all of them.
+bool part_of_outputs(const Call& call, const Slab& slab, int64_t from, int64_t to, int64_t first, int64_t count) {
     const ProductBodies& body = call.body;
     const int nr = body.nr, mr = body.mr;
-    const int64_t kc = slab.kc, columns = smaller(nr, call.weights[0].n - n0), span = round_up(to - from, mr);
-    auto* panels = static_cast<uint8_t*>(scratch(SLOT_PANEL, size_t(kc * nr * 2)));
-    auto* c = static_cast<int32_t*>(scratch(SLOT_SUMS, size_t(span * nr * 2) * 4));
+    const bool grouped = call.weights[0].groups > 1;
+    const int64_t kc = slab.kc, all = round_up(to - from, mr) * nr;
+    auto* panels = static_cast<uint8_t*>(scratch(SLOT_PANEL, size_t(round_up(kc, 64) * nr * 2)));
+    auto* c = static_cast<int32_t*>(scratch(SLOT_SUMS, size_t(count * all + (grouped ? count * all + 2 * mr * nr : count * nr)) * 4));
     if (!panels || !c) return false;
-    for (int64_t k0 = 0; k0 < call.k; k0 += kc) {
+    auto* total = reinterpret_cast<float*>(c + count * all);
+    if (grouped) memset(total, 0, size_t(count * all) * 4);
+    auto* ones = c + count * all;  // sums of u alone, for zero points of x
+    if (call.x.zero) memset(ones, 0, size_t(count * nr) * 4);
+    for (int64_t k0 = 0, group = 0; k0 < call.k; k0 += kc, ++group) {
         const int64_t size = slab.size(k0);
-        for (int i = 0; i < 2; ++i) lay_out_weights(call, call.weights[i], n0, columns, k0, size, panels + i * size * nr);
         const bool last = k0 + kc >= call.k;
-        for (int64_t r = from; r < to; r += mr) {
-            const int rows = int(smaller(mr, slab.rows - r));
-            const int8_t* block = slab.block(r, k0);
-            int32_t* first = c + (last && k0 == 0 ? 0 : 2 * (r - from) * nr);
-            int32_t* const sums[2] = {first, first + mr * nr};
-            const Lines results = lines_of(call.gate->out, call.out_dtype, call.gate->out_stride, slab.m0 + r, rows, n0);
-            body.kernel(block, size, rows, panels, call.grid.bits, sums[0], k0 > 0, last ? results : Lines{});
-            body.kernel(block, size, rows, panels + size * nr, call.grid.bits, sums[1], k0 > 0, {});
-            if (last) finish_gate(call, slab, r, rows, n0, columns, sums);
+        for (int64_t i = 0; i < count; ++i) {
+            const Piece piece = piece_of(call, first + i);
+            lay_out_weights(call, *piece.weight, piece.n0, piece.columns, k0, size, panels);
+            if (call.x.zero) add_levels(call, panels, k0, size, ones + i * nr);
+            Epilogue e = epilogue(call, piece.weight, slab.scales - slab.m0, slab.sums - slab.m0);
+            e.ones = ones + i * nr;
+            const bool meets = call.gate && i % 2, finishes = last && (meets || !call.gate);
+            const Lines all_rows = lines_of(call, piece, slab.m0 + from, int(to - from));
+            e.streams = finishes && piece.columns == nr && nr % 32 == 0 && are_cache_lines(all_rows);
+            // sums of a single part of K stay in the first-level cache: the next rows write over them
+            const bool kept = k0 > 0 || !last || call.gate;
+            for (int64_t r = from; r < to; r += mr) {
+                const int rows = int(smaller(mr, slab.rows - r));
+                const int8_t* block = slab.block(r, k0);
+                int32_t* sums = c + (kept ? i * all + (r - from) * nr : 0);
+                const Lines results = {all_rows.first + (r - from) * all_rows.stride, all_rows.stride, rows};
+                body.kernel(block, size, rows, panels, call.grid.bits, sums, !grouped && k0 > 0, finishes && !e.streams ? results : Lines{});
+                float* of_groups = grouped ? total + i * all + (r - from) * nr : nullptr;
+                if (grouped) {
+                    float group_sums[64];
+                    sums_of_group(call, block, size, rows, panels + round_up(kc, 64) * nr, c + 2 * count * all, group_sums);
+                    add_group(call, *piece.weight, piece.n0, piece.columns, group, sums, of_groups, rows, group_sums);
+                }
+                // right behind their last sums: what is written goes to memory while the next rows are multiplied
+                if (!finishes) continue;
+                if (meets) {
+                    const int32_t* const both[2] = {sums - all, sums};
+                    finish_gate(call, slab, r, rows, piece.n0, piece.columns, both, results, e.streams);
+                } else {
+                    body.finish(e, slab.m0 + r, rows, piece.n0, piece.columns, sums, of_groups, nr);
+                }
+            }
         }
     }
+    finish_streams();
     return true;
 }
 
@@ -177,22 +196,21 @@ int linear_blocks(const Call& call) {
     if (!slab.blocks) return HB_ERROR_MEMORY;
     slab.scales = reinterpret_cast<float*>(slab.blocks + most * slab.kpad);
     slab.sums = reinterpret_cast<int32_t*>(slab.scales + most);
-    const int64_t panels = call.gate ? ceil_div(call.weights[0].n, body.nr) : pieces_of_weights(call, body.nr);
+    const int64_t pieces = pieces_of_weights(call, body.nr), of_gate = call.gate ? 2 : 1;
     // each thread should have four parts at least
-    const int64_t fair = most * panels / (4 * threads()) + 1, fit = kPartBytes / smaller(slab.kpad, kPartWidth) + 1;
+    const int64_t fair = most * pieces / of_gate / (4 * threads()) + 1, fit = kPartBytes / smaller(slab.kpad, kPartWidth) + 1;
     const int64_t part = round_up(smaller(smaller(most, fair), fit), body.mr);
+    // rows of x that do not fit the second-level cache whole meet several pieces in each part of K
+    const bool wide = slab.kpad > kPartWidth && call.weights[0].groups == 1 && pieces;
+    const int64_t count = of_gate * (wide ? smaller(kPieces, ceil_div(pieces, 2 * of_gate * threads())) : 1), counts = ceil_div(pieces, count);
     std::atomic<bool> complete{true};
     for (slab.m0 = 0; slab.m0 < call.m; slab.m0 += most) {
         slab.rows = smaller(most, call.m - slab.m0), slab.span = round_up(slab.rows, body.mr);
         if (!lay_out(call, slab)) return HB_ERROR_MEMORY;
-        const int64_t tasks = ceil_div(slab.rows, part) * panels;
+        const int64_t tasks = ceil_div(slab.rows, part) * counts;
         take_tasks(tasks, tasks, [&](bool first) { first ? body.begin() : body.end(); }, [&](int64_t task) {
-            const int64_t from = task / panels * part, to = smaller(from + part, slab.rows);
-            int64_t panel = task % panels;
-            const hb_weight& weight = weight_of(call, body.nr, &panel);
-            const bool done = call.gate ? part_of_gate(call, slab, from, to, panel * body.nr)
-                                        : part_of_outputs(call, slab, weight, from, to, panel * body.nr);
-            if (!done) complete = false;
+            const int64_t from = task / counts * part, to = smaller(from + part, slab.rows), first = task % counts * count;
+            if (!part_of_outputs(call, slab, from, to, first, smaller(count, pieces - first))) complete = false;
         });
     }
     return complete ? HB_OK : HB_ERROR_MEMORY;
