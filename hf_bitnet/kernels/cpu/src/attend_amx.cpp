@@ -60,7 +60,7 @@ struct TileProducts {
     // two halves of 16 rows, [kAttendKeys / 32] tiles each
     static void weigh(Floats e0, Floats e1, int64_t row, int64_t key, float*, void* weights) {
         auto* to = static_cast<char*>(weights) + row / 16 * 32 * kAttendKeys + key / kTileKeys * kTile + row % 16 * 64;
-        store16<HB_BF16>(to, 0, e0), store16<HB_BF16>(to, 16, e1);
+        store16<HB_BF16, kRoundsItself>(to, 0, e0), store16<HB_BF16, kRoundsItself>(to, 16, e1);
     }
 
     static void add(const float*, const void* weights, const char* values, int64_t column, int64_t keys, int64_t rows, float* sums,

@@ -17,7 +17,8 @@ namespace {
 constexpr int64_t kLeftBytes = 8 << 20, kRightBytes = 16 << 20;  // of each side that are laid out at a time
 constexpr int64_t kPartBytes = 1 << 20;  // of the left side that meet one panel: half of a second-level cache
 constexpr int64_t kStep = 32;            // numbers along K of one tile
-constexpr int64_t kPart = 2048;          // numbers along K for which sums stay in tiles
+constexpr int64_t kPart = 512;           // numbers along K for which sums stay in tiles: two panels fit the first-level cache
+constexpr int64_t kPieces = 4;           // panels of one task, at most
 constexpr int64_t kTiles = 4;            // of a row that are laid out together: 256 bytes; divides kPart
 constexpr int64_t kGroup = 128;          // rows that are laid out together
 constexpr int64_t kWide = 64;            // outputs that are laid out together: a cache line of codes
@@ -136,7 +137,7 @@ void finish_rows(const FixedCall& call, const float* sums, int64_t row, int64_t 
     for (int64_t r = 0; r < rows; ++r) {
         char* out = at(call.out, kOut, (row + r) * call.out_stride + n);
         by_sixteen(columns, [&](int64_t i, bool whole) {
-            store_some<kOut>(out, i, columns, whole, load16<HB_F32>(sums + r * kBlockColumns, i) * call.scale);
+            store_some<kOut, kRoundsItself>(out, i, columns, whole, load16<HB_F32>(sums + r * kBlockColumns, i) * call.scale);
         });
     }
 }
@@ -145,24 +146,29 @@ LeftRows rows_of(const FixedOperand& a, int64_t row, int64_t k0) {
     return {at(a.data, HB_BF16, row * a.stride + k0), 2 * a.stride, 64, 32 * a.stride};
 }
 
-// Rows [from, to) of the left side, which has no data where rows are read in place, times outputs [n, n + 32).
+// Rows [from, to) of the left side, which has no data where rows are read in place, times outputs [n, end). K is the outer loop: the
+// part of the left side meets all panels while it is near.
 bool part_of_outputs(const FixedCall& call, const Side& left, const Side& right, int64_t m0, int64_t from, int64_t to, int64_t n0,
-                     int64_t n) {
-    const int64_t columns = smaller(kBlockColumns, call.n - n0 - n), kpad = left.kpad;
-    auto* c = static_cast<float*>(scratch(SLOT_SUMS, size_t(round_up(to - from, kBlockRows) * kBlockColumns) * 4));
+                     int64_t n, int64_t end) {
+    const int64_t kpad = left.kpad, all = round_up(to - from, kBlockRows) * kBlockColumns;
+    const bool kept = kpad > kPart;  // sums of a single part of K stay in the first-level cache: the next rows write over them
+    auto* c = static_cast<float*>(scratch(SLOT_SUMS, size_t(kept ? ceil_div(end - n, kBlockColumns) * all : kBlockRows * kBlockColumns) * 4));
     if (!c) return false;
     const auto finish = call.out_dtype == HB_F32 ? finish_rows<HB_F32> : call.out_dtype == HB_BF16 ? finish_rows<HB_BF16> : finish_rows<HB_F16>;
     for (int64_t k0 = 0; k0 < kpad; k0 += kPart) {
         const bool last = k0 + kPart >= kpad;
-        const auto* panels = reinterpret_cast<const uint8_t*>(right.block(n, k0));
-        for (int64_t r = from; r < to; r += kBlockRows) {
-            const int64_t rows = smaller(kBlockRows, to - r);
-            float* sums = c + (last && k0 == 0 ? 0 : (r - from) * kBlockColumns);
-            const int64_t bytes = 2 * left.size(k0);
-            const LeftRows x = left.data ? tiles_of_rows(left.block(r, k0), bytes) : rows_of(call.a, m0 + r, k0);
-            const Lines results = lines_of(call.out, call.out_dtype, call.out_stride, m0 + r, int(rows), n0 + n);
-            multiply_block<true>(x, bytes, int(rows), panels, sums, k0 > 0, last ? results : Lines{});
-            if (last) finish(call, sums, m0 + r, rows, n0 + n, columns);
+        const int64_t bytes = 2 * left.size(k0);
+        for (int64_t column = n; column < end; column += kBlockColumns) {
+            const int64_t columns = smaller(kBlockColumns, call.n - n0 - column);
+            const auto* panels = reinterpret_cast<const uint8_t*>(right.block(column, k0));
+            for (int64_t r = from; r < to; r += kBlockRows) {
+                const int64_t rows = smaller(kBlockRows, to - r);
+                float* sums = c + (kept ? (column - n) / kBlockColumns * all + (r - from) * kBlockColumns : 0);
+                const LeftRows x = left.data ? tiles_of_rows(left.block(r, k0), bytes) : rows_of(call.a, m0 + r, k0);
+                const Lines results = lines_of(call.out, call.out_dtype, call.out_stride, m0 + r, int(rows), n0 + column);
+                multiply_block<true>(x, bytes, int(rows), panels, sums, k0 > 0, last ? results : Lines{});
+                if (last) finish(call, sums, m0 + r, rows, n0 + column, columns);
+            }
         }
     }
     return true;
@@ -176,7 +182,9 @@ int fixed_bf16(const FixedCall& call) {
     const int64_t kpad = round_up(a.k, kStep);
     const int64_t most_rows = round_up(smaller(call.m, kLeftBytes / (2 * kpad) + 1), kBlockRows);
     const int64_t most_outputs = round_up(smaller(call.n, kRightBytes / (2 * kpad) + 1), kWide);
-    const int64_t part = round_up(smaller(most_rows, kPartBytes / (2 * kpad) + 1), kBlockRows);
+    // each thread has rows of its own
+    const int64_t fair = ceil_div(call.m, threads()), fit = kPartBytes / (2 * kpad) + 1;
+    const int64_t part = round_up(smaller(smaller(most_rows, fair), fit), kBlockRows);
     const bool scales_codes = call.n < call.m;  // the smaller side
     const AnyFloat *of_rows = scales_codes ? nullptr : a.scale, *of_codes = scales_codes ? a.scale : nullptr;
     const auto lay = a.step == 1 ? lay_rows : lay_columns;
@@ -192,19 +200,20 @@ int fixed_bf16(const FixedCall& call) {
         for (int64_t m0 = 0; m0 < call.m; m0 += most_rows) {
             const int64_t rows = smaller(most_rows, call.m - m0), groups = in_place ? 0 : ceil_div(rows, kGroup);
             const Side left = {of_left, round_up(rows, kBlockRows), kpad};
-            const int64_t first = m0 == 0 ? wides : 0;
-            take_tasks(groups + first, ceil_div((4 * groups + 2 * first) * kpad, 1024), [](bool) {}, [&](int64_t task) {
-                if (task < first) {
-                    lay_codes(call, of_codes, n0, task * kWide, smaller(kWide, outputs - task * kWide), right);
-                } else {
-                    const int64_t row = (task - first) * kGroup;
-                    lay(a, of_rows, m0, row, smaller(kGroup, rows - row), left);
-                }
+            const int64_t first = m0 == 0 ? wides : 0, laid = groups + first;
+            // both sides in turn, so that the share of each thread has the rows that it will multiply
+            take_tasks(laid, ceil_div((4 * groups + 2 * first) * kpad, 1024), [](bool) {}, [&](int64_t task) {
+                const int64_t group = task * groups / laid, next = (task + 1) * groups / laid, wide = task - group;
+                if (next == group)
+                    lay_codes(call, of_codes, n0, wide * kWide, smaller(kWide, outputs - wide * kWide), right);
+                else
+                    lay(a, of_rows, m0, group * kGroup, smaller(kGroup, rows - group * kGroup), left);
             });
-            const int64_t panels = ceil_div(outputs, kBlockColumns), tasks = ceil_div(rows, part) * panels;
+            const int64_t panels = ceil_div(outputs, kBlockColumns), pieces = smaller(kPieces, ceil_div(panels, 2));
+            const int64_t counts = ceil_div(panels, pieces), tasks = ceil_div(rows, part) * counts, width = pieces * kBlockColumns;
             take_tasks(tasks, tasks, [](bool begins) { begins ? configure_tiles() : release_tiles(); }, [&](int64_t task) {
-                const int64_t from = task / panels * part, n = task % panels * kBlockColumns;
-                if (!part_of_outputs(call, left, right, m0, from, smaller(from + part, rows), n0, n)) complete = false;
+                const int64_t from = task / counts * part, n = task % counts * width, end = smaller(n + width, panels * kBlockColumns);
+                if (!part_of_outputs(call, left, right, m0, from, smaller(from + part, rows), n0, n, end)) complete = false;
             });
         }
     }

@@ -129,14 +129,26 @@ static void for_range(int64_t size, int64_t grain, const Body& body) {
         const_cast<Body*>(&body));
 }
 
-// task(i) for all i < count, on as many threads. Tasks are taken, not dealt: a core that others use as well holds nobody up.
-// `around` is called at the begin and the end of each thread's share with true and false.
+// task(i) for all i < count, on as many threads. Each thread has a share of neighbours, the same one in every region with as many
+// tasks, so that what it finds in its caches is its own. Tasks are taken, not dealt: who has none left takes them from others,
+// and a core that others use as well holds nobody up. `around` is called at the begin and the end of each thread's work with true
+// and false.
 template <class Task, class Around>
 static void take_tasks(int64_t count, int64_t most_threads, const Around& around, const Task& task) {
-    std::atomic<int64_t> next{0};
-    for_range(smaller(smaller(threads(), most_threads), count), 1, [&](int64_t, int64_t) {
+    constexpr int64_t kMostShares = 64;
+    struct alignas(64) Counter {
+        std::atomic<int64_t> next;
+    };
+    const int64_t workers = smaller(smaller(threads(), most_threads), count), shares = smaller(workers, kMostShares);
+    if (workers < 1) return;
+    Counter counters[kMostShares];
+    for (int64_t s = 0; s < shares; ++s) counters[s].next = s * count / shares;
+    for_range(workers, 1, [&](int64_t begin, int64_t) {
         around(true);
-        for (int64_t i = next++; i < count; i = next++) task(i);
+        for (int64_t s = begin; s < begin + shares; ++s) {
+            const int64_t share = s % shares, end = (share + 1) * count / shares;
+            for (int64_t i = counters[share].next++; i < end; i = counters[share].next++) task(i);
+        }
         around(false);
     });
 }

@@ -64,9 +64,9 @@ Processor::Processor() {
 #ifdef HB_EMULATE_AMX
     legal[HB_AMX] = legal[HB_AVX512VNNI] && product_amx();
 #else
-    // tiles, of int8 and of bfloat16: there is no processor with one of the two
+    // tiles, of int8 and of bfloat16, and vectors that are rounded to bfloat16: there is no processor with one of the three
     const uint32_t with_tiles = (1u << 22) | (1u << 24) | (1u << 25);
-    const bool amx = (d & with_tiles) == with_tiles, tiles = (state & 0x60000) == 0x60000;
+    const bool amx = (d & with_tiles) == with_tiles && (a1 & (1u << 5)), tiles = (state & 0x60000) == 0x60000;
     legal[HB_AMX] = legal[HB_AVX512VNNI] && amx && tiles && may_use_tiles() && product_amx();
 #endif
 #elif defined(__aarch64__)

@@ -29,14 +29,12 @@ void kernel(const int8_t* x, int64_t size, int rows, const uint8_t* panels, int,
 
 const ProductBodies& bodies() {
     static const ProductBodies made = [] {
-        ProductBodies all = *product_avx512vnni();  // the row form and the end of both
+        ProductBodies all = *product_avx512vnni();  // the row form
         all.mr = kBlockRows, all.nr = kBlockColumns, all.kc = kCodes, all.k_unit = 64;
         all.finer = product_avx512vnni(), all.begin = configure_tiles, all.end = release_tiles;
         all.pack_rows = pack_rows, all.panel = panel_avx512, all.kernel = kernel, all.fixed_columns = nullptr;
         all.fixed_bf16 = fixed_bf16;
-#if defined(__AVX512BF16__)
-        if (__builtin_cpu_supports("avx512bf16")) all.finish = finish;
-#endif
+        all.finish = finish;
         return all;
     }();
     return made;

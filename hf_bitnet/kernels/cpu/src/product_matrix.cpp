@@ -6,6 +6,7 @@ namespace {
 
 constexpr int64_t kSlabBytes = 4 << 20;  // int8 bytes of x laid out at a time
 constexpr int64_t kPartBytes = 1 << 20;  // int8 bytes of x that meet one panel: half of a second-level cache
+constexpr int64_t kOwnRows = 512;          // for fewer, unpacking the weights for each thread anew does not pay
 constexpr int64_t kPieces = 16;            // panels that meet a part of a wide x, at most
 constexpr int64_t kPartWidth = 2048;     // codes of a row of x that are counted for that
 
@@ -197,9 +198,10 @@ int linear_blocks(const Call& call) {
     slab.scales = reinterpret_cast<float*>(slab.blocks + most * slab.kpad);
     slab.sums = reinterpret_cast<int32_t*>(slab.scales + most);
     const int64_t pieces = pieces_of_weights(call, body.nr), of_gate = call.gate ? 2 : 1;
-    // each thread should have four parts at least
+    // each thread should have four parts at least, and rows of its own where they are many
     const int64_t fair = most * pieces / of_gate / (4 * threads()) + 1, fit = kPartBytes / smaller(slab.kpad, kPartWidth) + 1;
-    const int64_t part = round_up(smaller(smaller(most, fair), fit), body.mr);
+    const int64_t share = ceil_div(smaller(most, call.m), threads()), own = share > kOwnRows ? share : kOwnRows;
+    const int64_t part = round_up(smaller(smaller(most, own), smaller(fair, fit)), body.mr);
     // rows of x that do not fit the second-level cache whole meet several pieces in each part of K
     const bool wide = slab.kpad > kPartWidth && call.weights[0].groups == 1 && pieces;
     const int64_t count = of_gate * (wide ? smaller(kPieces, ceil_div(pieces, 2 * of_gate * threads())) : 1), counts = ceil_div(pieces, count);
