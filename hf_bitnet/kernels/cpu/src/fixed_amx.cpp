@@ -14,13 +14,14 @@
 namespace hb {
 namespace {
 
-constexpr int64_t kLeftBytes = 8 << 20, kRightBytes = 16 << 20;  // of each side that are laid out at a time
-constexpr int64_t kPartBytes = 1 << 20;  // of the left side that meet one panel: half of a second-level cache
+constexpr int64_t kRightBytes = 16 << 20;  // of the right side that are laid out at a time
+constexpr int64_t kPartBytes = 1 << 20;  // of rows read in place that meet one panel: half of a second-level cache
+constexpr int64_t kPieces = 4;           // panels that they meet in one task, at most
+constexpr int64_t kLaidRows = 256;       // rows that are laid out at a time; with their sums and panels half of such a cache
+constexpr int64_t kLaidPieces = 16;      // panels that they meet in one task, at most
 constexpr int64_t kStep = 32;            // numbers along K of one tile
 constexpr int64_t kPart = 512;           // numbers along K for which sums stay in tiles: two panels fit the first-level cache
-constexpr int64_t kPieces = 4;           // panels of one task, at most
 constexpr int64_t kTiles = 4;            // of a row that are laid out together: 256 bytes; divides kPart
-constexpr int64_t kGroup = 128;          // rows that are laid out together
 constexpr int64_t kWide = 64;            // outputs that are laid out together: a cache line of codes
 
 // One side, laid out: `span` rows (or outputs) in whole blocks, `kpad` along K, two bytes each.
@@ -133,12 +134,14 @@ void lay_codes(const FixedCall& call, const AnyFloat* scale, int64_t n0, int64_t
 }
 
 template <int kOut>
-void finish_rows(const FixedCall& call, const float* sums, int64_t row, int64_t rows, int64_t n, int64_t columns) {
-    for (int64_t r = 0; r < rows; ++r) {
+void finish_rows(const FixedCall& call, const float* sums, int64_t row, int64_t rows, int64_t n, int64_t columns, bool streams) {
+    for (int64_t r = 0; r < rows; ++r, sums += kBlockColumns) {
         char* out = at(call.out, kOut, (row + r) * call.out_stride + n);
-        by_sixteen(columns, [&](int64_t i, bool whole) {
-            store_some<kOut, kRoundsItself>(out, i, columns, whole, load16<HB_F32>(sums + r * kBlockColumns, i) * call.scale);
-        });
+        const auto value = [&](int64_t i) HB_LAMBDA { return load16<HB_F32>(sums, i) * call.scale; };
+        if (streams)
+            stream32<kOut, kRoundsItself>(out, 0, value(0), value(16));
+        else
+            by_sixteen(columns, [&](int64_t i, bool whole) HB_LAMBDA { store_some<kOut, kRoundsItself>(out, i, columns, whole, value(i)); });
     }
 }
 
@@ -146,76 +149,94 @@ LeftRows rows_of(const FixedOperand& a, int64_t row, int64_t k0) {
     return {at(a.data, HB_BF16, row * a.stride + k0), 2 * a.stride, 64, 32 * a.stride};
 }
 
-// Rows [from, to) of the left side, which has no data where rows are read in place, times outputs [n, end). K is the outer loop: the
-// part of the left side meets all panels while it is near.
-bool part_of_outputs(const FixedCall& call, const Side& left, const Side& right, int64_t m0, int64_t from, int64_t to, int64_t n0,
-                     int64_t n, int64_t end) {
-    const int64_t kpad = left.kpad, all = round_up(to - from, kBlockRows) * kBlockColumns;
+using LayLeft = void (*)(const FixedOperand&, const AnyFloat*, int64_t, int64_t, int64_t, const Side&);
+
+// How the left side is read: laid out by `lay`, with the factors along K where there are some, or where it lies (NULL).
+struct Left {
+    LayLeft lay;
+    const AnyFloat* scale;
+};
+
+// Rows [from, to) of the left side times outputs [n, end) of the right one, which begins with output n0. K is the outer loop: a part of
+// the left side is laid out and meets all panels while it is near.
+bool part_of_outputs(const FixedCall& call, const Left& left, const Side& right, int64_t from, int64_t to, int64_t n0, int64_t n,
+                     int64_t end) {
+    const int64_t kpad = right.kpad, span = round_up(to - from, kBlockRows), all = span * kBlockColumns;
     const bool kept = kpad > kPart;  // sums of a single part of K stay in the first-level cache: the next rows write over them
     auto* c = static_cast<float*>(scratch(SLOT_SUMS, size_t(kept ? ceil_div(end - n, kBlockColumns) * all : kBlockRows * kBlockColumns) * 4));
-    if (!c) return false;
+    auto* own = left.lay ? static_cast<char*>(scratch(SLOT_CODES, size_t(2 * span * smaller(kpad, kPart)))) : nullptr;
+    if (!c || (left.lay && !own)) return false;
     const auto finish = call.out_dtype == HB_F32 ? finish_rows<HB_F32> : call.out_dtype == HB_BF16 ? finish_rows<HB_BF16> : finish_rows<HB_F16>;
     for (int64_t k0 = 0; k0 < kpad; k0 += kPart) {
         const bool last = k0 + kPart >= kpad;
-        const int64_t bytes = 2 * left.size(k0);
+        const int64_t size = right.size(k0);
+        const Side near = {own, span, size};
+        if (left.lay) {
+            FixedOperand a = call.a;
+            a.data = at(a.data, HB_BF16, k0 * a.step), a.k = smaller(a.k - k0, size);
+            left.lay(a, left.scale ? left.scale + k0 : nullptr, from, 0, to - from, near);
+        }
         for (int64_t column = n; column < end; column += kBlockColumns) {
             const int64_t columns = smaller(kBlockColumns, call.n - n0 - column);
             const auto* panels = reinterpret_cast<const uint8_t*>(right.block(column, k0));
             for (int64_t r = from; r < to; r += kBlockRows) {
                 const int64_t rows = smaller(kBlockRows, to - r);
                 float* sums = c + (kept ? (column - n) / kBlockColumns * all + (r - from) * kBlockColumns : 0);
-                const LeftRows x = left.data ? tiles_of_rows(left.block(r, k0), bytes) : rows_of(call.a, m0 + r, k0);
-                const Lines results = lines_of(call.out, call.out_dtype, call.out_stride, m0 + r, int(rows), n0 + column);
-                multiply_block<true>(x, bytes, int(rows), panels, sums, k0 > 0, last ? results : Lines{});
-                if (last) finish(call, sums, m0 + r, rows, n0 + column, columns);
+                const LeftRows x = left.lay ? tiles_of_rows(near.block(r - from, 0), 2 * size) : rows_of(call.a, r, k0);
+                const Lines results = lines_of(call.out, call.out_dtype, call.out_stride, r, int(rows), n0 + column);
+                const bool streams = columns == kBlockColumns && are_cache_lines(results);
+                multiply_block<true>(x, 2 * size, int(rows), panels, sums, k0 > 0, last && !streams ? results : Lines{});
+                if (last) finish(call, sums, r, rows, n0 + column, columns, streams);
             }
         }
     }
+    finish_streams();
     return true;
 }
+
+// How many rows and panels a task has: what it works on at a time should fit half of a second-level cache.
+struct Cut {
+    int64_t rows, panels;
+
+    Cut(const FixedCall& call, bool in_place, int64_t kpad, int64_t panels_there) {
+        const int64_t fair = ceil_div(call.m, threads());  // each thread has rows of its own
+        if (in_place) {
+            rows = round_up(smaller(fair, kPartBytes / (2 * kpad) + 1), kBlockRows), panels = smaller(kPieces, ceil_div(panels_there, 2));
+        } else {
+            rows = smaller(kLaidRows, round_up(fair > 2 * kBlockRows ? fair : 2 * kBlockRows, kBlockRows));
+            const int64_t parts = ceil_div(call.m, rows);
+            panels = smaller(kLaidPieces, ceil_div(panels_there, ceil_div(threads(), parts)));
+        }
+    }
+};
 
 }  // namespace
 
 int fixed_bf16(const FixedCall& call) {
     const FixedOperand& a = call.a;
     if (a.dtype != HB_BF16 || (a.step != 1 && a.stride != 1)) return HB_ERROR_UNSUPPORTED;
-    const int64_t kpad = round_up(a.k, kStep);
-    const int64_t most_rows = round_up(smaller(call.m, kLeftBytes / (2 * kpad) + 1), kBlockRows);
-    const int64_t most_outputs = round_up(smaller(call.n, kRightBytes / (2 * kpad) + 1), kWide);
-    // each thread has rows of its own
-    const int64_t fair = ceil_div(call.m, threads()), fit = kPartBytes / (2 * kpad) + 1;
-    const int64_t part = round_up(smaller(smaller(most_rows, fair), fit), kBlockRows);
+    const int64_t kpad = round_up(a.k, kStep), most_outputs = round_up(smaller(call.n, kRightBytes / (2 * kpad) + 1), kWide);
     const bool scales_codes = call.n < call.m;  // the smaller side
     const AnyFloat *of_rows = scales_codes ? nullptr : a.scale, *of_codes = scales_codes ? a.scale : nullptr;
-    const auto lay = a.step == 1 ? lay_rows : lay_columns;
     // rows a multiple of 4 KB apart share a set of the first-level cache
     const bool in_place = a.step == 1 && !of_rows && call.m % kBlockRows == 0 && a.k % kStep == 0 && a.stride % 2048;
-    auto* of_left = in_place ? nullptr : static_cast<char*>(scratch(SLOT_CODES, size_t(2 * most_rows * kpad)));
+    const Left left = {in_place ? nullptr : a.step == 1 ? lay_rows : lay_columns, of_rows};
     auto* of_right = static_cast<char*>(scratch(SLOT_PANEL, size_t(2 * most_outputs * kpad)));
-    if ((!in_place && !of_left) || !of_right) return HB_ERROR_MEMORY;
+    if (!of_right) return HB_ERROR_MEMORY;
     std::atomic<bool> complete{true};
     for (int64_t n0 = 0; n0 < call.n; n0 += most_outputs) {
         const int64_t outputs = smaller(most_outputs, call.n - n0), wides = ceil_div(outputs, kWide);
         const Side right = {of_right, round_up(outputs, 32), kpad};
-        for (int64_t m0 = 0; m0 < call.m; m0 += most_rows) {
-            const int64_t rows = smaller(most_rows, call.m - m0), groups = in_place ? 0 : ceil_div(rows, kGroup);
-            const Side left = {of_left, round_up(rows, kBlockRows), kpad};
-            const int64_t first = m0 == 0 ? wides : 0, laid = groups + first;
-            // both sides in turn, so that the share of each thread has the rows that it will multiply
-            take_tasks(laid, ceil_div((4 * groups + 2 * first) * kpad, 1024), [](bool) {}, [&](int64_t task) {
-                const int64_t group = task * groups / laid, next = (task + 1) * groups / laid, wide = task - group;
-                if (next == group)
-                    lay_codes(call, of_codes, n0, wide * kWide, smaller(kWide, outputs - wide * kWide), right);
-                else
-                    lay(a, of_rows, m0, group * kGroup, smaller(kGroup, rows - group * kGroup), left);
-            });
-            const int64_t panels = ceil_div(outputs, kBlockColumns), pieces = smaller(kPieces, ceil_div(panels, 2));
-            const int64_t counts = ceil_div(panels, pieces), tasks = ceil_div(rows, part) * counts, width = pieces * kBlockColumns;
-            take_tasks(tasks, tasks, [](bool begins) { begins ? configure_tiles() : release_tiles(); }, [&](int64_t task) {
-                const int64_t from = task / counts * part, n = task % counts * width, end = smaller(n + width, panels * kBlockColumns);
-                if (!part_of_outputs(call, left, right, m0, from, smaller(from + part, rows), n0, n, end)) complete = false;
-            });
-        }
+        take_tasks(wides, ceil_div(2 * wides * kpad, 1024), [](bool) {}, [&](int64_t task) {
+            lay_codes(call, of_codes, n0, task * kWide, smaller(kWide, outputs - task * kWide), right);
+        });
+        const int64_t panels = ceil_div(outputs, kBlockColumns);
+        const Cut cut(call, in_place, kpad, panels);
+        const int64_t counts = ceil_div(panels, cut.panels), tasks = ceil_div(call.m, cut.rows) * counts, width = cut.panels * kBlockColumns;
+        take_tasks(tasks, tasks, [](bool begins) { begins ? configure_tiles() : release_tiles(); }, [&](int64_t task) {
+            const int64_t from = task / counts * cut.rows, n = task % counts * width, end = smaller(n + width, panels * kBlockColumns);
+            if (!part_of_outputs(call, left, right, from, smaller(from + cut.rows, call.m), n0, n, end)) complete = false;
+        });
     }
     return complete ? HB_OK : HB_ERROR_MEMORY;
 }
