@@ -114,23 +114,33 @@ void lay_columns(const FixedOperand& a, const AnyFloat* scale, int64_t m0, int64
     }
 }
 
+// Two rows of sixteen numbers -> pairs of them in bfloat16.
+inline __m512i pairs_of(__m512 first, __m512 second) {
+#if defined(__AVX512BF16__)
+    if constexpr (kRoundsItself) {
+        const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i places = _mm512_or_si512(lower, _mm512_slli_epi32(_mm512_add_epi32(lower, _mm512_set1_epi32(16)), 16));
+        return _mm512_permutexvar_epi16(places, __builtin_bit_cast(__m512i, _mm512_cvtne2ps_pbh(second, first)));
+    }
+#endif
+    return pair(rounded_up_there(first), rounded_up_there(second));
+}
+
 // Outputs [n, n + kWide) of the right side: pairs along K side by side.
 void lay_codes(const FixedCall& call, const AnyFloat* scale, int64_t n0, int64_t n, int64_t outputs, const Side& right) {
     const __m512 zero = _mm512_set1_ps(call.zero_point);
     const int64_t k = call.a.k, columns = round_up(outputs, 32);
-    const auto numbers = [&](int64_t i, int64_t column) HB_LAMBDA {  // in upper halves
-        if (i >= k || column >= outputs) return _mm512_setzero_si512();
+    const auto numbers = [&](int64_t i, int64_t column) HB_LAMBDA {
+        if (i >= k || column >= outputs) return _mm512_setzero_ps();
         const __mmask16 there = __mmask16(first_of_32(smaller(outputs - column, 16)));
         const __m512i codes = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(there, call.b + i * call.b_stride + n0 + n + column));
-        const __m512 levels = _mm512_cvtepi32_ps(codes);
-        if (!scale && call.zero_point == 0.0f) return _mm512_castps_si512(levels);
-        return rounded_up_there(_mm512_mul_ps(_mm512_sub_ps(levels, zero), _mm512_set1_ps(scale ? scale[i] : 1.0f)));
+        const __m512 levels = _mm512_sub_ps(_mm512_cvtepi32_ps(codes), zero);
+        return scale ? _mm512_mul_ps(levels, _mm512_set1_ps(scale[i])) : levels;
     };
     for (int64_t k0 = 0; k0 < right.kpad; k0 += kStep)
         for (int64_t p = 0; p < 16; ++p)
             for (int64_t column = 0; column < columns; column += 16)
-                _mm512_store_si512(right.tile(n + column, k0) + 64 * p,
-                                   pair(numbers(k0 + 2 * p, column), numbers(k0 + 2 * p + 1, column)));
+                _mm512_store_si512(right.tile(n + column, k0) + 64 * p, pairs_of(numbers(k0 + 2 * p, column), numbers(k0 + 2 * p + 1, column)));
 }
 
 template <int kOut>
@@ -216,7 +226,8 @@ int fixed_bf16(const FixedCall& call) {
     const FixedOperand& a = call.a;
     if (a.dtype != HB_BF16 || (a.step != 1 && a.stride != 1)) return HB_ERROR_UNSUPPORTED;
     const int64_t kpad = round_up(a.k, kStep), most_outputs = round_up(smaller(call.n, kRightBytes / (2 * kpad) + 1), kWide);
-    const bool scales_codes = call.n < call.m;  // the smaller side
+    // factors along K go to the smaller side; to codes, which become floats anyway, they cost next to nothing
+    const bool scales_codes = call.n < (kRoundsItself ? 4 : 1) * call.m;
     const AnyFloat *of_rows = scales_codes ? nullptr : a.scale, *of_codes = scales_codes ? a.scale : nullptr;
     // rows a multiple of 4 KB apart share a set of the first-level cache
     const bool in_place = a.step == 1 && !of_rows && call.m % kBlockRows == 0 && a.k % kStep == 0 && a.stride % 2048;
