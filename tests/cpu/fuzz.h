@@ -65,7 +65,8 @@ double nearest(int dtype, double value);
 // end; at any address. What is not set is not initialized, for valgrind. No numbers: often no address either.
 class Array {
   public:
-    Array(Random& random, int dtype, int64_t count);
+    // aligned: at a line of the cache, where results may be written as whole lines
+    Array(Random& random, int dtype, int64_t count, bool aligned = false);
     Array(const Array&) = delete;
     ~Array() { free(block_); }
 

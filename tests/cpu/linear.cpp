@@ -86,16 +86,17 @@ struct Weight {
     Array bytes, scale, bias, out;
     std::vector<int> levels;  // (n, k), of unpacked weights codes
 
-    Weight(Random& random, const Case& c, int64_t n)
+    // aligned: rows of results begin with lines of the cache, if n is a multiple of 32
+    Weight(Random& random, const Case& c, int64_t n, bool aligned = false)
         : n(n),
           stride((c.k * c.grid.bits + 7) / 8 + random.between(0, 1) * random.between(0, 9)),
           scale_rows(random.one_in(2) ? 1 : n),
-          out_stride(n + random.between(0, 1) * random.between(0, 5)),
+          out_stride(n + random.between(0, 1) * (aligned ? 32 : random.between(0, 5))),
           with_bias(!c.exact && random.one_in(2)),
           bytes(random, HB_I8, n ? (n - 1) * stride + (c.k * c.grid.bits + 7) / 8 : 0),
           scale(random, HB_F32, scale_rows * c.groups),
           bias(random, random_float_dtype(random), n),
-          out(random, c.out_dtype, c.m ? (c.m - 1) * out_stride + n : 0) {
+          out(random, c.out_dtype, c.m ? (c.m - 1) * out_stride + n : 0, aligned) {
         for (int64_t i = 0; i < scale.count(); ++i) scale.set(i, c.exact ? 1.0 : random.uniform(-0.5, 1));
         for (int64_t i = 0; i < n; ++i) bias.set(i, random.uniform(-2, 2));
         for (int64_t i = 0; i < n; ++i) {
@@ -168,7 +169,9 @@ void fuzz_linear(Random& random) {
     std::vector<Weight*> weights;
     std::vector<hb_weight> given;
     for (int64_t i = 0; i < count; ++i) {
-        weights.push_back(new Weight(random, c, random.size(most > 600 ? 600 : most < 4 ? 4 : most)));
+        const int64_t n = random.size(most > 600 ? 600 : most < 4 ? 4 : most);
+        const bool aligned = random.one_in(4);  // several panels, too, where K is so long that they share its parts
+        weights.push_back(aligned ? new Weight(random, c, n / 32 * 32 + 32 * random.between(1, 3), true) : new Weight(random, c, n));
         given.push_back(weights.back()->given(c));
     }
     expect_ok(call(random, c, input, given));

@@ -87,11 +87,12 @@ static T read(const char* from) {
 
 // ---- Array ----
 
-Array::Array(Random& random, int dtype, int64_t count) : dtype_(dtype), count_(count), block_(nullptr), data_(nullptr) {
+Array::Array(Random& random, int dtype, int64_t count, bool aligned) : dtype_(dtype), count_(count), block_(nullptr), data_(nullptr) {
     if (count <= 0 && random.one_in(2)) return;
-    const int64_t shift = random.one_in(2) ? random.between(0, 63) : 0, bytes = (count < 0 ? 0 : count) * width_of(dtype);
-    block_ = static_cast<char*>(malloc(size_t(bytes + shift)));
-    data_ = block_ + shift;
+    const int64_t shift = !aligned && random.one_in(2) ? random.between(0, 63) : 0, bytes = (count < 0 ? 0 : count) * width_of(dtype);
+    void* block = nullptr;
+    if (posix_memalign(&block, 64, size_t(bytes + shift))) abort();
+    block_ = static_cast<char*>(block), data_ = block_ + shift;
 }
 
 double Array::get(int64_t i) const {

@@ -86,14 +86,16 @@ void expect_fixed_row(const FixedCase& c, const Array& a, const Array& a_scale, 
 void check_fixed_matmul(Random& random, int64_t m, int64_t n, int64_t k) {
     FixedCase c = {};
     c.operand = random_operand(random, m, k);
-    c.n = n, c.b_stride = n + random.between(0, 1) * 5, c.out_stride = n + random.between(0, 1) * 3;
+    const bool aligned = random.one_in(4);  // results in whole lines of the cache, and several panels
+    if (aligned) n = n / 32 * 32 + 32 * random.between(1, 3);
+    c.n = n, c.b_stride = n + random.between(0, 1) * 5, c.out_stride = n + random.between(0, 1) * (aligned ? 32 : 3);
     c.exact = k > 0 && k <= 500 && random.one_in(3);
     c.scaled = !c.exact && random.one_in(2);
     c.zero_point = c.exact ? 0.0f : random.one_in(2) ? -0.5f : float(random.between(-2, 2));
     c.scale = c.exact ? 1.0f : float(random.uniform(-0.1, 2));
     Array a(random, c.exact ? int(HB_F32) : random_float_dtype(random), c.operand.count), a_scale(random, HB_F32, k);
     Array b(random, HB_I8, k ? (k - 1) * c.b_stride + n : 0);
-    Array out(random, c.exact ? int(HB_F32) : random_float_dtype(random), m ? (m - 1) * c.out_stride + n : 0);
+    Array out(random, c.exact ? int(HB_F32) : random_float_dtype(random), m ? (m - 1) * c.out_stride + n : 0, aligned);
     describe("hb_fixed_matmul m=%lld n=%lld k=%lld stride %lld step %lld, %d to %d, %s", ll(m), ll(n), ll(k),
              ll(c.operand.stride), ll(c.operand.step), a.dtype(), out.dtype(), c.exact ? "exact" : "rounded");
     fill_operand(random, c.operand, c.exact, a);
