@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import hf_bitnet as hb
+from hf_bitnet.publish.opening import tokenizer_at
 from tests.command_line import Captured, run, save_base, save_quantized
 
 
@@ -153,6 +154,18 @@ def test_a_run_s_folder_and_an_adapter_are_no_models(packed: Path, tmp_path: Pat
         code, _, err = run(capsys, *(adapter if word == "{}" else word for word in words))
         assert code == 1 and "holds an adapter of peft for 'org/base' and no model; load that model" in err, words
     assert not (tmp_path / "e").exists()
+
+
+def test_a_folder_of_models_names_them(packed: Path, tmp_path: Path, capsys: Captured) -> None:
+    for name in ("full", "ternary"):
+        shutil.copytree(packed, tmp_path / "models" / name)
+    for words in (("chat", tmp_path / "models", "--prompt", "ba"), ("info", tmp_path / "models")):
+        code, _, err = run(capsys, *words)
+        folders = f"{tmp_path / 'models' / 'full'}, {tmp_path / 'models' / 'ternary'}"
+        assert code == 1 and f"holds no model, but folders of models; give one of them: {folders}" in err, words
+    # but a tokenizer may lie there for itself
+    shutil.copy(packed / "tokenizer.json", tmp_path / "models")
+    assert tokenizer_at(tmp_path / "models")("ba").input_ids == tokenizer_at(packed)("ba").input_ids
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from .importing import folder_tokenizer, holds_gguf, import_model, import_tokeni
 _ADVICE = "copy or download it again"
 # what a run leaves in its folder, the best to open first
 _OF_A_RUN = ("packed", "train", "checkpoint-*")
+# a folder with one of these may be wanted for itself
+_OF_A_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 def open_model(path: str | os.PathLike[str], **options: Any) -> Any:
@@ -93,6 +95,9 @@ def _refuse_other_folders(folder: Path) -> None:
     inside = [str(each.parent) for name in _OF_A_RUN for each in sorted(folder.glob(f"{name}/config.json"))]
     if inside:
         raise ValueError(f"{str(folder)!r} is the folder of a run; give one of the models in it: {', '.join(inside)}")
+    others = [str(each.parent) for each in sorted(folder.glob("*/config.json"))]
+    if others and not any((folder / name).is_file() for name in _OF_A_TOKENIZER):
+        raise ValueError(f"{str(folder)!r} holds no model, but folders of models; give one of them: {', '.join(others)}")
     if (folder / "adapter_config.json").is_file():
         base = read_object(folder / "adapter_config.json", _ADVICE).get("base_model_name_or_path")
         raise ValueError(
