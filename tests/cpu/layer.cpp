@@ -106,7 +106,8 @@ void fuzz_decode_layer(Random& random) {
 void fuzz_decode_tokens(Random& random) {
     const int dtype = random.one_in(3) ? HB_F16 : random.one_in(2) ? HB_BF16 : HB_F32;
     const int64_t size = dtype == HB_F32 ? 4 : 2, d = 2 * random.between(1, 40), kv = random.between(1, 3);
-    const int64_t heads = kv * random.between(1, 3), ffn = random.between(1, 60);
+    // several panels of a gate, and its results in whole lines of the cache
+    const int64_t heads = kv * random.between(1, 3), ffn = random.one_in(4) ? 32 * random.between(4, 12) : random.between(1, 60);
     const int64_t hidden = d + (random.one_in(12) ? random.between(500, 4500) : random.between(0, 40));  // sums in several parts
     const int64_t tokens = random.one_in(40) ? random.between(500, 600) : random.between(2, 70), batch = random.between(1, 3);
     const int64_t length = random.one_in(3) ? 0 : random.between(0, 300), places = length + tokens + random.between(0, 3);

@@ -9,6 +9,7 @@ namespace fuzz {
 namespace {
 
 struct Case {
+    bool wide;  // many panels of weights meet rows of x that are longer than a cache holds
     int64_t m, k, groups, x_stride;
     hb_grid grid;
     bool exact;  // nothing is rounded: no scales, no zero points, float32 sums below 2^24
@@ -22,7 +23,10 @@ Case random_case(Random& random) {
     c.m = random.one_in(3) ? random.size(70) : random.between(0, 9);
     c.k = random.size(random.one_in(5) ? 2300 : 300);
     c.groups = 1;
-    if (random.one_in(2) && c.k) {
+    c.wide = random.one_in(16);
+    if (c.wide) {
+        c.m = random.between(9, 14), c.k = random.between(2049, 2400);
+    } else if (random.one_in(2) && c.k) {
         const int64_t unit = random.one_in(2) ? 1 : random.one_in(2) ? 32 : 64;  // a random divisor, often with groups that fit
         if (c.k >= unit) c.k = c.k / unit * unit;
         do c.groups = random.between(1, c.k > 40 ? 40 : c.k);
@@ -165,11 +169,11 @@ void fuzz_linear(Random& random) {
         ll(c.m), ll(c.k), c.grid.bits, c.grid.packed, c.grid.lowest, c.grid.step, double(c.grid.zero_point), ll(c.groups),
         c.floats, c.normed, c.with_scale, c.with_zero, c.out_dtype, c.exact);
     const Input input(random, c);
-    const int64_t count = random.one_in(3) ? random.between(2, 3) : 1, most = 300000 / ((c.m + 1) * (c.k + 1) * count);
+    const int64_t count = !c.wide && random.one_in(3) ? random.between(2, 3) : 1, most = 300000 / ((c.m + 1) * (c.k + 1) * count);
     std::vector<Weight*> weights;
     std::vector<hb_weight> given;
     for (int64_t i = 0; i < count; ++i) {
-        const int64_t n = random.size(most > 600 ? 600 : most < 4 ? 4 : most);
+        const int64_t n = c.wide ? random.between(200, 360) : random.size(most > 600 ? 600 : most < 4 ? 4 : most);
         const bool aligned = random.one_in(4);  // several panels, too, where K is so long that they share its parts
         weights.push_back(aligned ? new Weight(random, c, n / 32 * 32 + 32 * random.between(1, 3), true) : new Weight(random, c, n));
         given.push_back(weights.back()->given(c));

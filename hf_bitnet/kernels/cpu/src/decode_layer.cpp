@@ -120,7 +120,7 @@ int attend_many(const hb_decoder_layer& l, const Part& part, const Space& space)
     });
     std::atomic<int> failed{HB_OK};
     const int64_t pieces = ceil_div(part.tokens, kAttendRows), tasks = heads * pieces;
-    take_tasks(tasks, tasks, [&](bool begins) { begins ? body.begin() : body.end(); }, [&](int64_t task) {
+    take_in_order(tasks, [&](bool begins) { begins ? body.begin() : body.end(); }, [&](int64_t task) {
         void* own = scratch(SLOT_ROW, size_t(body.space_bytes(d)));
         const int64_t head = task % heads, piece = pieces - 1 - task / heads;  // the last ones, which see most, first
         if (own)

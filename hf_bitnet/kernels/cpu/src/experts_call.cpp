@@ -164,7 +164,7 @@ int many(const Call& call, int64_t first, int64_t tokens) {
         if (const int error = of_expert(call, from, tasks[i])) failed = error;
     };
     if (count >= 2 * threads())
-        take_tasks(count, count, [](bool) {}, compute);
+        take_in_order(count, [](bool) {}, compute);
     else
         for (int64_t i = 0; i < count; ++i) compute(i);
     return failed;

@@ -2,8 +2,8 @@
 //
 // Levels are exact in bfloat16 and the operand is bfloat16 already, so that nothing is rounded but its products with a scale along
 // K, where there is one; sums are float32. Half the rate of int8, but one product in place of two, and nothing to look for in
-// the rows before. Both sides are laid out as tiles once a call: rows of 32 along K on the left, pairs along K of 16 outputs on the
-// right. Blocks and panels of one part of K follow each other. Whole tiles of rows that lie in one piece are read where they are.
+// the rows before. The right side is laid out as tiles once a call, pairs along K of 16 outputs; the left one, rows of 32 along K, by
+// each task for itself, a part of K at a time. Whole tiles of rows that lie in one piece are read where they are.
 #include "product.h"
 
 #ifdef HB_WITH_AMX
@@ -15,7 +15,7 @@ namespace hb {
 namespace {
 
 constexpr int64_t kRightBytes = 16 << 20;  // of the right side that are laid out at a time
-constexpr int64_t kPartBytes = 1 << 20;  // of rows read in place that meet one panel: half of a second-level cache
+constexpr int64_t kPartBytes = 1 << 20;  // of rows read in place that a task has: half of a second-level cache
 constexpr int64_t kPieces = 4;           // panels that they meet in one task, at most
 constexpr int64_t kLaidRows = 256;       // rows that are laid out at a time; with their sums and panels half of such a cache
 constexpr int64_t kLaidPieces = 16;      // panels that they meet in one task, at most
@@ -58,13 +58,13 @@ inline __m512i scaled(__m512i halves, __m512 even, __m512 odd) {  // 32 bfloat16
     return pair(rounded_up_there(_mm512_mul_ps(low, even)), rounded_up_there(_mm512_mul_ps(high, odd)));
 }
 
-// Rows [row, row + rows) where a row lies in one piece: some tiles of each row, then of the next.
-void lay_rows(const FixedOperand& a, const AnyFloat* scale, int64_t m0, int64_t row, int64_t rows, const Side& left) {
+// `rows` rows where each lies in one piece: some tiles of a row, then of the next.
+void lay_rows(const FixedOperand& a, const AnyFloat* scale, int64_t rows, int64_t, const Side& left) {
     const __m512i places = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     for (int64_t k0 = 0; k0 < left.kpad; k0 += kTiles * kStep)
         for (int64_t r = 0; r < round_up(rows, kBlockRows); ++r) {
-            const auto* from = static_cast<const uint16_t*>(a.data) + (m0 + row + r) * a.stride;
-            char* to = left.tile(row + r / 16 * 16, k0) + r % 16 * 64;
+            const auto* from = static_cast<const uint16_t*>(a.data) + r * a.stride;
+            char* to = left.tile(r / 16 * 16, k0) + r % 16 * 64;
             for (int64_t k = k0; k < smaller(k0 + kTiles * kStep, left.kpad); k += kStep, to += 1024) {
                 const __mmask32 there = r < rows ? first_of_32(a.k - k) : 0;
                 __m512i numbers = _mm512_maskz_loadu_epi16(there, from + k);
@@ -81,8 +81,8 @@ void lay_rows(const FixedOperand& a, const AnyFloat* scale, int64_t m0, int64_t 
 }
 
 // 32 rows from `row` on where they are neighbours in memory, 32 numbers of each: pairs along K become words, which are transposed.
-inline void lay_square(const FixedOperand& a, const AnyFloat* scale, int64_t m0, int64_t row, __mmask32 there, int64_t k, const Side& left) {
-    const auto* data = static_cast<const uint16_t*>(a.data) + m0 + row;
+inline void lay_square(const FixedOperand& a, const AnyFloat* scale, int64_t row, __mmask32 there, int64_t k, const Side& left) {
+    const auto* data = static_cast<const uint16_t*>(a.data) + row;
     __m512i low[16], high[16];
     const auto at = [&](int64_t i) HB_LAMBDA {
         if (i >= a.k) return _mm512_setzero_si512();
@@ -104,13 +104,14 @@ inline void lay_square(const FixedOperand& a, const AnyFloat* scale, int64_t m0,
     }
 }
 
-// Rows [row, row + rows) of that kind. The same numbers along K of all of them together: each lies on a page of its own.
-void lay_columns(const FixedOperand& a, const AnyFloat* scale, int64_t m0, int64_t row, int64_t rows, const Side& left) {
-    const auto* data = static_cast<const uint16_t*>(a.data) + m0 + row;
+// `rows` rows of that kind. The same numbers along K of all of them together: each lies on a page of its own. `there`: numbers along K
+// that there are, more than the operand's k where it is a part.
+void lay_columns(const FixedOperand& a, const AnyFloat* scale, int64_t rows, int64_t there, const Side& left) {
+    const auto* data = static_cast<const uint16_t*>(a.data);
     for (int64_t k = 0; k < left.kpad; k += kStep) {
-        for (int64_t i = k + kStep; i < smaller(k + 2 * kStep, a.k); ++i)
+        for (int64_t i = k + kStep; i < smaller(k + 2 * kStep, there); ++i)
             for (int64_t r = 0; r < rows; r += 32) _mm_prefetch(reinterpret_cast<const char*>(data + i * a.step + r), _MM_HINT_T0);
-        for (int64_t r = 0; r < rows; r += 32) lay_square(a, scale, m0, row + r, first_of_32(rows - r), k, left);
+        for (int64_t r = 0; r < rows; r += 32) lay_square(a, scale, r, first_of_32(rows - r), k, left);
     }
 }
 
@@ -159,7 +160,7 @@ LeftRows rows_of(const FixedOperand& a, int64_t row, int64_t k0) {
     return {at(a.data, HB_BF16, row * a.stride + k0), 2 * a.stride, 64, 32 * a.stride};
 }
 
-using LayLeft = void (*)(const FixedOperand&, const AnyFloat*, int64_t, int64_t, int64_t, const Side&);
+using LayLeft = void (*)(const FixedOperand&, const AnyFloat*, int64_t, int64_t, const Side&);
 
 // How the left side is read: laid out by `lay`, with the factors along K where there are some, or where it lies (NULL).
 struct Left {
@@ -172,8 +173,10 @@ struct Left {
 bool part_of_outputs(const FixedCall& call, const Left& left, const Side& right, int64_t from, int64_t to, int64_t n0, int64_t n,
                      int64_t end) {
     const int64_t kpad = right.kpad, span = round_up(to - from, kBlockRows), all = span * kBlockColumns;
+    const int64_t written = call.m * call.n * int64_t(size_of(call.out_dtype));
     const bool kept = kpad > kPart;  // sums of a single part of K stay in the first-level cache: the next rows write over them
-    auto* c = static_cast<float*>(scratch(SLOT_SUMS, size_t(kept ? ceil_div(end - n, kBlockColumns) * all : kBlockRows * kBlockColumns) * 4));
+    const int64_t sums_there = kept ? ceil_div(end - n, kBlockColumns) * all : kBlockRows * kBlockColumns;
+    auto* c = static_cast<float*>(scratch(SLOT_SUMS, size_t(sums_there) * 4));
     auto* own = left.lay ? static_cast<char*>(scratch(SLOT_CODES, size_t(2 * span * smaller(kpad, kPart)))) : nullptr;
     if (!c || (left.lay && !own)) return false;
     const auto finish = call.out_dtype == HB_F32 ? finish_rows<HB_F32> : call.out_dtype == HB_BF16 ? finish_rows<HB_BF16> : finish_rows<HB_F16>;
@@ -183,8 +186,8 @@ bool part_of_outputs(const FixedCall& call, const Left& left, const Side& right,
         const Side near = {own, span, size};
         if (left.lay) {
             FixedOperand a = call.a;
-            a.data = at(a.data, HB_BF16, k0 * a.step), a.k = smaller(a.k - k0, size);
-            left.lay(a, left.scale ? left.scale + k0 : nullptr, from, 0, to - from, near);
+            a.data = at(a.data, HB_BF16, from * a.stride + k0 * a.step), a.k = smaller(a.k - k0, size);
+            left.lay(a, left.scale ? left.scale + k0 : nullptr, to - from, call.a.k - k0, near);
         }
         for (int64_t column = n; column < end; column += kBlockColumns) {
             const int64_t columns = smaller(kBlockColumns, call.n - n0 - column);
@@ -194,7 +197,7 @@ bool part_of_outputs(const FixedCall& call, const Left& left, const Side& right,
                 float* sums = c + (kept ? (column - n) / kBlockColumns * all + (r - from) * kBlockColumns : 0);
                 const LeftRows x = left.lay ? tiles_of_rows(near.block(r - from, 0), 2 * size) : rows_of(call.a, r, k0);
                 const Lines results = lines_of(call.out, call.out_dtype, call.out_stride, r, int(rows), n0 + column);
-                const bool streams = columns == kBlockColumns && are_cache_lines(results);
+                const bool streams = columns == kBlockColumns && go_past_caches(results, written);
                 multiply_block<true>(x, 2 * size, int(rows), panels, sums, k0 > 0, last && !streams ? results : Lines{});
                 if (last) finish(call, sums, r, rows, n0 + column, columns, streams);
             }
@@ -208,15 +211,16 @@ bool part_of_outputs(const FixedCall& call, const Left& left, const Side& right,
 struct Cut {
     int64_t rows, panels;
 
-    Cut(const FixedCall& call, bool in_place, int64_t kpad, int64_t panels_there) {
-        const int64_t fair = ceil_div(call.m, threads());  // each thread has rows of its own
-        if (in_place) {
-            rows = round_up(smaller(fair, kPartBytes / (2 * kpad) + 1), kBlockRows), panels = smaller(kPieces, ceil_div(panels_there, 2));
-        } else {
-            rows = smaller(kLaidRows, round_up(fair > 2 * kBlockRows ? fair : 2 * kBlockRows, kBlockRows));
-            const int64_t parts = ceil_div(call.m, rows);
-            panels = smaller(kLaidPieces, ceil_div(panels_there, ceil_div(threads(), parts)));
-        }
+    // `there`: panels of the right side
+    Cut(const FixedCall& call, bool in_place, int64_t kpad, int64_t there) {
+        const int64_t workers = threads(), fair = ceil_div(call.m, workers);  // each thread has rows of its own
+        const int64_t in_cache = in_place ? kPartBytes / (2 * kpad) + 1 : kLaidRows;
+        // as many parts for each thread, but no small ones: each lays panels' worth of rows out, or reads panels anew
+        const int64_t parts = round_up(ceil_div(call.m, smaller(fair, in_cache)), workers), least = 2 * kBlockRows;
+        const int64_t equal = round_up(ceil_div(call.m, parts), kBlockRows);
+        rows = equal > least ? equal : least;
+        const int64_t tasks = in_place ? 2 * workers : workers;
+        panels = smaller(in_place ? kPieces : kLaidPieces, ceil_div(there, ceil_div(tasks, ceil_div(call.m, rows))));
     }
 };
 

@@ -29,7 +29,7 @@ enum hb_level {
     HB_AVX2 = 1,
     HB_AVXVNNI = 2,     // AVX2 + the 256-bit dot product
     HB_AVX512VNNI = 3,  // AVX-512 F, BW, VL, DQ, VNNI
-    HB_AMX = 4,         // the above + AMX int8 tiles
+    HB_AMX = 4,         // the above + AMX tiles of int8 and bfloat16, AVX-512 BF16
     HB_NEON = 5,        // ARMv8.2 dot product
     HB_LEVELS = 6
 };

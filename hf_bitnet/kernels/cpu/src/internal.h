@@ -65,10 +65,10 @@ static inline const char* at(const void* data, int dtype, int64_t element) {
 }
 static inline char* at(void* data, int dtype, int64_t element) { return static_cast<char*>(data) + element * int64_t(size_of(dtype)); }
 
-// Lines of memory that results will be written to, `stride` bytes apart. They are fetched before or while the sums are
-// computed: rows of results are far apart, and stores would wait for their lines one after another.
+// Lines of memory that results will be written to, `stride` bytes apart. Unless they go past the caches they are fetched before or
+// while the sums are computed: rows of results are far apart, and stores would wait for their lines one after another.
 struct Lines {
-    const char* first;
+    char* first;
     int64_t stride;
     int count;
 };
@@ -76,13 +76,19 @@ static inline void fetch(const Lines& lines) {
     for (int i = 0; i < lines.count; ++i) __builtin_prefetch(lines.first + i * lines.stride, 1);
 }
 // Where `rows` rows of a matrix of results begin in column n.
-static inline Lines lines_of(const void* out, int dtype, int64_t stride, int64_t row, int rows, int64_t n) {
+static inline Lines lines_of(void* out, int dtype, int64_t stride, int64_t row, int rows, int64_t n) {
     return {at(out, dtype, row * stride + n), stride * int64_t(size_of(dtype)), rows};
 }
 
-// Whether each of these lines is one of the cache, so that whole ones may be written past it. A store to memory that is in no cache
-// would first read its line, and rows of results are far apart: most are not even in the cache of page addresses.
-static inline bool are_cache_lines(const Lines& lines) { return (reinterpret_cast<uintptr_t>(lines.first) | uintptr_t(lines.stride)) % 64 == 0; }
+// Whether `bytes` of results, which begin in these lines, are written past the caches: many, and whole lines of a cache. A store to
+// memory that is in no cache would first read its line, and rows of results are far apart: most are not even in the cache of
+// page addresses. Few results are soon read again where they are.
+#ifndef HB_STREAM_BYTES  // tests lower it
+#define HB_STREAM_BYTES (1 << 20)
+#endif
+static inline bool go_past_caches(const Lines& lines, int64_t bytes) {
+    return bytes >= HB_STREAM_BYTES && (reinterpret_cast<uintptr_t>(lines.first) | uintptr_t(lines.stride)) % 64 == 0;
+}
 // 64 bytes to a line of the cache, past it. From other threads they are seen after `finish_streams`.
 static inline void stream_line(char* to, const char* from) {
 #if defined(__SSE2__)
@@ -147,8 +153,24 @@ static void take_tasks(int64_t count, int64_t most_threads, const Around& around
         around(true);
         for (int64_t s = begin; s < begin + shares; ++s) {
             const int64_t share = s % shares, end = (share + 1) * count / shares;
-            for (int64_t i = counters[share].next++; i < end; i = counters[share].next++) task(i);
+            std::atomic<int64_t>& next = counters[share].next;
+            // looked at first: who finds nothing does not take the line from others
+            while (next.load(std::memory_order_relaxed) < end) {
+                const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+                if (i < end) task(i);
+            }
         }
+        around(false);
+    });
+}
+
+// The same for tasks that are sorted, the longest first: each thread takes the next of all.
+template <class Task, class Around>
+static void take_in_order(int64_t count, const Around& around, const Task& task) {
+    std::atomic<int64_t> next{0};
+    for_range(smaller(threads(), count), 1, [&](int64_t, int64_t) {
+        around(true);
+        for (int64_t i = next++; i < count; i = next++) task(i);
         around(false);
     });
 }

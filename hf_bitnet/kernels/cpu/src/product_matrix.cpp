@@ -5,10 +5,10 @@ namespace hb {
 namespace {
 
 constexpr int64_t kSlabBytes = 4 << 20;  // int8 bytes of x laid out at a time
-constexpr int64_t kPartBytes = 1 << 20;  // int8 bytes of x that meet one panel: half of a second-level cache
-constexpr int64_t kOwnRows = 512;          // for fewer, unpacking the weights for each thread anew does not pay
-constexpr int64_t kPieces = 16;            // panels that meet a part of a wide x, at most
+constexpr int64_t kPartBytes = 1 << 20;  // int8 bytes of x that meet the panels of a task: half of a second-level cache
 constexpr int64_t kPartWidth = 2048;     // codes of a row of x that are counted for that
+constexpr int64_t kPieces = 16;          // panels that meet each part of K of a wider x, at most
+constexpr int64_t kOwnRows = 512;        // of a thread; for fewer, unpacking the weights for each anew does not pay
 
 bool lay_out(const Call& call, const Slab& slab) {
     const int mr = call.body.mr;
@@ -98,7 +98,7 @@ void finish_gate(const Call& call, const Slab& slab, int64_t r, int rows, int64_
     const bool whole = columns == nr;
     if (whole) gate.meet(results[0], results[1], dtype, gate.activation, int64_t(rows) * nr, results[0]);
     for (int i = 0; i < rows; ++i) {
-        char *of_gate = results[0] + i * line, *of_up = results[1] + i * line, *out = const_cast<char*>(to.first) + i * to.stride;
+        char *of_gate = results[0] + i * line, *of_up = results[1] + i * line, *out = to.first + i * to.stride;
         if (!whole) gate.meet(of_gate, of_up, dtype, gate.activation, columns, of_gate);
         if (streams)
             for (int64_t byte = 0; byte < line; byte += 64) stream_line(out + byte, of_gate + byte);
@@ -138,7 +138,7 @@ bool part_of_outputs(const Call& call, const Slab& slab, int64_t from, int64_t t
     const bool grouped = call.weights[0].groups > 1;
     const int64_t kc = slab.kc, all = round_up(to - from, mr) * nr;
     auto* panels = static_cast<uint8_t*>(scratch(SLOT_PANEL, size_t(round_up(kc, 64) * nr * 2)));
-    auto* c = static_cast<int32_t*>(scratch(SLOT_SUMS, size_t(count * all + (grouped ? count * all + 2 * mr * nr : count * nr)) * 4));
+    auto* c = static_cast<int32_t*>(scratch(SLOT_SUMS, size_t(count * all + (grouped ? count * all + mr * nr : count * nr)) * 4));
     if (!panels || !c) return false;
     auto* total = reinterpret_cast<float*>(c + count * all);
     if (grouped) memset(total, 0, size_t(count * all) * 4);
@@ -155,7 +155,8 @@ bool part_of_outputs(const Call& call, const Slab& slab, int64_t from, int64_t t
             e.ones = ones + i * nr;
             const bool meets = call.gate && i % 2, finishes = last && (meets || !call.gate);
             const Lines all_rows = lines_of(call, piece, slab.m0 + from, int(to - from));
-            e.streams = finishes && piece.columns == nr && nr % 32 == 0 && are_cache_lines(all_rows);
+            const int64_t bytes = call.m * piece.weight->n * int64_t(size_of(call.out_dtype));
+            e.streams = finishes && piece.columns == nr && nr % 32 == 0 && go_past_caches(all_rows, bytes);
             // sums of a single part of K stay in the first-level cache: the next rows write over them
             const bool kept = k0 > 0 || !last || call.gate;
             for (int64_t r = from; r < to; r += mr) {
@@ -202,9 +203,10 @@ int linear_blocks(const Call& call) {
     const int64_t fair = most * pieces / of_gate / (4 * threads()) + 1, fit = kPartBytes / smaller(slab.kpad, kPartWidth) + 1;
     const int64_t share = ceil_div(smaller(most, call.m), threads()), own = share > kOwnRows ? share : kOwnRows;
     const int64_t part = round_up(smaller(smaller(most, own), smaller(fair, fit)), body.mr);
-    // rows of x that do not fit the second-level cache whole meet several pieces in each part of K
-    const bool wide = slab.kpad > kPartWidth && call.weights[0].groups == 1 && pieces;
-    const int64_t count = of_gate * (wide ? smaller(kPieces, ceil_div(pieces, 2 * of_gate * threads())) : 1), counts = ceil_div(pieces, count);
+    // rows of x that do not fit the second-level cache whole meet several panels in each part of K; about as many in each task
+    const bool wide = slab.kpad > kPartWidth && call.weights[0].groups == 1;
+    const int64_t panels = pieces / of_gate, even = 2 * threads() * ceil_div(panels, 2 * threads() * kPieces);
+    const int64_t count = of_gate * (wide && pieces ? ceil_div(panels, even) : 1), counts = ceil_div(pieces, count);
     std::atomic<bool> complete{true};
     for (slab.m0 = 0; slab.m0 < call.m; slab.m0 += most) {
         slab.rows = smaller(most, call.m - slab.m0), slab.span = round_up(slab.rows, body.mr);
