@@ -15,14 +15,14 @@ namespace hb {
 namespace {
 
 constexpr int64_t kRightBytes = 16 << 20;  // of the right side that are laid out at a time
-constexpr int64_t kPartBytes = 1 << 20;  // of rows read in place that a task has: half of a second-level cache
-constexpr int64_t kPieces = 4;           // panels that they meet in one task, at most
-constexpr int64_t kLaidRows = 256;       // rows that are laid out at a time; with their sums and panels half of such a cache
-constexpr int64_t kLaidPieces = 16;      // panels that they meet in one task, at most
-constexpr int64_t kStep = 32;            // numbers along K of one tile
-constexpr int64_t kPart = 512;           // numbers along K for which sums stay in tiles: two panels fit the first-level cache
-constexpr int64_t kTiles = 4;            // of a row that are laid out together: 256 bytes; divides kPart
-constexpr int64_t kWide = 64;            // outputs that are laid out together: a cache line of codes
+constexpr int64_t kPartBytes = 1 << 20;    // of rows read in place that a task has: half of a second-level cache
+constexpr int64_t kPieces = 4;             // panels that they meet in one task, at most
+constexpr int64_t kLaidRows = 256;         // rows that are laid out at a time; with their sums and panels half of such a cache
+constexpr int64_t kLaidPieces = 16;        // panels that they meet in one task, at most
+constexpr int64_t kStep = 32;              // numbers along K of one tile
+constexpr int64_t kPart = 512;             // numbers along K for which sums stay in tiles: two panels fit the first-level cache
+constexpr int64_t kTiles = 4;              // of a row that are laid out together: 256 bytes; divides kPart
+constexpr int64_t kWide = 64;              // outputs that are laid out together: a cache line of codes
 
 // One side, laid out: `span` rows (or outputs) in whole blocks, `kpad` along K, two bytes each.
 struct Side {
@@ -147,12 +147,8 @@ void lay_codes(const FixedCall& call, const AnyFloat* scale, int64_t n0, int64_t
 template <int kOut>
 void finish_rows(const FixedCall& call, const float* sums, int64_t row, int64_t rows, int64_t n, int64_t columns, bool streams) {
     for (int64_t r = 0; r < rows; ++r, sums += kBlockColumns) {
-        char* out = at(call.out, kOut, (row + r) * call.out_stride + n);
-        const auto value = [&](int64_t i) HB_LAMBDA { return load16<HB_F32>(sums, i) * call.scale; };
-        if (streams)
-            stream32<kOut, kRoundsItself>(out, 0, value(0), value(16));
-        else
-            by_sixteen(columns, [&](int64_t i, bool whole) HB_LAMBDA { store_some<kOut, kRoundsItself>(out, i, columns, whole, value(i)); });
+        write_row<kOut, kRoundsItself>(streams, at(call.out, kOut, (row + r) * call.out_stride + n), columns,
+                                       [&](int64_t i, bool) HB_LAMBDA { return load16<HB_F32>(sums, i) * call.scale; });
     }
 }
 

@@ -135,18 +135,17 @@ static void for_range(int64_t size, int64_t grain, const Body& body) {
         const_cast<Body*>(&body));
 }
 
-// task(i) for all i < count, on as many threads. Each thread has a share of neighbours, the same one in every region with as many
-// tasks, so that what it finds in its caches is its own. Tasks are taken, not dealt: who has none left takes them from others,
-// and a core that others use as well holds nobody up. `around` is called at the begin and the end of each thread's work with true
-// and false.
+// task(i) for all i < count by `workers` threads, from `shares` runs of neighbours: each thread begins with one of them and goes on with
+// those of others, so that a core that others use as well holds nobody up. `around` is called at the begin and the end of each
+// thread's work with true and false.
 template <class Task, class Around>
-static void take_tasks(int64_t count, int64_t most_threads, const Around& around, const Task& task) {
+static void take_from_shares(int64_t count, int64_t workers, int64_t shares, const Around& around, const Task& task) {
     constexpr int64_t kMostShares = 64;
     struct alignas(64) Counter {
         std::atomic<int64_t> next;
     };
-    const int64_t workers = smaller(smaller(threads(), most_threads), count), shares = smaller(workers, kMostShares);
-    if (workers < 1) return;
+    if (count < 1) return;
+    shares = smaller(shares, kMostShares);
     Counter counters[kMostShares];
     for (int64_t s = 0; s < shares; ++s) counters[s].next = s * count / shares;
     for_range(workers, 1, [&](int64_t begin, int64_t) {
@@ -163,16 +162,16 @@ static void take_tasks(int64_t count, int64_t most_threads, const Around& around
         around(false);
     });
 }
-
-// The same for tasks that are sorted, the longest first: each thread takes the next of all.
+// On as many threads. Each has a share, the same one in every region with as many tasks, so that what it finds in its caches is its own.
+template <class Task, class Around>
+static void take_tasks(int64_t count, int64_t most_threads, const Around& around, const Task& task) {
+    const int64_t workers = smaller(smaller(threads(), most_threads), count);
+    take_from_shares(count, workers, workers, around, task);
+}
+// For tasks that are sorted, the longest first: each thread takes the next of all.
 template <class Task, class Around>
 static void take_in_order(int64_t count, const Around& around, const Task& task) {
-    std::atomic<int64_t> next{0};
-    for_range(smaller(threads(), count), 1, [&](int64_t, int64_t) {
-        around(true);
-        for (int64_t i = next++; i < count; i = next++) task(i);
-        around(false);
-    });
+    take_from_shares(count, smaller(threads(), count), 1, around, task);
 }
 
 // ---- scratch: one growing buffer per thread and slot, 64-byte aligned, so that decoding allocates nothing. NULL: no memory.
