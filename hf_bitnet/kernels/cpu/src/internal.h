@@ -1,6 +1,7 @@
 // What the source files share: dtype conversion, threads, scratch memory, and the table of bodies of each level. Own.
 #pragma once
 
+#include <float.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -65,19 +66,22 @@ static inline const char* at(const void* data, int dtype, int64_t element) {
 }
 static inline char* at(void* data, int dtype, int64_t element) { return static_cast<char*>(data) + element * int64_t(size_of(dtype)); }
 
-// Lines of memory that results will be written to, `stride` bytes apart. Unless they go past the caches they are fetched before or
-// while the sums are computed: rows of results are far apart, and stores would wait for their lines one after another.
+// Lines of memory, `stride` bytes apart, that are fetched before or while sums are computed: those that results will be written to, where
+// they do not go past the caches (rows of results are far apart, and stores would wait for their lines one after another), or weights
+// that come next.
 struct Lines {
     char* first;
     int64_t stride;
     int count;
+    bool only_read;
 };
+static inline void fetch_line(const char* line, bool only_read) { only_read ? __builtin_prefetch(line, 0, 2) : __builtin_prefetch(line, 1); }
 static inline void fetch(const Lines& lines) {
-    for (int i = 0; i < lines.count; ++i) __builtin_prefetch(lines.first + i * lines.stride, 1);
+    for (int i = 0; i < lines.count; ++i) fetch_line(lines.first + i * lines.stride, lines.only_read);
 }
 // Where `rows` rows of a matrix of results begin in column n.
 static inline Lines lines_of(void* out, int dtype, int64_t stride, int64_t row, int rows, int64_t n) {
-    return {at(out, dtype, row * stride + n), stride * int64_t(size_of(dtype)), rows};
+    return {at(out, dtype, row * stride + n), stride * int64_t(size_of(dtype)), rows, false};
 }
 
 // Whether `bytes` of results, which begin in these lines, are written past the caches: many, and whole lines of a cache. A store to
@@ -123,6 +127,11 @@ static inline void store_float(void* data, int dtype, int64_t i, float value) {
 static inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// What a row is multiplied by before it is rounded; its scale is 1 over that. torch divides a number by a tensor in these two steps.
+static inline float inverse_scale(float largest, float qmax, float eps) { return (1.0f / (largest < eps ? eps : largest)) * qmax; }
+// Infinity times 0, or NaN; or all of the row is 0, and eps too: all codes are 0.
+static inline bool leaves_nothing(float largest, float inverse) { return !(largest <= FLT_MAX) || !(inverse <= FLT_MAX); }
 
 // ---- threads ----
 int threads();  // as many as torch would use here

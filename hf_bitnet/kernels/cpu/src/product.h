@@ -126,6 +126,11 @@ struct ProductBodies {
     // hb_fixed_matmul with the operand in bfloat16, as it is, times levels in bfloat16; HB_ERROR_UNSUPPORTED: the form above must
     // serve. NULL where bfloat16 is not multiplied faster than two bytes.
     int (*fixed_bf16)(const FixedCall& call) = nullptr;
+    // `count` numbers of a row of float x times `factor`, as codes in panel order for `bits` >= 2, to row r of what pack_rows makes, the
+    // rest of its `size` codes 0 -> their sum. What lies `ahead` bytes further is fetched meanwhile, where that is not 0. NULL: rows are
+    // quantized, ordered and packed one step after another.
+    int32_t (*round_row)(const void* x, int dtype, int64_t count, float factor, int bits, int r, int64_t size, int64_t ahead,
+                         int8_t* out) = nullptr;
 };
 
 // All that turns integer sums into results.

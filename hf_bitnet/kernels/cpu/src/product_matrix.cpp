@@ -8,28 +8,61 @@ constexpr int64_t kSlabBytes = 4 << 20;  // int8 bytes of x laid out at a time
 constexpr int64_t kPartBytes = 1 << 20;  // int8 bytes of x that meet the panels of a task: half of a second-level cache
 constexpr int64_t kPartWidth = 2048;     // codes of a row of x that are counted for that
 constexpr int64_t kPieces = 16;          // panels that meet each part of K of a wider x, at most
-constexpr int64_t kOwnRows = 512;        // of a thread; for fewer, unpacking the weights for each anew does not pay
+constexpr int64_t kOwnRows = 512;        // of a thread; for fewer, unpacking the weights for each anew does not pay,
+constexpr int64_t kOwnWideRows = 256;    // which it does sooner where rows are long, and read again for each panel
+
+// Whether rows are rounded straight into their blocks: no code may be beyond the limits then.
+bool rounds_into_blocks(const Call& call) {
+    const hb_input& x = call.x;
+    const bool symmetric = is_float(x.x_dtype) && x.qmin <= -x.qmax;
+    return call.body.round_row && symmetric && !x.norm_weight && (call.grid.bits > 1 || !call.ordered);
+}
+
+// Block b of such rows. Each row is fetched while the one before is rounded.
+void round_block(const Call& call, const Slab& slab, int64_t b) {
+    const hb_input& x = call.x;
+    const int bits = call.ordered ? call.grid.bits : 8, dtype = int(x.x_dtype);
+    const int64_t mr = call.body.mr, stride = x.x_stride * int64_t(size_of(dtype));
+    for (int64_t r = 0, m = b * mr; r < mr; ++r, ++m) {
+        const bool there = m < slab.rows;
+        const int64_t ahead = m + 1 < slab.rows ? stride : 0;
+        const char* row = at(x.x, dtype, (slab.m0 + (there ? m : 0)) * x.x_stride);
+        const float largest = there ? rows().abs_max(row, dtype, call.k) : 0.0f, inverse = inverse_scale(largest, x.qmax, x.eps);
+        const bool empty = !there || leaves_nothing(largest, inverse);
+        int32_t sum = 0;
+        for (int64_t k0 = 0; k0 < call.k; k0 += slab.kc) {
+            const int64_t size = slab.size(k0), count = empty ? 0 : smaller(size, call.k - k0);
+            sum += call.body.round_row(at(row, dtype, k0), dtype, count, inverse, bits, int(r), size, ahead, slab.block(b * mr, k0));
+        }
+        if (there) slab.scales[m] = 1.0f / inverse, slab.sums[m] = sum;
+    }
+}
+
+// Block b of any rows, whose codes are in `strip` first.
+void pack_block(const Call& call, const Slab& slab, int64_t b, int8_t* strip, float* row) {
+    const int64_t mr = call.body.mr, rows = smaller(mr, slab.rows - b * mr);
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t m = b * mr + r;
+        int8_t* codes = strip + r * slab.kpad;
+        const int8_t* x = codes_of_row(call, slab.m0 + m, codes, row, &slab.scales[m], &slab.sums[m]);
+        if (x != codes) memcpy(codes, x, size_t(call.k));
+        memset(codes + call.k, 0, size_t(slab.kpad - call.k));
+        if (call.ordered) call.body.order(codes, slab.kpad, call.grid.bits);
+    }
+    for (int64_t k0 = 0; k0 < call.k; k0 += slab.kc)
+        call.body.pack_rows(strip + k0, slab.kpad, int(rows), slab.size(k0), slab.block(b * mr, k0));
+}
 
 bool lay_out(const Call& call, const Slab& slab) {
     const int mr = call.body.mr;
+    const bool rounds = rounds_into_blocks(call);
     std::atomic<bool> complete{true};
     for_range(ceil_div(slab.rows, mr), ceil_div(16384, mr * slab.kpad), [&](int64_t begin, int64_t end) {
         // one strip of codes per block
-        auto* strip = static_cast<int8_t*>(scratch(SLOT_PANEL, size_t(mr * slab.kpad)));
-        auto* row = static_cast<float*>(scratch(SLOT_ROW, size_t(call.k + 16) * 4));
-        if (!strip || !row) return complete.store(false);
-        for (int64_t b = begin; b < end; ++b) {
-            const int rows = int(smaller(mr, slab.rows - b * mr));
-            for (int r = 0; r < rows; ++r) {
-                const int64_t m = b * mr + r;
-                const int8_t* x = codes_of_row(call, slab.m0 + m, strip + r * slab.kpad, row, &slab.scales[m], &slab.sums[m]);
-                if (x != strip + r * slab.kpad) memcpy(strip + r * slab.kpad, x, size_t(call.k));
-                memset(strip + r * slab.kpad + call.k, 0, size_t(slab.kpad - call.k));
-                if (call.ordered) call.body.order(strip + r * slab.kpad, slab.kpad, call.grid.bits);
-            }
-            for (int64_t k0 = 0; k0 < call.k; k0 += slab.kc)
-                call.body.pack_rows(strip + k0, slab.kpad, rows, slab.size(k0), slab.block(b * mr, k0));
-        }
+        auto* strip = rounds ? nullptr : static_cast<int8_t*>(scratch(SLOT_PANEL, size_t(mr * slab.kpad)));
+        auto* row = rounds ? nullptr : static_cast<float*>(scratch(SLOT_ROW, size_t(call.k + 16) * 4));
+        if (!rounds && (!strip || !row)) return complete.store(false);
+        for (int64_t b = begin; b < end; ++b) rounds ? round_block(call, slab, b) : pack_block(call, slab, b, strip, row);
     });
     return complete;
 }
@@ -130,12 +163,25 @@ Lines lines_of(const Call& call, const Piece& piece, int64_t row, int rows) {
     return hb::lines_of(out, call.out_dtype, call.gate ? call.gate->out_stride : piece.weight->out_stride, row, rows, piece.n0);
 }
 
+// Whether rows of x do not fit the second-level cache whole: they meet several panels in each part of K, then.
+bool is_wide(const Call& call, const Slab& slab) { return slab.kpad > kPartWidth && call.weights[0].groups == 1; }
+
+// The packed codes [k0, ..) of the piece that is unpacked next: a line of each of its rows while block b of `blocks` is multiplied.
+Lines weights_ahead(const Call& call, const Slab& slab, const Piece& next, int64_t k0, int64_t b, int64_t blocks) {
+    const int64_t lines = ceil_div(slab.size(k0) * call.grid.bits, 512), line = b * lines / blocks;
+    if (b > 0 && line == (b - 1) * lines / blocks) return {};
+    const Packed w = call.packed(*next.weight);
+    const uint8_t* first = w.data + next.n0 * w.stride + k0 * w.bits / 8 + 64 * line;
+    return {const_cast<char*>(reinterpret_cast<const char*>(first)), w.stride, int(next.columns), true};
+}
+
 // Rows [from, to) of the slab times pieces [first, first + count). K is the outer loop: a part of x that the second-level cache holds
 // meets all of them.
 bool part_of_outputs(const Call& call, const Slab& slab, int64_t from, int64_t to, int64_t first, int64_t count) {
     const ProductBodies& body = call.body;
     const int nr = body.nr, mr = body.mr;
-    const bool grouped = call.weights[0].groups > 1;
+    const int64_t pieces = pieces_of_weights(call, nr);
+    const bool grouped = call.weights[0].groups > 1, wide = is_wide(call, slab);
     const int64_t kc = slab.kc, all = round_up(to - from, mr) * nr;
     auto* panels = static_cast<uint8_t*>(scratch(SLOT_PANEL, size_t(round_up(kc, 64) * nr * 2)));
     auto* c = static_cast<int32_t*>(scratch(SLOT_SUMS, size_t(count * all + (grouped ? count * all + mr * nr : count * nr)) * 4));
@@ -151,6 +197,10 @@ bool part_of_outputs(const Call& call, const Slab& slab, int64_t from, int64_t t
             const Piece piece = piece_of(call, first + i);
             lay_out_weights(call, *piece.weight, piece.n0, piece.columns, k0, size, panels);
             if (call.x.zero) add_levels(call, panels, k0, size, ones + i * nr);
+            // here, or in the task that is likely to follow
+            const bool more = i + 1 < count;
+            const Piece next = piece_of(call, smaller(more || last ? first + i + 1 : first, pieces - 1));
+            const int64_t next_k0 = more ? k0 : last ? 0 : k0 + kc;
             Epilogue e = epilogue(call, piece.weight, slab.scales - slab.m0, slab.sums - slab.m0);
             e.ones = ones + i * nr;
             const bool meets = call.gate && i % 2, finishes = last && (meets || !call.gate);
@@ -163,8 +213,13 @@ bool part_of_outputs(const Call& call, const Slab& slab, int64_t from, int64_t t
                 const int rows = int(smaller(mr, slab.rows - r));
                 const int8_t* block = slab.block(r, k0);
                 int32_t* sums = c + (kept ? i * all + (r - from) * nr : 0);
-                const Lines results = {all_rows.first + (r - from) * all_rows.stride, all_rows.stride, rows};
-                body.kernel(block, size, rows, panels, call.grid.bits, sums, !grouped && k0 > 0, finishes && !e.streams ? results : Lines{});
+                const Lines results = {all_rows.first + (r - from) * all_rows.stride, all_rows.stride, rows, false};
+                Lines later = {};
+                if (finishes && !e.streams)
+                    later = results;
+                else if (wide)  // the weights of narrow rows lie close together: the processor fetches them by itself
+                    later = weights_ahead(call, slab, next, next_k0, (r - from) / mr, ceil_div(to - from, mr));
+                body.kernel(block, size, rows, panels, call.grid.bits, sums, !grouped && k0 > 0, later);
                 float* of_groups = grouped ? total + i * all + (r - from) * nr : nullptr;
                 if (grouped) {
                     float group_sums[64];
@@ -201,12 +256,11 @@ int linear_blocks(const Call& call) {
     const int64_t pieces = pieces_of_weights(call, body.nr), of_gate = call.gate ? 2 : 1;
     // each thread should have four parts at least, and rows of its own where they are many
     const int64_t fair = most * pieces / of_gate / (4 * threads()) + 1, fit = kPartBytes / smaller(slab.kpad, kPartWidth) + 1;
-    const int64_t share = ceil_div(smaller(most, call.m), threads()), own = share > kOwnRows ? share : kOwnRows;
+    const int64_t share = ceil_div(smaller(most, call.m), threads()), least_own = is_wide(call, slab) ? kOwnWideRows : kOwnRows, own = share > least_own ? share : least_own;
     const int64_t part = round_up(smaller(smaller(most, own), smaller(fair, fit)), body.mr);
-    // rows of x that do not fit the second-level cache whole meet several panels in each part of K; about as many in each task
-    const bool wide = slab.kpad > kPartWidth && call.weights[0].groups == 1;
+    // about as many panels in each task
     const int64_t panels = pieces / of_gate, even = 2 * threads() * ceil_div(panels, 2 * threads() * kPieces);
-    const int64_t count = of_gate * (wide && pieces ? ceil_div(panels, even) : 1), counts = ceil_div(pieces, count);
+    const int64_t count = of_gate * (is_wide(call, slab) && pieces ? ceil_div(panels, even) : 1), counts = ceil_div(pieces, count);
     std::atomic<bool> complete{true};
     for (slab.m0 = 0; slab.m0 < call.m; slab.m0 += most) {
         slab.rows = smaller(most, call.m - slab.m0), slab.span = round_up(slab.rows, body.mr);
