@@ -136,6 +136,8 @@ def test_optimizers_that_need_nothing_else(optim: str, tmp_path: Path) -> None:
     assert {group["name"] for group in trainer.optimizer.param_groups} == {"rest", "latent"}
 
 
+# on a CPU there is nothing to page; bitsandbytes says so and goes on
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
 @pytest.mark.parametrize("optim", ["paged_adamw_32bit", "adamw_bnb_8bit"])
 def test_optimizers_of_bitsandbytes(optim: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
