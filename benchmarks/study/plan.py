@@ -56,7 +56,12 @@ STUDIES: dict[str, Study] = {
     "ternary": Study("1.58 bits, one scale a tensor: the comparison", _TERNARY, _COMPARED),
     "ternary-6m": Study("the same, four times the tokens", _TERNARY, ("plain", "all"), tokens=6_000_000),
     "channel": Study("1.58 bits, one scale a channel", {**_TERNARY, "granularity": "channel"}, (*_CONVERSIONS, "all")),
-    "2-bit": Study("2 bits, one scale a channel", {"weight": "int2_seq", "granularity": "channel"}, _CONVERSIONS),
+    "2-bit": Study(
+        "2 bits, one scale a channel",
+        {"weight": "int2_seq", "granularity": "channel"},
+        _CONVERSIONS,
+        rates=(1.25e-4, 2.5e-4, 5e-4, 1e-3),  # higher ones lose, the more the higher
+    ),
     "1-bit": Study(
         "1 bit, one scale a channel",
         {"weight": "binary", "granularity": "channel"},
