@@ -103,6 +103,7 @@ int main(int count, char** words) {
     if (options.slabs) {
         Random random(uint64_t(options.seed));
         many_rows(random);
+        linear_of_many_rows(random);
     }
     printf("level %s: %lld cases equal plain arithmetic\n", options.level, ll(options.cases));
     return 0;

@@ -149,5 +149,6 @@ void fuzz_errors(Random& random);
 
 // Products whose rows do not fit into one slab; long, so not drawn at random.
 void many_rows(Random& random);
+void linear_of_many_rows(Random& random);
 
 }  // namespace fuzz

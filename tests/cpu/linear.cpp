@@ -158,10 +158,7 @@ int call(Random& random, const Case& c, const Input& input, const std::vector<hb
     return hb_linear_call(block.data());
 }
 
-}  // namespace
-
-void fuzz_linear(Random& random) {
-    const Case c = random_case(random);
+void check_linear(Random& random, const Case& c, const std::vector<int64_t>& outputs) {
     describe(
         "hb_linear m=%lld k=%lld, %d bits packed %d lowest %d step %d zero %g, groups %lld, floats %d normed %d scale %d zero "
         "%d"
@@ -169,11 +166,9 @@ void fuzz_linear(Random& random) {
         ll(c.m), ll(c.k), c.grid.bits, c.grid.packed, c.grid.lowest, c.grid.step, double(c.grid.zero_point), ll(c.groups),
         c.floats, c.normed, c.with_scale, c.with_zero, c.out_dtype, c.exact);
     const Input input(random, c);
-    const int64_t count = !c.wide && random.one_in(3) ? random.between(2, 3) : 1, most = 300000 / ((c.m + 1) * (c.k + 1) * count);
     std::vector<Weight*> weights;
     std::vector<hb_weight> given;
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t n = c.wide ? random.between(200, 360) : random.size(most > 600 ? 600 : most < 4 ? 4 : most);
+    for (int64_t n : outputs) {
         const bool aligned = random.one_in(4);  // several panels, too, where K is so long that they share its parts
         weights.push_back(aligned ? new Weight(random, c, n / 32 * 32 + 32 * random.between(1, 3), true) : new Weight(random, c, n));
         given.push_back(weights.back()->given(c));
@@ -185,6 +180,27 @@ void fuzz_linear(Random& random) {
             if (i + 1 < c.m) w->out.expect_untouched(i * w->out_stride + w->n, (i + 1) * w->out_stride);
         }
         delete w;
+    }
+}
+
+}  // namespace
+
+void fuzz_linear(Random& random) {
+    const Case c = random_case(random);
+    const int64_t count = !c.wide && random.one_in(3) ? random.between(2, 3) : 1, most = 300000 / ((c.m + 1) * (c.k + 1) * count);
+    std::vector<int64_t> outputs;
+    for (int64_t i = 0; i < count; ++i)
+        outputs.push_back(c.wide ? random.between(200, 360) : random.size(most > 600 ? 600 : most < 4 ? 4 : most));
+    check_linear(random, c, outputs);
+}
+
+void linear_of_many_rows(Random& random) {
+    for (int bits : {2, 4, 8}) {
+        Case c = {};
+        c.m = 230, c.k = 20001, c.groups = 1, c.x_stride = c.k + 3, c.floats = true;
+        c.grid = {bits, 1, -1, 1, 0.0f};
+        c.out_dtype = random_float_dtype(random), c.qmin = -128, c.qmax = 127, c.eps = 1e-5f;
+        check_linear(random, c, {70});
     }
 }
 

@@ -75,7 +75,9 @@ struct Lines {
     int count;
     bool only_read;
 };
-static inline void fetch_line(const char* line, bool only_read) { only_read ? __builtin_prefetch(line, 0, 2) : __builtin_prefetch(line, 1); }
+static inline void fetch_line(const char* line, bool only_read) {
+    only_read ? __builtin_prefetch(line, 0, 2) : __builtin_prefetch(line, 1);
+}
 static inline void fetch(const Lines& lines) {
     for (int i = 0; i < lines.count; ++i) fetch_line(lines.first + i * lines.stride, lines.only_read);
 }
@@ -130,6 +132,8 @@ static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // What a row is multiplied by before it is rounded; its scale is 1 over that. torch divides a number by a tensor in these two steps.
 static inline float inverse_scale(float largest, float qmax, float eps) { return (1.0f / (largest < eps ? eps : largest)) * qmax; }
+// Whether no code of such a row can be beyond the limits, of which the upper one is at most 127.
+static inline bool is_symmetric(float qmin, float qmax) { return qmin <= -qmax; }
 // Infinity times 0, or NaN; or all of the row is 0, and eps too: all codes are 0.
 static inline bool leaves_nothing(float largest, float inverse) { return !(largest <= FLT_MAX) || !(inverse <= FLT_MAX); }
 
@@ -144,7 +148,7 @@ static void for_range(int64_t size, int64_t grain, const Body& body) {
         const_cast<Body*>(&body));
 }
 
-// task(i) for all i < count by `workers` threads, from `shares` runs of neighbours: each thread begins with one of them and goes on with
+// task(i) for all i < count by `workers` threads, from `shares` runs of neighbours, 64 at most: each thread begins with one of them and goes on with
 // those of others, so that a core that others use as well holds nobody up. `around` is called at the begin and the end of each
 // thread's work with true and false.
 template <class Task, class Around>

@@ -25,7 +25,8 @@ void pack_rows(const int8_t* x, int64_t stride, int rows, int64_t size, int8_t* 
     }
 }
 
-int32_t round_to_tiles(const void* x, int dtype, int64_t count, float factor, int bits, int r, int64_t size, int64_t ahead, int8_t* out) {
+int32_t round_to_tiles(const void* x, int dtype, int64_t count, float factor, int bits, int r, int64_t size, int64_t ahead,
+                       int8_t* out) {
     return round_row(x, dtype, count, factor, {row_of_tiles(out, r, size), 1024, places_of(bits)}, size, ahead);
 }
 

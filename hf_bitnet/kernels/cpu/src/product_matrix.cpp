@@ -11,11 +11,11 @@ constexpr int64_t kPieces = 16;          // panels that meet each part of K of a
 constexpr int64_t kOwnRows = 512;        // of a thread; for fewer, unpacking the weights for each anew does not pay,
 constexpr int64_t kOwnWideRows = 256;    // which it does sooner where rows are long, and read again for each panel
 
-// Whether rows are rounded straight into their blocks: no code may be beyond the limits then.
+// Whether rows are rounded straight into their blocks.
 bool rounds_into_blocks(const Call& call) {
     const hb_input& x = call.x;
-    const bool symmetric = is_float(x.x_dtype) && x.qmin <= -x.qmax;
-    return call.body.round_row && symmetric && !x.norm_weight && (call.grid.bits > 1 || !call.ordered);
+    const bool symmetric = is_float(x.x_dtype) && is_symmetric(x.qmin, x.qmax);
+    return call.body.round_row && symmetric && !x.norm_weight && call.grid.bits > 1;
 }
 
 // Block b of such rows. Each row is fetched while the one before is rounded.
@@ -38,9 +38,12 @@ void round_block(const Call& call, const Slab& slab, int64_t b) {
     }
 }
 
-// Block b of any rows, whose codes are in `strip` first.
-void pack_block(const Call& call, const Slab& slab, int64_t b, int8_t* strip, float* row) {
+// Block b of any rows, whose codes are in a strip first. False: there is no memory.
+bool pack_block(const Call& call, const Slab& slab, int64_t b) {
     const int64_t mr = call.body.mr, rows = smaller(mr, slab.rows - b * mr);
+    auto* strip = static_cast<int8_t*>(scratch(SLOT_PANEL, size_t(mr * slab.kpad)));
+    auto* row = static_cast<float*>(scratch(SLOT_ROW, size_t(call.k + 16) * 4));
+    if (!strip || !row) return false;
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t m = b * mr + r;
         int8_t* codes = strip + r * slab.kpad;
@@ -51,6 +54,7 @@ void pack_block(const Call& call, const Slab& slab, int64_t b, int8_t* strip, fl
     }
     for (int64_t k0 = 0; k0 < call.k; k0 += slab.kc)
         call.body.pack_rows(strip + k0, slab.kpad, int(rows), slab.size(k0), slab.block(b * mr, k0));
+    return true;
 }
 
 bool lay_out(const Call& call, const Slab& slab) {
@@ -58,11 +62,12 @@ bool lay_out(const Call& call, const Slab& slab) {
     const bool rounds = rounds_into_blocks(call);
     std::atomic<bool> complete{true};
     for_range(ceil_div(slab.rows, mr), ceil_div(16384, mr * slab.kpad), [&](int64_t begin, int64_t end) {
-        // one strip of codes per block
-        auto* strip = rounds ? nullptr : static_cast<int8_t*>(scratch(SLOT_PANEL, size_t(mr * slab.kpad)));
-        auto* row = rounds ? nullptr : static_cast<float*>(scratch(SLOT_ROW, size_t(call.k + 16) * 4));
-        if (!rounds && (!strip || !row)) return complete.store(false);
-        for (int64_t b = begin; b < end; ++b) rounds ? round_block(call, slab, b) : pack_block(call, slab, b, strip, row);
+        for (int64_t b = begin; b < end; ++b) {
+            if (rounds)
+                round_block(call, slab, b);
+            else if (!pack_block(call, slab, b))
+                complete = false;
+        }
     });
     return complete;
 }
@@ -166,7 +171,8 @@ Lines lines_of(const Call& call, const Piece& piece, int64_t row, int rows) {
 // Whether rows of x do not fit the second-level cache whole: they meet several panels in each part of K, then.
 bool is_wide(const Call& call, const Slab& slab) { return slab.kpad > kPartWidth && call.weights[0].groups == 1; }
 
-// The packed codes [k0, ..) of the piece that is unpacked next: a line of each of its rows while block b of `blocks` is multiplied.
+// The packed bytes of codes [k0, ..) of the piece that is unpacked next: a line of each of its rows while block b of `blocks` is
+// multiplied, not all of them where there are fewer blocks than lines.
 Lines weights_ahead(const Call& call, const Slab& slab, const Piece& next, int64_t k0, int64_t b, int64_t blocks) {
     const int64_t lines = ceil_div(slab.size(k0) * call.grid.bits, 512), line = b * lines / blocks;
     if (b > 0 && line == (b - 1) * lines / blocks) return {};
@@ -256,11 +262,13 @@ int linear_blocks(const Call& call) {
     const int64_t pieces = pieces_of_weights(call, body.nr), of_gate = call.gate ? 2 : 1;
     // each thread should have four parts at least, and rows of its own where they are many
     const int64_t fair = most * pieces / of_gate / (4 * threads()) + 1, fit = kPartBytes / smaller(slab.kpad, kPartWidth) + 1;
-    const int64_t share = ceil_div(smaller(most, call.m), threads()), least_own = is_wide(call, slab) ? kOwnWideRows : kOwnRows, own = share > least_own ? share : least_own;
+    const bool wide = is_wide(call, slab);
+    const int64_t share = ceil_div(smaller(most, call.m), threads()), least = wide ? kOwnWideRows : kOwnRows;
+    const int64_t own = share > least ? share : least;
     const int64_t part = round_up(smaller(smaller(most, own), smaller(fair, fit)), body.mr);
     // about as many panels in each task
     const int64_t panels = pieces / of_gate, even = 2 * threads() * ceil_div(panels, 2 * threads() * kPieces);
-    const int64_t count = of_gate * (is_wide(call, slab) && pieces ? ceil_div(panels, even) : 1), counts = ceil_div(pieces, count);
+    const int64_t count = of_gate * (wide && pieces ? ceil_div(panels, even) : 1), counts = ceil_div(pieces, count);
     std::atomic<bool> complete{true};
     for (slab.m0 = 0; slab.m0 < call.m; slab.m0 += most) {
         slab.rows = smaller(most, call.m - slab.m0), slab.span = round_up(slab.rows, body.mr);
