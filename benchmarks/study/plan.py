@@ -59,7 +59,7 @@ STUDIES: dict[str, Study] = {
     "2-bit": Study(
         "2 bits, one scale a channel",
         {"weight": "int2_seq", "granularity": "channel"},
-        _CONVERSIONS,
+        (*_CONVERSIONS, "all, learned scale"),
         rates=(1.25e-4, 2.5e-4, 5e-4, 1e-3),  # higher ones lose, the more the higher
     ),
     "1-bit": Study(
