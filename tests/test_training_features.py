@@ -45,7 +45,8 @@ def test_parameter_groups(optim: str, tmp_path: Path) -> None:
     assert members["scale", 0.0] == scales
     assert "model.norm.weight" in members["rest", 0.0]
     assert "model.layers.0.self_attn.o_proj.weight" in members["rest", 0.1]
-    assert losses(trainer)[0]["learning_rate"] == pytest.approx(1e-3)  # 8-bit optimizers hold rates in float32
+    # 8-bit optimizers hold rates in float32
+    assert losses(trainer)[0]["learning_rate"] == (torch.tensor(1e-3).item() if "8bit" in optim else 1e-3)
 
 
 def test_default_groups_do_not_decay_scales(tmp_path: Path) -> None:

@@ -186,7 +186,6 @@ Lines weights_ahead(const Call& call, const Slab& slab, const Piece& next, int64
 bool part_of_outputs(const Call& call, const Slab& slab, int64_t from, int64_t to, int64_t first, int64_t count) {
     const ProductBodies& body = call.body;
     const int nr = body.nr, mr = body.mr;
-    const int64_t pieces = pieces_of_weights(call, nr);
     const bool grouped = call.weights[0].groups > 1, wide = is_wide(call, slab);
     const int64_t kc = slab.kc, all = round_up(to - from, mr) * nr;
     auto* panels = static_cast<uint8_t*>(scratch(SLOT_PANEL, size_t(round_up(kc, 64) * nr * 2)));
@@ -203,10 +202,13 @@ bool part_of_outputs(const Call& call, const Slab& slab, int64_t from, int64_t t
             const Piece piece = piece_of(call, first + i);
             lay_out_weights(call, *piece.weight, piece.n0, piece.columns, k0, size, panels);
             if (call.x.zero) add_levels(call, panels, k0, size, ones + i * nr);
-            // here, or in the task that is likely to follow
-            const bool more = i + 1 < count;
-            const Piece next = piece_of(call, smaller(more || last ? first + i + 1 : first, pieces - 1));
-            const int64_t next_k0 = more ? k0 : last ? 0 : k0 + kc;
+            Piece next = {};
+            int64_t next_k0 = k0;
+            if (wide) {  // here, or in the task that is likely to follow
+                const bool around = i + 1 == count && !last;
+                next = piece_of(call, around ? first : smaller(first + i + 1, pieces_of_weights(call, nr) - 1));
+                if (i + 1 == count) next_k0 = last ? 0 : k0 + kc;
+            }
             Epilogue e = epilogue(call, piece.weight, slab.scales - slab.m0, slab.sums - slab.m0);
             e.ones = ones + i * nr;
             const bool meets = call.gate && i % 2, finishes = last && (meets || !call.gate);
