@@ -32,10 +32,10 @@ def make_cautious(optimizer: torch.optim.Optimizer) -> None:
     def mask(*_: Any) -> None:
         for parameter, old, gradient in before:
             update = parameter - old
-            uphill = update * gradient > 0
-            share = (1.0 - uphill.float().mean()).clamp_min(_FEWEST).to(update.dtype)
+            agrees = (update * gradient).le_(0)  # 1 or 0; a choice by a mask of bools takes ten times as long on a CPU
+            share = agrees.mean(dtype=torch.float32).clamp_min(_FEWEST).to(update.dtype)
             # in this form nothing is rounded where all weights agree
-            parameter.copy_(torch.where(uphill, old, parameter + update * (share.reciprocal() - 1.0)))
+            parameter.addcmul_(update, agrees.mul_(share.reciprocal()).sub_(1.0))
         before.clear()
 
     optimizer.register_step_pre_hook(remember)
