@@ -151,9 +151,7 @@ _CHOSEN = {(operation, "cpu"): _select(operation, "cpu") for operation in _BODIE
 
 def _body(operation: str, tensor: Tensor) -> Callable[..., Any]:
     key = (operation, "cpu" if tensor.is_cpu else tensor.device.type)  # asking for the device costs as much as a small copy
-    if key not in _CHOSEN:
-        _CHOSEN[key] = _select(*key)
-    return _CHOSEN[key]
+    return _CHOSEN.get(key) or _CHOSEN.setdefault(key, _select(*key))
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -50,19 +50,23 @@ class Operator(NamedTuple):
 OPERATORS: dict[str, Operator] = {}
 
 
+# names of this module: behind a product whose weights came from memory, looking one up in torch's own large dictionaries
+# costs a microsecond
+_is_compiling = torch.compiler.is_dynamo_compiling  # whatever else compiles has a mode on the stack
+_tracing_state = torch._C._get_tracing_state
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_transforming = torch._C._are_functorch_transforms_active
+_COMPUTED = (Tensor, torch.nn.Parameter)
+
+
 def is_recording() -> bool:
     """Whether torch.compile, torch.jit.trace, a dispatch mode or a function transform watches the calls of this thread."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
-    )
+    return _is_compiling() or _tracing_state() is not None or _dispatch_modes() > 0 or _is_transforming()
 
 
 def is_traced(tensor: Tensor) -> bool:
     """Whether a call with `tensor` must go through torch's dispatcher."""
-    return is_recording() or not (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
+    return type(tensor) not in _COMPUTED or is_recording()
 
 
 def implement(key: str, bodies: dict[str, Callable[..., Any]]) -> None:
@@ -114,7 +118,7 @@ def served_linears(
         rows: RowQuantization,
         dtype: torch.dtype,
     ) -> Tensor:
-        if torch._C._get_tracing_state() is None and not is_traced(x):
+        if not is_traced(x):
             return one(x, packed, scale, bias, layout, rows, dtype)
         return linears(x, [(packed, scale, bias)], layout, rows, dtype)[0]
 

@@ -34,6 +34,9 @@ _WEIGHT = struct.Struct("@PqqPqqPq")  # weight, n, stride, scale, its rows, its 
 RESULT = struct.Struct("@Pq")  # address and stride of what a weight's products are written to
 NO_RESULT = RESULT.pack(0, 0)
 
+# one look-up less in a large dictionary, see `graph.py`; named, because tensors may be made elsewhere by default
+_empty, _CPU = torch.empty, torch.device("cpu")
+
 
 class _Grid(NamedTuple):
     """`hb_grid`. `packed` is False for int8 codes, which have 8 bits and no layout."""
@@ -74,7 +77,7 @@ class _Block:
     def one(self, x: Tensor) -> Tensor:
         """`all` of a single weight."""
         (n,) = self.widths
-        out = torch.empty(self.rows, n, dtype=self.computed, device="cpu")
+        out = _empty(self.rows, n, dtype=self.computed, device=_CPU)
         error = self.function(self.holes.pack(x.data_ptr(), self.parts[0], out.data_ptr(), n))
         if error:
             check(error)
@@ -82,7 +85,7 @@ class _Block:
 
     def all(self, x: Tensor) -> list[Tensor]:
         """One (m, n) for each weight."""
-        outs = [torch.empty(self.rows, n, dtype=self.computed, device="cpu") for n in self.widths]
+        outs = [_empty(self.rows, n, dtype=self.computed, device=_CPU) for n in self.widths]
         filled: list[bytes | int] = [x.data_ptr()]
         for part, out in zip(self.parts, outs, strict=True):
             filled += (part, out.data_ptr())
@@ -168,13 +171,13 @@ def packed_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """`reference.packed_linear`."""
-    weights, spec = ((packed, scale, bias),), (x.shape, x.dtype, layout, rows, dtype)
-    block = _kept(x, weights, spec)
-    if block is not None:
+    spec = x.shape, x.dtype, layout, rows, dtype
+    block = _KEPT.get(packed)  # `_kept` of one weight
+    if block is not None and block.spec == spec and x.is_contiguous() and block.made_of == [traits_of(packed, scale, bias)]:
         return block.one(x)
     if x.shape[-1] == 0:
         return reference.packed_linear(x, packed, scale, bias, layout, rows, dtype)
-    block, read, _alive = _make(x, weights, spec)
+    block, read, _alive = _make(x, ((packed, scale, bias),), spec)
     return block.one(read)
 
 
