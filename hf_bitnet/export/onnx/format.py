@@ -96,7 +96,7 @@ class Onnx(ExportFormat):
 
     def write(self, source: Source, folder: Path, progress: Progress) -> list[WrittenTensor]:
         model, planned = traced_view(source, self._wanted)
-        graph = trace(model, kv_cache=self.kv_cache, opset=self.opset)
+        graph = trace(model, planned, kv_cache=self.kv_cache, opset=self.opset)
         stored = write(graph, planned, folder, progress)
         write_configs(source, folder, None, _DTYPES[self.dtype])
         blocks = plans(source, self._wanted)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..stream import Planned, append
+from .stack import find_stack, repeat, shortened
 
 FILE = "model.onnx"
 DATA = "model.onnx.data"
 _ALIGNMENT = 64
 # what the traced module calls the view
 _PREFIX = "model."
+# of a layer's keys and values
+_PAST_NAME, _PRESENT_NAME = "past_key_values", "present"
 # of what the trace runs with; no two sizes are alike, and none is 0 or 1, which would be taken for constants
 _BATCH, _LENGTH, _PAST = 2, 11, 6
 
@@ -77,12 +80,12 @@ def _plain(model: Any) -> _Signature:
 
 def _cached(model: Any) -> _Signature:
     shapes = [tensor.shape for tensor in _keys_and_values(model(**_tokens(2), use_cache=True).past_key_values)]
-    names = [f"past_key_values.{i}.{what}" for i in range(len(shapes) // 2) for what in ("key", "value")]
+    names = [f"{_PAST_NAME}.{i}.{what}" for i in range(len(shapes) // 2) for what in ("key", "value")]
     inputs: dict[str, Any] = _tokens(_LENGTH, _PAST)
     dims: dict[str, Any] = {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "total"}}
     inputs["past"] = [torch.zeros(_BATCH, shape[1], _PAST, shape[3], dtype=model.dtype, device="cpu") for shape in shapes]
     dims["past"] = [{0: "batch", 2: "past"}] * len(shapes)
-    presents = [name.replace("past_key_values", "present") for name in names]
+    presents = [name.replace(_PAST_NAME, _PRESENT_NAME) for name in names]
     return _Signature(_Cached(model), inputs, dims, ["input_ids", "attention_mask", *names], ["logits", *presents])
 
 
@@ -91,11 +94,24 @@ def _tokens(length: int, past: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones(_BATCH, past + length, dtype=torch.long, device="cpu")}
 
 
-def trace(model: Any, *, kv_cache: bool, opset: int) -> Any:
-    """The view of a model (`traced.py`) as an onnxscript.ir.Model, whose initializers are not filled yet.
+def trace(model: Any, planned: Collection[str], *, kv_cache: bool, opset: int) -> Any:
+    """The view of a model (`traced.py`) as an onnxscript.ir.Model, simplified, whose initializers are not filled yet.
+
+    Args:
+        planned: names of the view's parameters.
 
     Raises ValueError when the model's forward cannot be traced or makes no logits.
     """
+    stack = find_stack(model)
+    if stack is not None:
+        with shortened(model, stack):
+            graph = _simplified(_trace(model, kv_cache=kv_cache, opset=opset), planned)
+        if repeat(graph.graph, stack, _PREFIX, (f"{_PAST_NAME}.{{}}.", f"{_PRESENT_NAME}.{{}}.")):
+            return graph
+    return _simplified(_trace(model, kv_cache=kv_cache, opset=opset), planned)
+
+
+def _trace(model: Any, *, kv_cache: bool, opset: int) -> Any:
     try:
         with torch.no_grad(), _quiet():
             # plain products: other ways to attend look at the values of masks, to choose experts at those of the router
@@ -121,22 +137,29 @@ def trace(model: Any, *, kv_cache: bool, opset: int) -> Any:
     return program.model
 
 
+def _simplified(graph: Any, planned: Collection[str]) -> Any:
+    from onnxscript import optimizer  # pyright: ignore[reportMissingImports]
+
+    values = graph.graph.initializers
+    for name in {f"{_PREFIX}{name}" for name in planned} & values.keys():
+        values[name].const_value = None  # or it would be computed with
+    with _quiet():
+        optimizer.optimize(graph)
+    return graph
+
+
 def write(graph: Any, planned: dict[str, Planned], folder: Path, progress: Callable[[int], object]) -> dict[str, str]:
-    """Simplifies the graph, writes model.onnx and, some rows at a time, the data beside it.
+    """Writes model.onnx and, some rows at a time, the data beside it.
 
     Args:
         planned: name of a parameter of the view -> what it stands for.
 
     Returns name of a parameter -> name of the initializer that holds it, without those that the graph does not read.
     """
-    from onnxscript import ir, optimizer  # pyright: ignore[reportMissingImports]
+    from onnxscript import ir  # pyright: ignore[reportMissingImports]
     from onnxscript.ir.passes.common import ClearMetadataAndDocStringPass  # pyright: ignore[reportMissingImports]
 
     values, of = graph.graph.initializers, {f"{_PREFIX}{name}": each for name, each in planned.items()}
-    for name in of.keys() & values.keys():
-        values[name].const_value = None  # or it would be computed with
-    with _quiet():
-        optimizer.optimize(graph)
     ClearMetadataAndDocStringPass()(graph)  # where on this machine each node was traced
     held: dict[int, str] = {}
     with open(folder / DATA, "wb") as file:

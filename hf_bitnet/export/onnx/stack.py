@@ -1,0 +1,253 @@
+"""A stack of layers that are alike is traced as its first three; the nodes of the others are copies of the third's. Own.
+
+torch.onnx.export takes two seconds a layer. Nothing is assumed of what a layer computes: the nodes of the second and of the
+third have to be the same but for the parameters, and for what one layer hands to the next, which that comparison finds. The
+layers behind them have to be the same modules with the same settings. Wherever one of this does not hold, all are traced.
+
+Leaves out: stacks of several kinds of layers in turn (sliding windows).
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+TRACED = 3
+_SCOPES = "pkg.torch.onnx.name_scopes"  # of a node: the dotted names of the modules that it was traced in
+# settings that say where a layer is, and by which its cache finds its keys
+_PLACES = ("layer_idx", "layer_id", "layer_number")
+# sums of sizes come with their terms in any order
+_EITHER_ORDER = ("Add", "Mul")
+_BY_TORCH = frozenset(vars(nn.Module()))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Attributes:
+    path: dotted name of the list of layers. count: of layers. lists: fields of the config that have an item for each.
+    """
+
+    path: str
+    count: int
+    lists: tuple[str, ...]
+
+
+def find_stack(model: Any) -> Stack | None:
+    """The longest list of layers, where it is that of the config and all but the first are alike."""
+    lists = {name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList)}
+    path = max(lists, key=lambda name: len(lists[name]), default="")
+    config, layers = model.config.get_text_config(), [*lists.get(path, ())]
+    count = len(layers)
+    if getattr(config, "num_hidden_layers", None) != count or count <= TRACED + 1:
+        return None
+    fields = {name: value for name, value in vars(config).items() if isinstance(value, (list, tuple)) and len(value) == count}
+    same = all(each == value[1] for value in fields.values() for each in value[2:])
+    alike = same and all(_alike(layers[1], layer) for layer in layers[2:])
+    return Stack(path, count, tuple(fields)) if alike else None
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules have the same submodules, settings, buffers and kinds of parameters, and no hooks."""
+    pairs = [*zip(one.named_modules(), other.named_modules(), strict=False)]
+    if len(pairs) != len([*one.modules()]) or len(pairs) != len([*other.modules()]):
+        return False
+    kinds = [[(name, p.shape, p.dtype) for name, p in each.named_parameters()] for each in (one, other)]
+    buffers = [dict(each.named_buffers()) for each in (one, other)]
+    return (
+        kinds[0] == kinds[1]
+        and buffers[0].keys() == buffers[1].keys()
+        and all(torch.equal(value, buffers[1][name]) for name, value in buffers[0].items())
+        and all(name == of and type(a) is type(b) and _same_settings(a, b) for (name, a), (of, b) in pairs)
+        and not any(each._forward_hooks or each._forward_pre_hooks for pair in pairs for _, each in pair)
+    )
+
+
+def _same_settings(one: nn.Module, other: nn.Module) -> bool:
+    settings = [{k: v for k, v in vars(each).items() if k not in _BY_TORCH and k not in _PLACES} for each in (one, other)]
+    return settings[0].keys() == settings[1].keys() and all(
+        a is b or (type(a) is type(b) and not isinstance(a, torch.Tensor) and bool(a == b))
+        for a, b in zip(settings[0].values(), settings[1].values(), strict=True)
+    )
+
+
+@contextlib.contextmanager
+def shortened(model: Any, stack: Stack) -> Iterator[None]:
+    """The model with the first layers of its stack alone."""
+    config, layers = model.config.get_text_config(), model.get_submodule(stack.path)
+    before = {name: getattr(config, name) for name in ("num_hidden_layers", *stack.lists)}
+    model.set_submodule(stack.path, nn.ModuleList(layers[:TRACED]))
+    config.num_hidden_layers = TRACED
+    for name in stack.lists:
+        setattr(config, name, before[name][:TRACED])
+    try:
+        yield
+    finally:
+        model.set_submodule(stack.path, layers)
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+@dataclass
+class _Layer:
+    """The third layer's part of a graph, and how it answers to the second's.
+
+    Attributes:
+        nodes: in the order of the graph.
+        names: beginnings of the names of its parameters, inputs and outputs, with {} for its number.
+        before: all values that the second layer makes. image: each of them, as far as compared -> the same of the third.
+        carried: those that the third reads -> what the second reads in their place.
+    """
+
+    nodes: list[Any]
+    names: tuple[str, ...]
+    before: frozenset[Any]
+    image: dict[Any, Any] = field(default_factory=dict)
+    carried: dict[Any, Any] = field(default_factory=dict)
+
+    def named(self, name: str, index: int) -> str | None:
+        """What the layer of that index calls its counterpart of the third's `name`; None where that is not its own."""
+        for template in self.names:
+            own = template.format(TRACED - 1)
+            if name.startswith(own):
+                return template.format(index) + name[len(own) :]
+        return None
+
+    def follows(self, one: Any, other: Any) -> bool:
+        """Whether the node `other` of the third layer is what `one` is in the second; remembers what it makes."""
+        places = range(len(other.inputs))
+        orders = [places, places[::-1]] if other.op_type in _EITHER_ORDER else [places]
+        for order in orders if _kind(one) == _kind(other) else ():
+            pairs = [(value, other.inputs[place]) for value, place in zip(one.inputs, order, strict=True)]
+            if all(self._takes(value, of) for value, of in pairs):
+                self.image.update(zip(one.outputs, other.outputs, strict=True))
+                self.carried.update((of, value) for value, of in pairs if of in self.before)
+                return all(map(self._ends_alike, one.outputs, other.outputs))
+        return False
+
+    def _takes(self, value: Any, other: Any) -> bool:
+        """Whether the third layer may read `other` where the second reads `value`."""
+        if value is None or other is None or value is other or value in self.image:
+            return self.image.get(value, value) is other
+        if other in self.before:  # what the second layer hands on
+            return self.carried.get(other, value) is value
+        if self.named(other.name, TRACED - 2) == value.name:
+            return True
+        # numbers that were written out once for each layer
+        return value.const_value is not None and other.const_value is not None and _equal(value, other)
+
+    def _ends_alike(self, value: Any, other: Any) -> bool:
+        """Whether both or neither are outputs of the graph, and named as such."""
+        if not value.is_graph_output():
+            return not other.is_graph_output()
+        return other.is_graph_output() and self.named(other.name, TRACED - 2) == value.name
+
+
+def _equal(one: Any, other: Any) -> bool:
+    a, b = one.const_value.numpy(), other.const_value.numpy()
+    return a.dtype == b.dtype and np.array_equal(a, b)
+
+
+def _kind(node: Any) -> tuple[Any, ...]:
+    attributes = {name: (each.type, each.value) for name, each in node.attributes.items()}
+    return node.domain, node.op_type, node.overload, len(node.inputs), len(node.outputs), attributes
+
+
+def _of_layer(graph: Any, names: tuple[str, ...], index: int) -> list[Any]:
+    """The nodes that were traced in a layer, and those of no layer that work for it alone: on sizes of its keys, or put in by
+    the optimizer."""
+    stack, own_names = names[0].removesuffix("{}."), tuple(name.format(index) for name in names)
+    found, unclear = set(), []
+    own = {value for value in graph.inputs if value.name.startswith(own_names)}
+    for node in graph:
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+        if f"{stack}{index}" in scopes:
+            found.add(node)
+        elif own.intersection(node.inputs) and not any(scope.startswith(stack) for scope in scopes):
+            unclear.append(node)
+        else:
+            continue
+        own.update(node.outputs)
+    for node in reversed(unclear):
+        users = {user for value in node.outputs for user, _ in value.uses()}
+        if users and found.issuperset(users):
+            found.add(node)
+    return [node for node in graph if node in found]
+
+
+def _third_layer(graph: Any, names: tuple[str, ...]) -> _Layer | None:
+    """Compares the second and the third layer; None where they differ in more than a copy could follow."""
+    second, third = (_of_layer(graph, names, TRACED - back) for back in (2, 1))
+    layer = _Layer(third, names, frozenset(value for node in second for value in node.outputs))
+    if not third or len(second) != len(third) or not all(map(layer.follows, second, third)):
+        return None
+    inside, handed = {*second, *third}, {layer.image[value] for value in layer.carried}
+    ends = all(user in inside for value in layer.image for user, _ in value.uses())
+    hands = all(user in inside or value in handed for value in layer.image.values() for user, _ in value.uses())
+    return layer if layer.carried and ends and hands else None
+
+
+def repeat(graph: Any, stack: Stack, prefix: str, per_layer: tuple[str, ...]) -> bool:
+    """Appends the layers that were not traced. False, and the graph as it was, where they would not be copies.
+
+    Args:
+        graph: an onnxscript.ir.Graph of the `shortened` model. prefix: of the names of its modules.
+        per_layer: beginnings of the names of inputs and outputs that each layer has, with {} for its number.
+    """
+    layer = _third_layer(graph, (f"{prefix}{stack.path}.{{}}.", *per_layer))
+    if layer is None:
+        return False
+    inside, last = {*layer.nodes}, layer.nodes[-1]
+    handed = {value: layer.image[value] for value in layer.carried}
+    users = [(value, use) for value, of_third in handed.items() for use in of_third.uses() if use[0] not in inside]
+    for index in range(TRACED, stack.count):
+        nodes, made = _copies(graph, layer, index, handed)
+        graph.insert_after(last, nodes)
+        last, handed = nodes[-1], {value: made[layer.image[value]] for value in layer.carried}
+    for value, (user, place) in users:
+        user.replace_input_with(place, handed[value])
+    return True
+
+
+def _copies(graph: Any, layer: _Layer, index: int, handed: dict[Any, Any]) -> tuple[list[Any], dict[Any, Any]]:
+    """The nodes of one more layer, and value of the third layer -> the same of this one.
+
+    Args:
+        handed: value of the second layer that the third reads -> what this one reads in its place.
+    """
+    from onnxscript import ir  # pyright: ignore[reportMissingImports]
+
+    made: dict[Any, Any] = {}
+
+    def make(value: Any, name: str) -> Any:
+        made[value] = ir.Value(name=name, shape=value.shape, type=value.type)
+        return made[value]
+
+    def read(value: Any) -> Any:
+        """What this layer reads where the third reads `value`."""
+        if value is None or value in made or value in handed:
+            return made.get(value, handed.get(value))
+        name = layer.named(value.name, index)
+        if name is None or value.producer() is not None:
+            return value
+        if value.is_graph_input():
+            graph.inputs.append(make(value, name))
+        else:
+            graph.initializers[name] = make(value, name)
+        return made[value]
+
+    nodes = []
+    for node in layer.nodes:
+        inputs = [read(value) for value in node.inputs]
+        outputs = [make(value, layer.named(value.name, index) or f"{value.name}.{index}") for value in node.outputs]
+        graph.outputs.extend(made[value] for value in node.outputs if value.is_graph_output())
+        what = node.domain, node.op_type, inputs, node.attributes.values()
+        name = f"{node.name}.{index}"
+        nodes.append(ir.Node(*what, overload=node.overload, outputs=outputs, version=node.version, name=name))
+    return nodes, made

@@ -1,0 +1,198 @@
+"""Format "onnx" of deep models: layers that are alike are traced three times, all others as often as there are some."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import hf_bitnet as hb
+from hf_bitnet.export import Source
+from hf_bitnet.export.onnx import graph as graphs
+from hf_bitnet.export.onnx.readers import runtime_logits
+from hf_bitnet.export.onnx.stack import Stack, find_stack, repeat, shortened
+from hf_bitnet.export.onnx.traced import Wanted, traced_view
+from tests.tiny import tiny
+
+onnx: Any = pytest.importorskip("onnx", reason="the format's files are read by onnx: pip install 'hf_bitnet[onnx]'")
+pytest.importorskip("onnxruntime", reason="it runs the graphs: pip install 'hf_bitnet[onnx]'")
+pytest.importorskip("onnxscript", reason="torch.onnx.export needs it: pip install 'hf_bitnet[onnx]'")
+
+DEEP = 6
+
+
+def deep(family: str = "llama", **fields: Any) -> Any:
+    overrides = fields.pop("overrides", {})
+    quantization = hb.BitNetQuantizationConfig(weight="int4", overrides=overrides)
+    return hb.quantize_model(tiny(family, num_hidden_layers=DEEP, **fields)[0], quantization)
+
+
+def view_of(model: Any) -> Any:
+    return traced_view(Source(model, None, "deep"), Wanted(torch.float32, 0, 2))[0]
+
+
+def graph_of(view: Any) -> Any:
+    names = [name for name, _ in view.named_parameters(remove_duplicate=False)]
+    return graphs._simplified(graphs._trace(view, kv_cache=False, opset=20), names).graph
+
+
+class Traces:
+    """How many layers each trace had."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.layers: list[int] = []
+        trace = graphs._trace
+
+        def counted(model: Any, **options: Any) -> Any:
+            self.layers.append(model.config.num_hidden_layers)
+            return trace(model, **options)
+
+        monkeypatch.setattr(graphs, "_trace", counted)
+
+
+def nodes_of(folder: Path) -> list[str]:
+    return sorted(node.op_type for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        pytest.param("qwen3", {"kv_cache": True}, marks=pytest.mark.slow),
+        pytest.param("mistral", {"kv_cache": True, "dtype": "float16"}, marks=pytest.mark.slow),
+        pytest.param("bitnet", {"opset": 18}, marks=pytest.mark.slow),
+        pytest.param("gpt2", {"kv_cache": True}, marks=pytest.mark.slow),
+        pytest.param("bert", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_copies_compute_what_traced_layers_do(
+    family: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copied layers against a graph of layers that were all traced: the same operators, the same logits, bit for bit."""
+    model, traces = deep(family), Traces(monkeypatch)
+    report = hb.export_model(model, tmp_path / "copied", format="onnx", progress=False, **options)
+    assert all(check.passed for check in report.checks) and len(report.checks) == 2, report
+    assert traces.layers == [3]
+    monkeypatch.setattr(graphs, "find_stack", lambda _: None)
+    whole = hb.export_model(model, tmp_path / "traced", format="onnx", progress=False, verify=False, **options)
+    assert traces.layers == [3, DEEP]
+    assert [tensor.name for tensor in report.tensors] == [tensor.name for tensor in whole.tensors]
+    assert nodes_of(tmp_path / "copied") == nodes_of(tmp_path / "traced")
+    ends = [onnx.load(tmp_path / name / "model.onnx", load_external_data=False).graph for name in ("copied", "traced")]
+    for of in ("input", "output"):
+        assert [each.name for each in getattr(ends[0], of)] == [each.name for each in getattr(ends[1], of)]
+    ids = torch.randint(3, 96, (2, 13))
+    assert torch.equal(runtime_logits(tmp_path / "copied", ids), runtime_logits(tmp_path / "traced", ids))
+
+
+def test_stack_is_what_is_alike() -> None:
+    assert find_stack(view_of(deep())) == Stack("model.layers", DEEP, ())
+    assert find_stack(view_of(deep("qwen3"))) == Stack("model.layers", DEEP, ("layer_types",))
+    assert find_stack(view_of(deep(overrides={"layers.0.": {"weight": "int8"}}))) is not None  # the first one may differ
+    assert find_stack(view_of(hb.quantize_model(tiny("llama")[0], hb.BitNetQuantizationConfig()))) is None  # no gain
+
+
+def _other_setting(layer: Any) -> None:
+    layer.self_attn.scaling = 0.5
+
+
+def _other_module(layer: Any) -> None:
+    layer.mlp.act_fn = nn.GELU()
+
+
+def _one_more(layer: Any) -> None:
+    layer.extra = nn.Identity()
+
+
+def _other_buffer(layer: Any) -> None:
+    layer.register_buffer("shift", torch.ones(3))
+
+
+def _hooked(layer: Any) -> None:
+    layer.mlp.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+@pytest.mark.parametrize("change", [_other_setting, _other_module, _one_more, _other_buffer, _hooked])
+@pytest.mark.parametrize("index", [1, 4])
+def test_one_layer_that_differs_is_no_stack(change: Any, index: int) -> None:
+    view = view_of(deep())
+    change(view.model.layers[index])
+    assert find_stack(view) is None
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: deep("gemma3", layer_types=["sliding_attention", "full_attention"] * (DEEP // 2)),
+        lambda: deep(overrides={"layers.4.": {"weight": "int8"}}),
+        lambda: deep(overrides={"layers.4.self_attn": {"granularity": "group", "group_size": 16}}),
+    ],
+    ids=["windows", "bits", "groups"],
+)
+def test_layers_of_several_kinds_are_no_stack(model: Any) -> None:
+    assert find_stack(view_of(model())) is None
+
+
+def test_buffers_with_other_numbers_are_no_stack() -> None:
+    view = view_of(deep())
+    for index, layer in enumerate(view.model.layers):
+        layer.register_buffer("shift", torch.full((3,), float(index == 3)))
+    assert find_stack(view) is None
+
+
+def test_model_is_as_it_was_after_tracing() -> None:
+    view = view_of(deep("qwen3"))
+    stack, layers, types = find_stack(view), view.model.layers, copy.copy(view.config.layer_types)
+    assert stack is not None
+    with pytest.raises(KeyError, match="interrupted"), shortened(view, stack):
+        assert len(view.model.layers) == view.config.num_hidden_layers == len(view.config.layer_types) == 3
+        raise KeyError("interrupted")
+    assert view.model.layers is layers and view.config.num_hidden_layers == DEEP and view.config.layer_types == types
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scaling", "copied"), [([0.5] * DEEP, True), ([0.5, 0.5, 0.25, 0.25, 0.25, 0.25], False)])
+def test_numbers_of_a_layer_are_compared(scaling: list[float], copied: bool) -> None:
+    """Also by their nodes, should nothing in the modules tell."""
+    view = view_of(deep())
+    stack = find_stack(view)
+    assert stack is not None
+    for layer, value in zip(view.model.layers, scaling, strict=True):
+        layer.self_attn.scaling = value
+    with shortened(view, stack):
+        traced = graph_of(view)
+    before = len(traced)
+    assert repeat(traced, stack, "model.", ()) == copied
+    assert (len(traced) > before) == copied
+
+
+class ReadsBoth(nn.Module):
+    """A norm at the end that also reads what the layer before the last one made."""
+
+    def __init__(self, norm: nn.Module, layer: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        layer.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.kept = output[0] if isinstance(output, tuple) else output
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x) + self.kept
+
+
+@pytest.mark.slow
+def test_stack_that_others_look_into_is_left_alone() -> None:
+    view = view_of(deep())
+    stack = find_stack(view)
+    assert stack is not None
+    with shortened(view, stack):
+        view.model.norm = ReadsBoth(view.model.norm, view.model.layers[1])
+        traced = graph_of(view)
+    before = [node.name for node in traced]
+    assert not repeat(traced, stack, "model.", ())
+    assert [node.name for node in traced] == before
