@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ class Traces:
         trace = graphs._trace
 
         def counted(model: Any, **options: Any) -> Any:
-            self.layers.append(model.config.num_hidden_layers)
+            self.layers.append(max(len(each) for each in model.modules() if isinstance(each, nn.ModuleList)))
             return trace(model, **options)
 
         monkeypatch.setattr(graphs, "_trace", counted)
@@ -90,8 +91,8 @@ def test_copies_compute_what_traced_layers_do(
 
 
 def test_stack_is_what_is_alike() -> None:
-    assert find_stack(view_of(deep())) == Stack("model.layers", DEEP, ())
-    assert find_stack(view_of(deep("qwen3"))) == Stack("model.layers", DEEP, ("layer_types",))
+    assert find_stack(view_of(deep())) == Stack("model.layers", DEEP)
+    assert find_stack(view_of(deep("qwen3"))) == Stack("model.layers", DEEP)
     assert find_stack(view_of(deep(overrides={"layers.0.": {"weight": "int8"}}))) is not None  # the first one may differ
     assert find_stack(view_of(hb.quantize_model(tiny("llama")[0], hb.BitNetQuantizationConfig()))) is None  # no gain
 
@@ -144,14 +145,78 @@ def test_buffers_with_other_numbers_are_no_stack() -> None:
     assert find_stack(view) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "stack"),
+    [
+        ("rope_scaling_layers", [3, 5], False),
+        ("layer_types", ["full_attention"] * 4 + ["sliding_attention"] * 2, False),
+        ("layer_types", ["sliding_attention"] + ["full_attention"] * 5, True),
+        ("dense_at", (0, 5), False),
+        ("eos_token_id", [2, 3], True),
+        ("sizes", [48, 80], True),
+    ],
+)
+def test_config_that_tells_layers_apart(name: str, value: Any, stack: bool) -> None:
+    view = view_of(deep("qwen3"))
+    setattr(view.config, name, value)
+    assert (find_stack(view) is not None) == stack
+
+
+@pytest.mark.parametrize("kinds", [["a"] * 3 + ["b"] * 3, {0, 5}, {5: "b"}])
+def test_model_that_may_tell_layers_apart(kinds: Any) -> None:
+    """A forward that looks something up for each layer, as Molmo2's does."""
+    view = view_of(deep())
+    view.model.kinds = kinds
+    assert find_stack(view) is None
+
+
+@pytest.mark.parametrize("make", [lambda: torch.ones(2), lambda: [torch.ones(2)], lambda: np.ones(2), lambda: float("nan")])
+def test_settings_that_cannot_be_compared(make: Callable[[], Any]) -> None:
+    view = view_of(deep())
+    for layer in view.model.layers:
+        layer.mlp.setting = make()
+    assert find_stack(view) is None
+
+
 def test_model_is_as_it_was_after_tracing() -> None:
     view = view_of(deep("qwen3"))
-    stack, layers, types = find_stack(view), view.model.layers, copy.copy(view.config.layer_types)
+    stack, layers, config = find_stack(view), view.model.layers, view.config.to_dict()
     assert stack is not None
     with pytest.raises(KeyError, match="interrupted"), shortened(view, stack):
-        assert len(view.model.layers) == view.config.num_hidden_layers == len(view.config.layer_types) == 3
+        assert len(view.model.layers) == 3 and view.config.to_dict() == config
         raise KeyError("interrupted")
-    assert view.model.layers is layers and view.config.num_hidden_layers == DEEP and view.config.layer_types == types
+    assert view.model.layers is layers
+
+
+class CountsLayers(nn.Module):
+    """An output head that computes with the number of layers, or looks for all of them."""
+
+    def __init__(self, head: nn.Module, model: Any, looks: bool) -> None:
+        super().__init__()
+        self.head, self._model, self._looks = head, [model], looks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = self._model[0]
+        if self._looks:
+            assert inner.layers[DEEP - 1] is not None
+        return self.head(x) / inner.config.num_hidden_layers**0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("looks", "layers"), [(False, [3]), (True, [3, DEEP])])
+def test_forward_that_counts_layers(looks: bool, layers: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    view, traces = view_of(deep()), Traces(monkeypatch)
+    view.lm_head = CountsLayers(view.lm_head, view.model, looks)
+    names = [name for name, _ in view.named_parameters(remove_duplicate=False)]
+    copied = graphs.trace(view, names, kv_cache=False, opset=20).graph
+    assert traces.layers == layers
+    monkeypatch.setattr(graphs, "find_stack", lambda _: None)
+    traced = graphs.trace(view, names, kv_cache=False, opset=20).graph
+    numbers = [
+        sorted(float(each.const_value.numpy()) for each in graph.initializers.values() if each.const_value and not each.shape)
+        for graph in (copied, traced)
+    ]
+    assert numbers[0] == numbers[1] and any(abs(each - DEEP**0.5) < 1e-5 for each in numbers[0])
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ goes downhill by g, and the others by so much more:
 
 Momentum carries latent weights over thresholds and back; here it does not where the present batch disagrees, so fewer codes
 flip for nothing. Two differences from the paper: weight decay is part of u here (it masks Adam's direction alone); and weights
-without a gradient, as rows of tokens that do not occur, count as agreeing, or all others would move further for them.
+without a gradient, as rows of tokens that do not occur, count as agreeing, or all others would move further for them. A weight
+that is held back may move by a rounding of its update.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def make_cautious(optimizer: torch.optim.Optimizer) -> None:
     def mask(*_: Any) -> None:
         for parameter, old, gradient in before:
             update = parameter - old
-            agrees = (update * gradient).le_(0)  # 1 or 0; a choice by a mask of bools takes ten times as long on a CPU
+            # 1 or 0: choosing by a mask of bools takes three times as long on a CPU
+            agrees = (update * gradient <= 0).to(update.dtype)
             share = agrees.mean(dtype=torch.float32).clamp_min(_FEWEST).to(update.dtype)
             # in this form nothing is rounded where all weights agree
             parameter.addcmul_(update, agrees.mul_(share.reciprocal()).sub_(1.0))

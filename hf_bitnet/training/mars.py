@@ -40,8 +40,7 @@ def correct_gradients(optimizer: torch.optim.Optimizer, gamma: float) -> None:
                 present.append((parameter, gradient))
                 # some optimizers take an empty state for a fresh one: no entry is made before they made theirs
                 previous = optimizer.state[parameter].get(PREVIOUS) if parameter in optimizer.state else None
-                # in the memory of the previous one, which `remember` overwrites
-                corrected = gradient.clone() if previous is None else previous.lerp_(gradient, 1.0 + weight)
+                corrected = gradient.clone() if previous is None else torch.lerp(previous, gradient, 1.0 + weight)
                 parameter.grad = corrected.div_(torch.linalg.vector_norm(corrected).clamp_min(1.0))
 
     @torch.no_grad()

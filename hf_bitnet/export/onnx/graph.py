@@ -54,7 +54,7 @@ class _Cached(_Plain):
 
 
 def _keys_and_values(cache: Any) -> list[Tensor]:
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return [tensor for layer in cache.layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,10 @@ def trace(model: Any, planned: Collection[str], *, kv_cache: bool, opset: int) -
     """
     stack = find_stack(model)
     if stack is not None:
-        with shortened(model, stack):
+        with contextlib.suppress(ValueError), shortened(model, stack):  # a forward may count its layers
             graph = _simplified(_trace(model, kv_cache=kv_cache, opset=opset), planned)
-        if repeat(graph.graph, stack, _PREFIX, (f"{_PAST_NAME}.{{}}.", f"{_PRESENT_NAME}.{{}}.")):
-            return graph
+            if repeat(graph.graph, stack, _PREFIX, (f"{_PAST_NAME}.{{}}.", f"{_PRESENT_NAME}.{{}}.")):
+                return graph
     return _simplified(_trace(model, kv_cache=kv_cache, opset=opset), planned)
 
 

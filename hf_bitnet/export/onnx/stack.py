@@ -26,72 +26,91 @@ _PLACES = ("layer_idx", "layer_id", "layer_number")
 # sums of sizes come with their terms in any order
 _EITHER_ORDER = ("Add", "Mul")
 _BY_TORCH = frozenset(vars(nn.Module()))
+# a model's collections that say nothing of layers, beside those that begin with an underscore
+_BY_TRANSFORMERS = ("all_tied_weights_keys",)
+_SEVERAL = (list, tuple, set, frozenset, dict)
 
 
 @dataclass(frozen=True)
 class Stack:
     """Attributes:
-    path: dotted name of the list of layers. count: of layers. lists: fields of the config that have an item for each.
+    path: dotted name of the list of layers. count: of layers.
     """
 
     path: str
     count: int
-    lists: tuple[str, ...]
 
 
 def find_stack(model: Any) -> Stack | None:
-    """The longest list of layers, where it is that of the config and all but the first are alike."""
+    """The longest list of layers, where all but the first are alike and nothing around it speaks of single ones."""
     lists = {name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList)}
     path = max(lists, key=lambda name: len(lists[name]), default="")
-    config, layers = model.config.get_text_config(), [*lists.get(path, ())]
-    count = len(layers)
-    if getattr(config, "num_hidden_layers", None) != count or count <= TRACED + 1:
+    layers = [*lists.get(path, ())]
+    if len(layers) <= TRACED + 1:
         return None
-    fields = {name: value for name, value in vars(config).items() if isinstance(value, (list, tuple)) and len(value) == count}
-    same = all(each == value[1] for value in fields.values() for each in value[2:])
-    alike = same and all(_alike(layers[1], layer) for layer in layers[2:])
-    return Stack(path, count, tuple(fields)) if alike else None
+    parents = [model.get_submodule(path[:end]) for end in range(len(path)) if end == 0 or path[end] == "."]
+    own = [name for each in parents for name, value in _settings(each).items() if isinstance(value, _SEVERAL) and value]
+    config = _settings(model.config.get_text_config())
+    if any(name[0] != "_" and name not in _BY_TRANSFORMERS for name in own):
+        return None
+    if any(_tells_layers_apart(name, value, len(layers)) for name, value in config.items()):
+        return None
+    return Stack(path, len(layers)) if all(_alike(layers[1], layer) for layer in layers[2:]) else None
+
+
+def _settings(owner: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(owner).items() if name not in _BY_TORCH and name not in _PLACES}
+
+
+def _tells_layers_apart(name: str, value: Any, count: int) -> bool:
+    """Whether a field of a config may say something of single layers: not the same of each, or numbers of some."""
+    if not isinstance(value, _SEVERAL) or not value or "token" in name:
+        return False
+    if isinstance(value, (list, tuple)) and len(value) == count:
+        return not all(_equals(each, value[1]) for each in value[2:])
+    numbers = not isinstance(value, dict) and all(isinstance(each, int) and each < count for each in value)
+    return numbers or "layer" in name
+
+
+def _equals(one: Any, other: Any) -> bool:
+    try:
+        return one is other or (type(one) is type(other) and bool(one == other))
+    except (TypeError, ValueError, RuntimeError):  # arrays and tensors have no one answer
+        return False
 
 
 def _alike(one: nn.Module, other: nn.Module) -> bool:
     """Whether two modules have the same submodules, settings, buffers and kinds of parameters, and no hooks."""
-    pairs = [*zip(one.named_modules(), other.named_modules(), strict=False)]
-    if len(pairs) != len([*one.modules()]) or len(pairs) != len([*other.modules()]):
+    modules, buffers = (
+        [dict(each.named_modules()) for each in (one, other)],
+        [dict(each.named_buffers()) for each in (one, other)],
+    )
+    kinds = [{name: (p.shape, p.dtype) for name, p in (*a.named_parameters(), *a.named_buffers())} for a in (one, other)]
+    if kinds[0] != kinds[1] or buffers[0].keys() != buffers[1].keys() or modules[0].keys() != modules[1].keys():
         return False
-    kinds = [[(name, p.shape, p.dtype) for name, p in each.named_parameters()] for each in (one, other)]
-    buffers = [dict(each.named_buffers()) for each in (one, other)]
+    pairs = [(each, modules[1][name]) for name, each in modules[0].items()]
     return (
-        kinds[0] == kinds[1]
-        and buffers[0].keys() == buffers[1].keys()
-        and all(torch.equal(value, buffers[1][name]) for name, value in buffers[0].items())
-        and all(name == of and type(a) is type(b) and _same_settings(a, b) for (name, a), (of, b) in pairs)
-        and not any(each._forward_hooks or each._forward_pre_hooks for pair in pairs for _, each in pair)
+        all(torch.equal(value, buffers[1][name]) for name, value in buffers[0].items())
+        and all(type(a) is type(b) and _same_settings(a, b) for a, b in pairs)
+        and not any(each._forward_hooks or each._forward_pre_hooks for pair in pairs for each in pair)
     )
 
 
 def _same_settings(one: nn.Module, other: nn.Module) -> bool:
-    settings = [{k: v for k, v in vars(each).items() if k not in _BY_TORCH and k not in _PLACES} for each in (one, other)]
-    return settings[0].keys() == settings[1].keys() and all(
-        a is b or (type(a) is type(b) and not isinstance(a, torch.Tensor) and bool(a == b))
-        for a, b in zip(settings[0].values(), settings[1].values(), strict=True)
-    )
+    a, b = _settings(one), _settings(other)
+    return a.keys() == b.keys() and all(_equals(value, b[name]) for name, value in a.items())
 
 
 @contextlib.contextmanager
 def shortened(model: Any, stack: Stack) -> Iterator[None]:
-    """The model with the first layers of its stack alone."""
-    config, layers = model.config.get_text_config(), model.get_submodule(stack.path)
-    before = {name: getattr(config, name) for name in ("num_hidden_layers", *stack.lists)}
-    model.set_submodule(stack.path, nn.ModuleList(layers[:TRACED]))
-    config.num_hidden_layers = TRACED
-    for name in stack.lists:
-        setattr(config, name, before[name][:TRACED])
+    """The model with the first layers of its stack alone. Its config goes on to name all of them: a forward may compute with
+    their number."""
+    layers = model.get_submodule(stack.path)
+    model.set_submodule(stack.path, nn.ModuleList([*layers][:TRACED]))
     try:
         yield
     finally:
         model.set_submodule(stack.path, layers)
-        for name, value in before.items():
-            setattr(config, name, value)
 
 
 @dataclass
@@ -240,6 +259,7 @@ def _copies(graph: Any, layer: _Layer, index: int, handed: dict[Any, Any]) -> tu
             graph.inputs.append(make(value, name))
         else:
             graph.initializers[name] = make(value, name)
+            made[value].const_value = value.const_value  # of a buffer: those of all layers are equal
         return made[value]
 
     nodes = []

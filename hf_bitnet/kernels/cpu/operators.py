@@ -1,7 +1,8 @@
 """The C++ bodies as the dispatch table lists them: themselves in eager, `graph.py`'s operators while calls are recorded. Own.
 
-Elementwise steps that a compiler fuses with their neighbours stay plain torch there, as they were. Rows do not: what inductor
-makes of the largest magnitude and the rounding takes 3 % of a compiled training step more than the kernel behind its own pass.
+Elementwise steps that a compiler fuses with their neighbours stay plain torch there, as they were. Rows and weights do not:
+what inductor makes of a reduction and the rounding behind it takes 3 % of a compiled training step more than the kernel, for
+each of the two.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ def _fusible(body: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..
     return call
 
 
-_ELEMENTWISE = ("quantize_columns", "quantize_weight", "quantize_sign", "mean_magnitudes", "scale_rows")
+_ELEMENTWISE = ("quantize_columns", "scale_rows")
+_ROUNDED = ("quantize_rows", "norm_quantize_rows", "quantize_weight", "quantize_sign", "mean_magnitudes")
 _BYTES = ("quantize_pack", "sign_pack", "pack", "unpack", "pack_trits", "unpack_trits")
 _BODIES: dict[str, Callable[..., Any]] = {
     **{name: getattr(products, name) for name in ("int_matmul", "int_linear", "packed_int_linear")},
     "fixed_matmul": fixed.fixed_matmul,
-    **{name: getattr(bodies, name) for name in ("quantize_rows", "norm_quantize_rows", *_ELEMENTWISE, *_BYTES)},
+    **{name: getattr(bodies, name) for name in (*_ROUNDED, *_ELEMENTWISE, *_BYTES)},
 }
 
 implement("CPU", {**_BODIES, "packed_linears": products.packed_linears, "packed_experts": experts.packed_experts})
