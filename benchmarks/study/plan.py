@@ -65,7 +65,7 @@ STUDIES: dict[str, Study] = {
     "1-bit": Study(
         "1 bit, one scale a channel",
         {"weight": "binary", "granularity": "channel"},
-        ("plain", "GPTQ start", "all but TWN's scale"),
+        ("plain", "GPTQ start", "all but TWN's scale", "all, learned scale"),
     ),
     "4-bit": Study(
         "4 bits, one scale a channel", {"weight": "int4", "granularity": "channel"}, _CONVERSIONS, rates=(1e-4, 3e-4, 1e-3)
