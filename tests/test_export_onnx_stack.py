@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,20 @@ def test_forward_that_counts_layers(looks: bool, layers: list[int], tmp_path: Pa
         for graph in (copied, traced)
     ]
     assert numbers[0] == numbers[1] and any(abs(each - DEEP**0.5) < 1e-5 for each in numbers[0])
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_collected_as_before(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    during = []
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **kwargs: during.append(gc.isenabled()))
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(AssertionError):  # nothing was exported
+            graphs._trace(view_of(deep()), kv_cache=False, opset=20)
+        assert during == [False] and gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 @pytest.mark.slow
