@@ -102,10 +102,10 @@ def served_linears(
     def linears(
         x: Tensor, weights: Sequence[PackedWeight], layout: Layout, rows: RowQuantization, dtype: torch.dtype
     ) -> list[Tensor]:
-        if torch._C._get_tracing_state() is not None:
-            return plain.packed_linears(x, weights, layout, rows, dtype)
         if not is_traced(x):
             return several(x, weights, layout, rows, dtype)
+        if _tracing_state() is not None:
+            return plain.packed_linears(x, weights, layout, rows, dtype)
         packed, scale, bias = ([weight[i] for weight in weights] for i in range(3))
         return list(operator(x, packed, scale, bias, *layout, *rows, dtype))
 

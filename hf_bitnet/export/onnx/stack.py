@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...surgery import transformer_layers
+
 TRACED = 3
 _SCOPES = "pkg.torch.onnx.name_scopes"  # of a node: the dotted names of the modules that it was traced in
 # settings that say where a layer is, and by which its cache finds its keys
@@ -43,11 +45,13 @@ class Stack:
 
 def find_stack(model: Any) -> Stack | None:
     """The longest list of layers, where all but the first are alike and nothing around it speaks of single ones."""
-    lists = {name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList)}
-    path = max(lists, key=lambda name: len(lists[name]), default="")
-    layers = [*lists.get(path, ())]
+    try:
+        names, layers = zip(*transformer_layers(model), strict=True)
+    except ValueError:  # there is no list
+        return None
     if len(layers) <= TRACED + 1:
         return None
+    path = names[0].rpartition(".")[0]
     parents = [model.get_submodule(path[:end]) for end in range(len(path)) if end == 0 or path[end] == "."]
     own = [name for each in parents for name, value in _settings(each).items() if isinstance(value, _SEVERAL) and value]
     config = _settings(model.config.get_text_config())
@@ -81,19 +85,21 @@ def _equals(one: Any, other: Any) -> bool:
 
 def _alike(one: nn.Module, other: nn.Module) -> bool:
     """Whether two modules have the same submodules, settings, buffers and kinds of parameters, and no hooks."""
-    modules, buffers = (
-        [dict(each.named_modules()) for each in (one, other)],
-        [dict(each.named_buffers()) for each in (one, other)],
-    )
-    kinds = [{name: (p.shape, p.dtype) for name, p in (*a.named_parameters(), *a.named_buffers())} for a in (one, other)]
-    if kinds[0] != kinds[1] or buffers[0].keys() != buffers[1].keys() or modules[0].keys() != modules[1].keys():
+    modules, others = dict(one.named_modules()), dict(other.named_modules())
+    buffers, other_buffers = dict(one.named_buffers()), dict(other.named_buffers())
+    if modules.keys() != others.keys() or _kinds(buffers) != _kinds(other_buffers):
         return False
-    pairs = [(each, modules[1][name]) for name, each in modules[0].items()]
+    pairs = [(each, others[name]) for name, each in modules.items()]
     return (
-        all(torch.equal(value, buffers[1][name]) for name, value in buffers[0].items())
+        _kinds(dict(one.named_parameters())) == _kinds(dict(other.named_parameters()))
+        and all(torch.equal(value, other_buffers[name]) for name, value in buffers.items())
         and all(type(a) is type(b) and _same_settings(a, b) for a, b in pairs)
         and not any(each._forward_hooks or each._forward_pre_hooks for pair in pairs for each in pair)
     )
+
+
+def _kinds(tensors: dict[str, Any]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (each.shape, each.dtype) for name, each in tensors.items()}
 
 
 def _same_settings(one: nn.Module, other: nn.Module) -> bool:
@@ -140,10 +146,10 @@ class _Layer:
 
     def follows(self, one: Any, other: Any) -> bool:
         """Whether the node `other` of the third layer is what `one` is in the second; remembers what it makes."""
-        places = range(len(other.inputs))
-        orders = [places, places[::-1]] if other.op_type in _EITHER_ORDER else [places]
-        for order in orders if _kind(one) == _kind(other) else ():
-            pairs = [(value, other.inputs[place]) for value, place in zip(one.inputs, order, strict=True)]
+        if _kind(one) != _kind(other):
+            return False
+        for inputs in (other.inputs, other.inputs[::-1])[: 1 + (other.op_type in _EITHER_ORDER)]:
+            pairs = [*zip(one.inputs, inputs, strict=True)]
             if all(self._takes(value, of) for value, of in pairs):
                 self.image.update(zip(one.outputs, other.outputs, strict=True))
                 self.carried.update((of, value) for value, of in pairs if of in self.before)
