@@ -175,15 +175,29 @@ def test_noise_ends(tmp_path: Path) -> None:
     assert seen == [True, True, False, False]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_pull_to_the_grid(name: str, tmp_path: Path) -> None:
-    """Without a learning rate nothing else moves: after step 2 of 3 half of the way to the grid is gone."""
-    model = quantized(name)
-    before = {n: (layer.matrix.clone(), layer.quantized_weight().dequantize()) for n, layer in trained_layers(model)}
-    make_trainer(tmp_path, model, name, max_steps=3, learning_rate=0.0, grid_pull={"every": 2, "factor": 0.5}).train()
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("llama", {}),
+        ("gpt2", {}),
+        ("llama", {"weight_scale": "threshold", "granularity": "channel"}),
+        ("llama", {"weight_scale": "learned"}),
+        ("llama", {"weight": "binary", "granularity": "channel"}),
+        ("llama", {"weight": "int2", "granularity": "group", "group_size": 8}),
+        ("llama", {"weight": "int4", "granularity": "channel"}),
+    ],
+)
+def test_pull_to_the_grid(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    """Without a learning rate nothing else moves: weights come closer to the grid, their codes and scales stay."""
+    model = quantized(name, **fields)
+    before = {n: (layer.matrix.clone(), layer.quantized_weight()) for n, layer in trained_layers(model)}
+    make_trainer(tmp_path, model, name, max_steps=5, learning_rate=0.0, grid_pull={"every": 1, "factor": 0.5}).train()
     for layer_name, layer in trained_layers(model):
-        weight, value = before[layer_name]
-        torch.testing.assert_close(layer.matrix.detach(), torch.lerp(weight, value, 0.5).detach())
+        (weight, quantized_before), now = before[layer_name], layer.quantized_weight()
+        assert (now.codes != quantized_before.codes).float().mean() <= (0.01 if fields.get("weight") == "binary" else 0.0)
+        torch.testing.assert_close(now.scale, quantized_before.scale)
+        value = layer.quantizer.latent(quantized_before)
+        assert torch.dist(layer.matrix, value) < 0.1 * torch.dist(weight, value)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,7 @@ _RUN: dict[str, Any] = {
     "distillation": {"hidden": {}, "relations": {}},
     "quantization_schedule": {"ramp": "linear", "end": 0.7},
     "regularizers": {"l2_to_grid": 0.05},
+    "grid_pull": {"every": 2, "factor": 0.5},
 }
 
 

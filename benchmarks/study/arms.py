@@ -127,6 +127,9 @@ ARMS: dict[str, Arm] = {
 ARMS["all, hidden states"] = replace(
     ARMS["all"], source="own: all, and DistilBERT-like", distillation={**_KL, "hidden": {"weight": 0.3}}
 )
+ARMS["all, ramp"] = replace(
+    ARMS["all"], source="own: all, and a linear ramp over a fifth", arguments={**_EARLY, **_FAST_NORMS, **_ramp(end=0.2)}
+)
 ARMS["all, learned scale"] = replace(
     ARMS["all but TWN's scale"], source="own: the same, and ParetoQ's scale", quantization={"weight_scale": "learned"}
 )

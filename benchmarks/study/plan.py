@@ -19,8 +19,8 @@ _COMPARED = (
     "softmax relaxation",
     "annealed residual",
     "pull and noise",
-    "early",
     "all",
+    "all, ramp",
     "all, hidden states",
 )
 _CONVERSIONS = ("plain", "learned scale", "GPTQ start", "all but TWN's scale")

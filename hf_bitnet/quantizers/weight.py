@@ -179,6 +179,11 @@ class WeightQuantizer:
         position = WEIGHT_SCHEMES.get(self.scheme).position(rows, scale.detach().float().reshape(-1, 1))
         return position.reshape(weight.shape)
 
+    def stretched(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """float32 `weight` (N, K) times what lets the rule find `scale` in it: all rules are homogeneous."""
+        factor = scale / self.compute_scale(weight)
+        return weight * factor.repeat_interleave(weight.shape[-1] // factor.shape[-1], dim=-1)
+
     def latent(self, quantized: Quantized) -> Tensor:
         """A float32 weight (N, K) that `quantize` maps back to these codes and, up to rounding, this scale.
 
@@ -188,8 +193,7 @@ class WeightQuantizer:
         weight = quantized.dequantize()
         if not self.learned:
             for _ in range(3):  # the second and third round only remove rounding of the first
-                factor = quantized.scale / self.compute_scale(weight)
-                weight = weight * factor.repeat_interleave(weight.shape[-1] // factor.shape[-1], dim=-1)
+                weight = self.stretched(weight, quantized.scale)
         back = self.quantize(weight, quantized.scale if self.learned else None)
         if not torch.equal(back.codes, quantized.codes):
             raise ValueError(

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..modules import NativeLayer
+from ..modules import NativeLayer, TrainedLayer
 from ..noise import NOISES, make_key
 from ..surgery import trained_layers
 from .add_on import AddOn
 from .options import number, whole
-from .sharding import spread_like, whole_codes
+from .sharding import spread_like, whole_weight
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class WeightNoiseOptions:
 @dataclass(frozen=True)
 class GridPullOptions:
     """Options of `QATArguments.grid_pull`: every so many optimizer steps w <- (1 - factor) w + factor w_hat.
+
+    Pulled weights are small ones: a scale that is computed from them would shrink with each pull. They are stretched until it
+    is what it was (own; the paper's scales are learned). So codes and scale stay, but for 1 bit, where the mean moves that is
+    the threshold.
 
     Attributes:
         every: optimizer steps.
@@ -89,8 +93,16 @@ class WeightNoiseCallback(AddOn):
             layer.set_noise(None)
 
 
+def _pulled(layer: TrainedLayer, factor: float) -> Tensor:
+    """float32 (N, K), gathered where FSDP spreads the weight."""
+    weight, scale = whole_weight(layer)
+    quantized = layer.source.codes(weight, scale)
+    pulled = torch.lerp(weight.float(), quantized.dequantize(), factor)
+    return pulled if layer.quantizer.learned else layer.quantizer.stretched(pulled, quantized.scale)
+
+
 class GridPullCallback(AddOn):
-    """Pulls the float weights towards their quantized values after every `every`-th optimizer step."""
+    """Pulls the float weights towards the grid after every `every`-th optimizer step; see `GridPullOptions`."""
 
     def __init__(self, options: GridPullOptions) -> None:
         self._options = options
@@ -100,8 +112,7 @@ class GridPullCallback(AddOn):
         if (state.global_step + 1) % self._options.every == 0:  # the step is counted after this event
             for _, layer in trained_layers(kwargs["model"]):
                 if layer.weight.requires_grad:
-                    value = whole_codes(layer).dequantize(layer.matrix.dtype)
-                    layer.matrix.lerp_(spread_like(value, layer.matrix), self._options.factor)
+                    layer.matrix.copy_(spread_like(_pulled(layer, self._options.factor), layer.matrix))
 
     def finish(self, model: nn.Module) -> None:
         pass
