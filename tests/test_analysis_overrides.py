@@ -76,6 +76,10 @@ def test_suggestion_within_a_budget_of_bits() -> None:
     assert list(hb.suggest_overrides(report, to="int4", max_average_bits=2.7)) == ["^l1$"]
     assert list(hb.suggest_overrides(report, to="int4", max_average_bits=3.4)) == ["^l0$", "^l2$"]
     assert hb.suggest_overrides(report, to="keep", max_average_bits=4.0) == {}
+    with pytest.raises(
+        ValueError, match=r"max_average_bits=1\.5 is less than the .* bits a weight that the layers have already"
+    ):
+        hb.suggest_overrides(report, to="int4", max_average_bits=1.5)
     assert report.average_bits == 2.0
 
 

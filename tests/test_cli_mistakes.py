@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import hf_bitnet as hb
 from hf_bitnet.publish.opening import tokenizer_at
@@ -157,12 +158,15 @@ def test_a_run_s_folder_and_an_adapter_are_no_models(packed: Path, tmp_path: Pat
 
 
 def test_a_folder_of_models_names_them(packed: Path, tmp_path: Path, capsys: Captured) -> None:
-    for name in ("full", "ternary"):
+    for name in ("full", "ternary", "onnx"):
         shutil.copytree(packed, tmp_path / "models" / name)
+    (tmp_path / "models" / "onnx" / "export.json").write_text('{"format": "onnx"}')
     for words in (("chat", tmp_path / "models", "--prompt", "ba"), ("info", tmp_path / "models")):
         code, _, err = run(capsys, *words)
         folders = f"{tmp_path / 'models' / 'full'}, {tmp_path / 'models' / 'ternary'}"
-        assert code == 1 and f"holds no model, but folders of models; give one of them: {folders}" in err, words
+        assert code == 1 and f"holds no model, but folders of models; give one of them: {folders}\n" in f"{err}\n", words
+    code, _, err = run(capsys, "chat", tmp_path / "models" / "onnx", "--prompt", "ba")
+    assert code == 1 and "is an export in the format 'onnx', which this library does not read; load the packed" in err
     # but a tokenizer may lie there for itself
     shutil.copy(packed / "tokenizer.json", tmp_path / "models")
     assert tokenizer_at(tmp_path / "models")("ba").input_ids == tokenizer_at(packed)("ba").input_ids
@@ -214,3 +218,18 @@ def test_bf16_needs_no_word_about_the_processor(base: Path, tmp_path: Path, caps
 def test_out_of_an_export_is_a_folder(packed: Path, tmp_path: Path, capsys: Captured) -> None:
     code, _, err = run(capsys, "export", packed, tmp_path / "m.gguf", "--format", "gguf")
     assert code == 2 and "OUT is a folder, and" in err and "for example m" in err and not any(tmp_path.iterdir())
+
+
+def test_perplexity_of_a_broken_model_is_no_success(base: Path, tmp_path: Path, capsys: Captured) -> None:
+    broken = tmp_path / "broken"
+    model = hb.open_model(base)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(float("nan"))
+    model.save_pretrained(broken)
+    tokenizer_at(base).save_pretrained(broken)
+    (tmp_path / "text.txt").write_text("some words " * 50)
+    words = ("eval", broken, "--text", tmp_path / "text.txt", "--length", 8)
+    code, _, err = run(capsys, *words)
+    assert code == 1 and f"the perplexity of {broken} is nan" in err
+    code, out, _ = run(capsys, *words, "--json")
+    assert code == 1 and json.loads(out)["perplexity"] is None

@@ -181,8 +181,10 @@ def test_unigram_is_refused(tmp_path: Path) -> None:
         hb.import_tokenizer(tmp_path / "v.gguf", dtype="auto")
 
 
-def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
-    tiny("llama")[0].save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_a_folder_without_a_tokenizer(name: str, tmp_path: Path) -> None:
+    """For most kinds of models transformers makes up an empty one."""
+    tiny(name)[0].save_pretrained(tmp_path / "model")
     for read in (hb.import_tokenizer, tokenizer_at):
         with pytest.raises(ValueError, match=r"model' holds no tokenizer that transformers reads \(.*\); put it there: Auto"):
             read(tmp_path / "model")

@@ -182,7 +182,7 @@ def test_exports_that_only_others_read_say_so(format: str, tmp_path: Path) -> No
         pytest.importorskip("onnxscript", reason="pip install 'hf_bitnet[onnx]'")
     model = quantize_model(tiny("llama", hidden_size=64)[0], BitNetQuantizationConfig(form="packed"))
     export_model(model, tmp_path / format, format=format, verify=False, progress=False)
-    with pytest.raises(ValueError, match=f"an export in the format '{format}', which import_model does not read"):
+    with pytest.raises(ValueError, match=f"an export in the format '{format}', which this library does not read"):
         import_model(tmp_path / format)
 
 

@@ -274,6 +274,13 @@ def test_a_run_that_is_over_stays_over(tmp_path: Path) -> None:
     assert_same(weights(again.model), weights(trainer.model))
 
 
+def test_without_a_schedule_more_steps_are_nothing_to_warn_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, quantized(), max_steps=2, **run).train()
+    make_trainer(tmp_path, quantized(), max_steps=3, **run).train(resume_from_checkpoint=True)
+    assert not [record for record in caplog.records if "schedule" in record.getMessage()]
+
+
 def test_another_schedule_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     make_trainer(tmp_path, quantized(), quantization_schedule={"end": 2, "layers": "forward"}, **run).train()

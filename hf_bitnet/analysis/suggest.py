@@ -35,7 +35,7 @@ def suggest_overrides(
     Raises:
         TypeError: `report` is not a report.
         ValueError: `worst` is not a positive whole number; `to` is no legal override; the report ranks no layer (that of a
-            packed model).
+            packed model); the layers have more than `max_average_bits` already.
     """
     if not isinstance(report, Report):
         raise TypeError(
@@ -51,6 +51,11 @@ def suggest_overrides(
         raise ValueError("the report ranks no layer (packed layers have no float weights); use sensitivity(model, batches)")
     bits = _bits(change)
     average, weights = report.average_bits, sum(row.weights for row in report)
+    if max_average_bits is not None and average > max_average_bits:
+        raise ValueError(
+            f"max_average_bits={max_average_bits} is less than the {average:.4g} bits a weight that the layers have already; "
+            f"give more than that, or a scheme of fewer bits to the whole model"
+        )
     chosen: dict[str, str | dict[str, Any]] = {}
     for row in ranked:
         if len(chosen) == worst:

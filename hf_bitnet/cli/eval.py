@@ -7,6 +7,7 @@ are opened one after the other.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from typing import Any
 
@@ -17,7 +18,7 @@ from .. import perplexity, text_windows
 from ..publish.opening import open_tokenizer, tokenizer_at
 from .common import device_of, keep_memory, open_checkpoint, progress, quietly, say, texts
 from .harness import Harness, retention, task_table
-from .options import UsageError
+from .options import Failed, UsageError
 
 
 @quietly
@@ -96,7 +97,7 @@ def _perplexity(arguments: argparse.Namespace, path: str, model: Any, device: to
         f"{name}perplexity {value:.4f}   ({len(windows)} windows of {arguments.length} tokens of {text}, "
         f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s)",
     )
-    return {
+    result = {
         "text": text,
         "perplexity": value,
         "windows": len(windows),
@@ -104,6 +105,10 @@ def _perplexity(arguments: argparse.Namespace, path: str, model: Any, device: to
         "tokens": tokens,
         "seconds": round(seconds, 3),
     }
+    if not math.isfinite(value):
+        message = f"the perplexity of {path} is {value}: its weights are damaged, or its training went astray"
+        raise Failed(message, 1, {"model": path, **result})
+    return result
 
 
 def _compare(

@@ -46,7 +46,7 @@ def import_checkpoint(
     if outside not in OUTSIDE:
         raise ValueError(f"outside={outside!r}; legal: {', '.join(map(repr, OUTSIDE))}")
     if gguf is None:
-        _refuse_exports(path)
+        refuse_exports(path)
     # before the weights, which take longer
     generation = _generation(path) if gguf is None and (path / GENERATION_CONFIG_NAME).is_file() else None
     contents = (
@@ -65,7 +65,7 @@ def import_checkpoint(
     return model
 
 
-def _refuse_exports(path: Path) -> None:
+def refuse_exports(path: Path) -> None:
     """Of this library, in formats that only other programs read."""
     if not (path / _REPORT).is_file():
         return
@@ -74,7 +74,7 @@ def _refuse_exports(path: Path) -> None:
     affine = (path / CONFIG_NAME).is_file() and "quantization" in read_object(path / CONFIG_NAME, "export the model again")
     if format == "onnx" or (format == "mlx" and affine):
         raise ValueError(
-            f"{path} is an export in the format {format!r}, which import_model does not read; load the packed checkpoint "
+            f"{path} is an export in the format {format!r}, which this library does not read; load the packed checkpoint "
             "that it was made from: hf_bitnet.open_model(folder)"
         )
 

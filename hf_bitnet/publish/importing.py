@@ -116,15 +116,25 @@ def folder_tokenizer(path: str | os.PathLike[str], **options: Any) -> transforme
     Raises ValueError where a folder has none, OSError where there is no such folder or repository.
     """
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
     except (ValueError, KeyError) as error:
         if not os.path.isdir(path):
             raise
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{os.fspath(path)!r} holds no tokenizer that transformers reads ({said}); put it there: "
-            "AutoTokenizer.from_pretrained(<the original model>).save_pretrained(folder)"
-        ) from error
+        raise _no_tokenizer(path, said) from error
+    folder = Path(path, options.get("subfolder") or "")
+    files = sorted({"tokenizer_config.json", "tokenizer.json", *tokenizer.vocab_files_names.values()})
+    # without a file, transformers makes up a tokenizer of one token or none, of the kind that config.json names
+    if folder.is_dir() and not any((folder / name).is_file() for name in files):
+        raise _no_tokenizer(path, f"none of {', '.join(files)} is there")
+    return tokenizer
+
+
+def _no_tokenizer(path: str | os.PathLike[str], said: str) -> ValueError:
+    return ValueError(
+        f"{os.fspath(path)!r} holds no tokenizer that transformers reads ({said}); put it there: "
+        "AutoTokenizer.from_pretrained(<the original model>).save_pretrained(folder)"
+    )
 
 
 def holds_gguf(path: str | os.PathLike[str], **options: Any) -> bool:

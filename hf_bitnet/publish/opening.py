@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..config import FOREIGN_LINEAR_CLASS, NATIVE_METHOD
 from ..files import read_object
+from ..importing import refuse_exports
 from ..plugin import HUB_ARGUMENTS, load_native
 from .importing import folder_tokenizer, holds_gguf, import_model, import_tokenizer
 
@@ -75,6 +76,7 @@ def model_class(path: str | os.PathLike[str], *, trust_remote_code: bool = False
         )
     if os.path.isdir(name):
         folder = Path(name) / (hub.get("subfolder") or "")
+        refuse_exports(folder)
         _refuse_other_folders(folder)
         _check_config(folder)
         _check_index(folder)
@@ -95,7 +97,7 @@ def _refuse_other_folders(folder: Path) -> None:
     inside = [str(each.parent) for name in _OF_A_RUN for each in sorted(folder.glob(f"{name}/config.json"))]
     if inside:
         raise ValueError(f"{str(folder)!r} is the folder of a run; give one of the models in it: {', '.join(inside)}")
-    others = [str(each.parent) for each in sorted(folder.glob("*/config.json"))]
+    others = [str(each) for each in sorted(folder.glob("*/")) if _may_open(each)]
     if others and not any((folder / name).is_file() for name in _OF_A_TOKENIZER):
         raise ValueError(f"{str(folder)!r} holds no model, but folders of models; give one of them: {', '.join(others)}")
     if (folder / "adapter_config.json").is_file():
@@ -104,6 +106,14 @@ def _refuse_other_folders(folder: Path) -> None:
             f"{str(folder)!r} holds an adapter of peft for {base!r} and no model; load that model, merge the adapter into it "
             f"(peft.PeftModel.from_pretrained(model, {str(folder)!r}).merge_and_unload()) and save that"
         )
+
+
+def _may_open(folder: Path) -> bool:
+    try:
+        refuse_exports(folder)
+    except ValueError:
+        return False
+    return (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
 
 
 def _check_config(folder: Path) -> None:
