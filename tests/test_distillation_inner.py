@@ -106,6 +106,20 @@ def test_balance_and_logs(tmp_path: Path) -> None:
         assert [log[f"distill/{name}_weight"] for log in logs] == pytest.approx(wanted, rel=1e-3)
 
 
+def test_terms_that_start_from_nothing_do_not_drown_the_others(tmp_path: Path) -> None:
+    """The student is its teacher at first, and what it has of the labels' loss stays the same."""
+    settings = {"alpha": 0.5, "hidden": {}, "relations": {}}
+    schedule = {"ramp": "linear", "end": 0.8, "log_gap": False}
+    fields = {"max_steps": 12, "learning_rate": 1e-4, "quantization_schedule": schedule}
+    trainer = make_trainer(tmp_path, quantized(), teacher="self", distillation=settings, **fields)
+    trainer.train()
+    for log in losses(trainer):
+        main = 0.5 * (log["distill/kl"] + log["distill/ce"])
+        for name in ("hidden", "relations"):
+            assert log[f"distill/{name}_weight"] * log[f"distill/{name}"] < 1.5 * main
+    assert log["distill/hidden_weight"] * log["distill/hidden"] > 0.3 * main
+
+
 def test_without_balance_the_weights_are_as_written(tmp_path: Path) -> None:
     settings = {"alpha": 0.0, "balance": False, "hidden": {"weight": 3.0, "loss": "mse"}}
     trainer = make_trainer(tmp_path, quantized(), teacher="self", distillation=settings, max_steps=1)

@@ -5,6 +5,10 @@ i counts  w_i * mean(main) / mean(term_i),  so that w = 1 makes it as large as t
 exponential ones over optimizer steps, all from 0, so that their bias cancels in the ratio; they hold the losses of all
 micro-batches and all ranks, and those of step n change the factors from step n + 1 on. In the first step, in which nothing has
 been measured, inner terms count 0.
+
+Below full strength a student that is its own teacher differs from it in proportion to the strength s, and inner terms go with
+s^2, while labels say what they always say. So mean(main) is of s^2 main: a term counts then what will make it as large as the
+main loss at full strength, and not ten thousand times as much because it is nearly 0.
 """
 
 from __future__ import annotations
@@ -53,18 +57,19 @@ class LossBalance(AddOn):
         self._weights = torch.tensor(list(weights.values()), device=device)
         self._set(torch.zeros(1 + len(weights), device=device))
 
-    def weigh(self, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def weigh(self, losses: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """One micro-batch.
 
         Args:
             losses: float32 (3 + inner terms,): main loss, divergence, CE, inner terms, as they enter the means of the step.
+            strength: of quantization in this step, 0 to 1.
 
         Returns:
             The loss (0-dim, with gradient); the terms called `names`, and what each of them weighs in it.
         """
         main, inner = losses[MAIN], losses[CE + 1 :]
         if self._active:
-            self._sums += torch.cat((losses[: MAIN + 1], inner)).detach()
+            self._sums += torch.cat((losses[: MAIN + 1] * strength**2, inner)).detach()
         loss = main + torch.dot(self.factors, inner) if inner.numel() else main
         terms = torch.cat((losses[self._first : self._last + 1], inner)).detach()
         return loss, terms, torch.cat((self._outer, self.factors))
