@@ -74,7 +74,7 @@ def test_exit_codes_are_in_the_help(capsys: Captured) -> None:
 def test_json_has_no_nan(base: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_bitnet.cli.eval.perplexity", lambda *unused, **options: float("inf"))
     code, out, _ = run(capsys, "eval", base, "--text", base / "valid.txt", "--length", 16, "--json")
-    assert code == 0 and "Infinity" not in out and json.loads(out)["perplexity"] is None
+    assert code == 1 and "Infinity" not in out and json.loads(out)["perplexity"] is None
 
 
 def test_no_command_shows_the_commands(capsys: Captured) -> None:

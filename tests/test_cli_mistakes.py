@@ -228,8 +228,5 @@ def test_perplexity_of_a_broken_model_is_no_success(base: Path, tmp_path: Path, 
     model.save_pretrained(broken)
     tokenizer_at(base).save_pretrained(broken)
     (tmp_path / "text.txt").write_text("some words " * 50)
-    words = ("eval", broken, "--text", tmp_path / "text.txt", "--length", 8)
-    code, _, err = run(capsys, *words)
+    code, _, err = run(capsys, "eval", broken, "--text", tmp_path / "text.txt", "--length", 8)
     assert code == 1 and f"the perplexity of {broken} is nan" in err
-    code, out, _ = run(capsys, *words, "--json")
-    assert code == 1 and json.loads(out)["perplexity"] is None
