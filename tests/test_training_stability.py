@@ -250,6 +250,17 @@ def test_weights_that_adapters_stand_for_are_not_stuck(tmp_path: Path, caplog: p
     assert not [line for line in said(caplog) if "of the float weights changed" in line]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("grid_pull", {"every": 1}), ("oscillation_freezing", {}), ("regularizers", {"l2_to_grid": 1e-4})],
+)
+def test_what_changes_weights_wants_some_that_are_trained(name: str, value: Any, tmp_path: Path) -> None:
+    model = peft.get_peft_model(quantized(model=ONE_LAYER), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=f"{name} changes quantized weights, and all of them are frozen.* leave it out"):
+        make_trainer(tmp_path, model, max_steps=1, **{name: value}).train()
+    make_trainer(tmp_path, quantized(model=ONE_LAYER), max_steps=1, **{name: value}).train()
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_batches_without_a_label_are_said(masked: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:

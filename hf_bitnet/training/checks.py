@@ -17,6 +17,8 @@ from .distillation import DistillationConfig
 
 logger = logging.getLogger(__name__)
 
+_OF_WEIGHTS = ("regularizers", "grid_pull", "oscillation_freezing")
+
 
 def check_arguments(args: Any, kind: type[QATArguments], trainer: str, has_teacher: bool, named: dict[str, Any]) -> None:
     """Raises TypeError or ValueError on arguments that are not of the `kind` that `trainer` takes or do not belong together."""
@@ -66,13 +68,18 @@ def check_model(model: nn.Module) -> None:
     )
 
 
-def check_trainable(model: nn.Module) -> None:
-    """As `check_model`, and raises ValueError when nothing of the model would be trained."""
+def check_trainable(model: nn.Module, args: QATArguments) -> None:
+    """As `check_model`; raises ValueError when nothing would be trained, or none of the weights that `args` mean."""
     check_model(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             f"every parameter of {type(model).__name__} is frozen, so there is nothing to train; "
             "model.requires_grad_(True), or leave those open that are to be trained"
+        )
+    idle = [name for name in _OF_WEIGHTS if getattr(args, name)]
+    if idle and not any(layer.weight.requires_grad for _, layer in trained_layers(model)):
+        raise ValueError(
+            f"{idle[0]} changes quantized weights, and all of them are frozen, as behind adapters; leave it out, or train them"
         )
 
 

@@ -145,7 +145,7 @@ class QATMixin(Guards, Published):
     def train(self, resume_from_checkpoint: str | bool | None = None, *others: Any, **named: Any) -> Any:
         """As Trainer's. With True it continues from the last checkpoint that was written to its end."""
         assert isinstance(self.model, nn.Module)
-        check_trainable(self.model)
+        check_trainable(self.model, self.args)
         if self.args.online_calibration is None:
             for name, layer in quantized_layers(self.model):
                 check_calibrated(name, layer)
