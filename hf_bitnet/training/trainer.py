@@ -254,10 +254,8 @@ class QATMixin(Guards, Published):
         result = distiller(model, self.model, inputs, self.state.global_step)
         sums = torch.cat((result.main, torch.stack(result.inner).to(result.main.dtype))) if result.inner else result.main
         means = sums / (max(result.tokens, 1) * micro_batches if items is None else items)
-        strength = self._strength.strength
-        if items is not None:
-            means = self._over_ranks(means)
-        loss, *terms = self._balance.weigh(means, 1.0 if strength is None else strength)
+        means = self._over_ranks(means) if items is not None else means
+        loss, *terms = self._balance.weigh(means, self._strength.strength)
         self._qat_metrics.add(*terms)
         auxiliary = result.outputs.get("aux_loss") if isinstance(result.outputs, dict) else None
         if auxiliary is not None:  # load balancing of experts, which models add to their own loss only

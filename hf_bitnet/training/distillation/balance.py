@@ -57,19 +57,20 @@ class LossBalance(AddOn):
         self._weights = torch.tensor(list(weights.values()), device=device)
         self._set(torch.zeros(1 + len(weights), device=device))
 
-    def weigh(self, losses: Tensor, strength: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    def weigh(self, losses: Tensor, strength: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """One micro-batch.
 
         Args:
             losses: float32 (3 + inner terms,): main loss, divergence, CE, inner terms, as they enter the means of the step.
-            strength: of quantization in this step, 0 to 1.
+            strength: of quantization in this step, 0 to 1; None outside of training.
 
         Returns:
             The loss (0-dim, with gradient); the terms called `names`, and what each of them weighs in it.
         """
         main, inner = losses[MAIN], losses[CE + 1 :]
         if self._active:
-            self._sums += torch.cat((losses[: MAIN + 1] * strength**2, inner)).detach()
+            share = 1.0 if strength is None else strength**2
+            self._sums += torch.cat((losses[: MAIN + 1] * share, inner)).detach()
         loss = main + torch.dot(self.factors, inner) if inner.numel() else main
         terms = torch.cat((losses[self._first : self._last + 1], inner)).detach()
         return loss, terms, torch.cat((self._outer, self.factors))
