@@ -81,6 +81,9 @@ def test_suggestion_within_a_budget_of_bits() -> None:
     ):
         hb.suggest_overrides(report, to="int4", max_average_bits=1.5)
     assert report.average_bits == 2.0
+    ternary = fixed((1.58, 184), (1.58, 304), (1.58, 112))
+    assert ternary.average_bits > 1.58, "by rounding"
+    assert hb.suggest_overrides(ternary, to="int4", max_average_bits=1.58) == {}
 
 
 def test_errors_of_a_suggestion() -> None:

@@ -161,6 +161,7 @@ def test_a_folder_of_models_names_them(packed: Path, tmp_path: Path, capsys: Cap
     for name in ("full", "ternary", "onnx"):
         shutil.copytree(packed, tmp_path / "models" / name)
     (tmp_path / "models" / "onnx" / "export.json").write_text('{"format": "onnx"}')
+    (tmp_path / "models" / "onnx" / "model.safetensors").unlink()
     for words in (("chat", tmp_path / "models", "--prompt", "ba"), ("info", tmp_path / "models")):
         code, _, err = run(capsys, *words)
         folders = f"{tmp_path / 'models' / 'full'}, {tmp_path / 'models' / 'ternary'}"
@@ -228,5 +229,8 @@ def test_perplexity_of_a_broken_model_is_no_success(base: Path, tmp_path: Path, 
     model.save_pretrained(broken)
     tokenizer_at(base).save_pretrained(broken)
     (tmp_path / "text.txt").write_text("some words " * 50)
-    code, _, err = run(capsys, "eval", broken, "--text", tmp_path / "text.txt", "--length", 8)
+    words = ("--text", tmp_path / "text.txt", "--length", 8)
+    code, _, err = run(capsys, "eval", broken, *words)
     assert code == 1 and f"the perplexity of {broken} is nan" in err
+    code, out, err = run(capsys, "eval", base, *words, "--against", broken, "--json")  # what was measured is not lost
+    assert code == 1 and f"the perplexity of {broken} is nan" in err and json.loads(out)["perplexity"] > 0

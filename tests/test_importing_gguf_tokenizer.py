@@ -190,6 +190,11 @@ def test_a_folder_without_a_tokenizer(name: str, tmp_path: Path) -> None:
             read(tmp_path / "model")
 
 
+def test_a_tokenizer_that_needs_no_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "perceiver"}')
+    assert len(hb.import_tokenizer(tmp_path)) == 262
+
+
 # ---- from the command line ----
 
 

@@ -11,6 +11,7 @@ from ..reports import LayerRow, Report
 
 # what a layer in full precision is counted as
 _FLOAT_BITS = 16.0
+_ROUNDING = 1e-6  # of an average
 
 
 def suggest_overrides(
@@ -51,7 +52,7 @@ def suggest_overrides(
         raise ValueError("the report ranks no layer (packed layers have no float weights); use sensitivity(model, batches)")
     bits = _bits(change)
     average, weights = report.average_bits, sum(row.weights for row in report)
-    if max_average_bits is not None and average > max_average_bits:
+    if max_average_bits is not None and average > max_average_bits + _ROUNDING:
         raise ValueError(
             f"max_average_bits={max_average_bits} is less than the {average:.4g} bits a weight that the layers have already; "
             f"give more than that, or a scheme of fewer bits to the whole model"
@@ -63,7 +64,7 @@ def suggest_overrides(
         if not _worth(report, row, bits):
             continue
         new = average if bits is None else average + (bits - row.bits) * row.weights / weights
-        if max_average_bits is None or new <= max_average_bits:
+        if max_average_bits is None or new <= max_average_bits + _ROUNDING:
             average = new
             chosen[f"^{re.escape(row.name)}$"] = change if isinstance(change, str) else dict(change)
     return chosen

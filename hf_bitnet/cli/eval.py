@@ -37,6 +37,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         reference, _ = _measured(arguments, arguments.against, other or tokenizer, windows, harness)
         result["against"] = reference
     _compare(arguments, result, reference, high)
+    for path, measured in ((arguments.model, result), (arguments.against, reference or {})):
+        if not math.isfinite(value := measured.get("perplexity", 0.0)):
+            raise Failed(f"the perplexity of {path} is {value}: damaged weights, or training that went astray", 1, result)
     return result
 
 
@@ -97,7 +100,7 @@ def _perplexity(arguments: argparse.Namespace, path: str, model: Any, device: to
         f"{name}perplexity {value:.4f}   ({len(windows)} windows of {arguments.length} tokens of {text}, "
         f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s)",
     )
-    result = {
+    return {
         "text": text,
         "perplexity": value,
         "windows": len(windows),
@@ -105,10 +108,6 @@ def _perplexity(arguments: argparse.Namespace, path: str, model: Any, device: to
         "tokens": tokens,
         "seconds": round(seconds, 3),
     }
-    if not math.isfinite(value):
-        message = f"the perplexity of {path} is {value}: its weights are damaged, or its training went astray"
-        raise Failed(message, 1, {"model": path, **result})
-    return result
 
 
 def _compare(

@@ -117,16 +117,14 @@ def folder_tokenizer(path: str | os.PathLike[str], **options: Any) -> transforme
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         if not os.path.isdir(path):
             raise
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise _no_tokenizer(path, said) from error
-    folder = Path(path, options.get("subfolder") or "")
-    files = sorted({"tokenizer_config.json", "tokenizer.json", *tokenizer.vocab_files_names.values()})
-    # without a file, transformers makes up a tokenizer of one token or none, of the kind that config.json names
-    if folder.is_dir() and not any((folder / name).is_file() for name in files):
-        raise _no_tokenizer(path, f"none of {', '.join(files)} is there")
+    # without its files, transformers makes up a tokenizer of the kind that config.json names: special tokens, and maybe a space
+    if os.path.isdir(path) and not {*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens, "\u2581"}:
+        raise _no_tokenizer(path, f"its {type(tokenizer).__name__} has no token but special ones")
     return tokenizer
 
 

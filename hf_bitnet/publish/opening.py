@@ -76,8 +76,9 @@ def model_class(path: str | os.PathLike[str], *, trust_remote_code: bool = False
         )
     if os.path.isdir(name):
         folder = Path(name) / (hub.get("subfolder") or "")
-        refuse_exports(folder)
         _refuse_other_folders(folder)
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):  # else transformers reads them
+            refuse_exports(folder)
         _check_config(folder)
         _check_index(folder)
     with naming(name):
@@ -97,9 +98,13 @@ def _refuse_other_folders(folder: Path) -> None:
     inside = [str(each.parent) for name in _OF_A_RUN for each in sorted(folder.glob(f"{name}/config.json"))]
     if inside:
         raise ValueError(f"{str(folder)!r} is the folder of a run; give one of the models in it: {', '.join(inside)}")
-    others = [str(each) for each in sorted(folder.glob("*/")) if _may_open(each)]
-    if others and not any((folder / name).is_file() for name in _OF_A_TOKENIZER):
-        raise ValueError(f"{str(folder)!r} holds no model, but folders of models; give one of them: {', '.join(others)}")
+    others = (
+        [] if any((folder / name).is_file() for name in _OF_A_TOKENIZER) else [*filter(_may_open, sorted(folder.glob("*/")))]
+    )
+    if others:
+        raise ValueError(
+            f"{str(folder)!r} holds no model, but folders of models; give one of them: {', '.join(map(str, others))}"
+        )
     if (folder / "adapter_config.json").is_file():
         base = read_object(folder / "adapter_config.json", _ADVICE).get("base_model_name_or_path")
         raise ValueError(
@@ -111,9 +116,9 @@ def _refuse_other_folders(folder: Path) -> None:
 def _may_open(folder: Path) -> bool:
     try:
         refuse_exports(folder)
-    except ValueError:
+        return (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
+    except (OSError, ValueError):  # what only others read, or nobody may
         return False
-    return (folder / "config.json").is_file() or any(folder.glob("*.gguf"))
 
 
 def _check_config(folder: Path) -> None:

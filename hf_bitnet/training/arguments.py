@@ -125,7 +125,7 @@ class QATArguments(TrainingArguments):
     grid_pull: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Pulls the float weights towards the grid every so many steps, codes and scales stay as they are (WinQ): "
+            "help": "Pulls the float weights towards the grid every so many steps; scales stay as they are (WinQ): "
             '{"every": 200, "factor": 0.4}.'
         },
     )

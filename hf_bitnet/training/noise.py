@@ -49,8 +49,8 @@ class GridPullOptions:
     """Options of `QATArguments.grid_pull`: every so many optimizer steps w <- (1 - factor) w + factor w_hat.
 
     Pulled weights are small ones: a scale that is computed from them would shrink with each pull. They are stretched until it
-    is what it was (own; the paper's scales are learned). So codes and scale stay, but for 1 bit, where the mean moves that is
-    the threshold.
+    is what it was (own; the paper's scales are learned). So scales stay, and codes: all of ternary weights, and nearly all
+    where a mean is the threshold (1 bit) or large weights lie beyond the last level (absmean of 2, 4 and 8 bits).
 
     Attributes:
         every: optimizer steps.

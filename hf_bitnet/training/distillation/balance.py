@@ -6,9 +6,9 @@ exponential ones over optimizer steps, all from 0, so that their bias cancels in
 micro-batches and all ranks, and those of step n change the factors from step n + 1 on. In the first step, in which nothing has
 been measured, inner terms count 0.
 
-Below full strength a student that is its own teacher differs from it in proportion to the strength s, and inner terms go with
-s^2, while labels say what they always say. So mean(main) is of s^2 main: a term counts then what will make it as large as the
-main loss at full strength, and not ten thousand times as much because it is nearly 0.
+Below full strength a student that started as its teacher differs from it in proportion to the strength s, and both divergence
+and inner terms go with s^2, while labels say what they always say. Their share of mean(main) is taken times s^2, then: a term
+counts what will make it as large as the main loss at full strength, and not ten thousand times as much because it is nearly 0.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class LossBalance(AddOn):
     Attributes:
         names: of the terms.
         factors: float32 (inner terms,), for the present step.
+        of_itself: whether the student started as the teacher.
     """
 
     def __init__(self, config: DistillationConfig, accelerator: Accelerator) -> None:
@@ -51,6 +52,7 @@ class LossBalance(AddOn):
         self.names = [*(name for name, weight in outer.items() if weight > 0.0), *weights]
         self._accelerator, self._decay = accelerator, config.balance_decay
         self._active = config.balance and bool(weights)
+        self.of_itself, self._of_labels = False, 1.0 - config.alpha
         device = accelerator.device
         self._outer = torch.tensor([weight for weight in outer.values() if weight > 0.0], device=device)
         self._first, self._last = (KL if config.alpha > 0.0 else CE), (CE if config.alpha < 1.0 else KL)
@@ -69,8 +71,8 @@ class LossBalance(AddOn):
         """
         main, inner = losses[MAIN], losses[CE + 1 :]
         if self._active:
-            share = 1.0 if strength is None else strength**2
-            self._sums += torch.cat((losses[: MAIN + 1] * share, inner)).detach()
+            less = 0.0 if strength is None or not self.of_itself else self._of_labels * (1.0 - strength**2)
+            self._sums += torch.cat((losses[: MAIN + 1] - less * losses[CE], inner)).detach()
         loss = main + torch.dot(self.factors, inner) if inner.numel() else main
         terms = torch.cat((losses[self._first : self._last + 1], inner)).detach()
         return loss, terms, torch.cat((self._outer, self.factors))

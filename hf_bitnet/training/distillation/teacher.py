@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from ...surgery import full_precision_copy, output_head
+from ...surgery import full_precision_copy, output_head, trained_layers
 from ..sharding import is_sharded
 from .config import DistillationConfig
 
@@ -28,6 +28,7 @@ SELF, CACHED = "self", "cached"
 _SAFE: dict[str, Any] = {"trust_remote_code": False}
 # enough of each tensor to tell two models apart, cheap for any size
 _FINGERPRINTED = 256
+_ROUNDING = 0.01  # of 16 bits, and more
 
 
 def make_teacher(teacher: Teacher, student: nn.Module, config: DistillationConfig, accelerator: Accelerator) -> nn.Module:
@@ -190,6 +191,17 @@ def whole_head(teacher: nn.Module) -> nn.Linear | None:
 
 
 @torch.no_grad()
+def starts_as(teacher: nn.Module, student: nn.Module) -> bool:
+    """Whether the student has the teacher's weights, up to rounding; told by the first quantized layer that both have."""
+    theirs = dict(teacher.named_parameters())
+    for name, layer in trained_layers(student):
+        weight, other = layer.weight.detach(), theirs.get(f"{name}.weight")
+        if other is not None and not is_sharded(weight) and other.shape == weight.shape:
+            other = other.detach().to(weight)
+            return bool(torch.dist(other, weight) <= _ROUNDING * weight.norm())
+    return False
+
+
 def fingerprint(model: nn.Module) -> str:
     """Tells two teachers apart: a hash of some elements of each parameter."""
     digest = hashlib.sha256()
