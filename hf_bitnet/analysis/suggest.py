@@ -55,7 +55,7 @@ def suggest_overrides(
     if max_average_bits is not None and average > max_average_bits + _ROUNDING:
         raise ValueError(
             f"max_average_bits={max_average_bits} is less than the {average:.4g} bits a weight that the layers have already; "
-            f"give more than that, or a scheme of fewer bits to the whole model"
+            "give more than that, or a scheme of fewer bits to the whole model"
         )
     chosen: dict[str, str | dict[str, Any]] = {}
     for row in ranked:

@@ -98,13 +98,10 @@ def _refuse_other_folders(folder: Path) -> None:
     inside = [str(each.parent) for name in _OF_A_RUN for each in sorted(folder.glob(f"{name}/config.json"))]
     if inside:
         raise ValueError(f"{str(folder)!r} is the folder of a run; give one of the models in it: {', '.join(inside)}")
-    others = (
-        [] if any((folder / name).is_file() for name in _OF_A_TOKENIZER) else [*filter(_may_open, sorted(folder.glob("*/")))]
-    )
+    has_tokenizer = any((folder / name).is_file() for name in _OF_A_TOKENIZER)
+    others = [] if has_tokenizer else [str(each) for each in sorted(folder.glob("*/")) if _may_open(each)]
     if others:
-        raise ValueError(
-            f"{str(folder)!r} holds no model, but folders of models; give one of them: {', '.join(map(str, others))}"
-        )
+        raise ValueError(f"{str(folder)!r} holds no model, but folders of models; give one of them: {', '.join(others)}")
     if (folder / "adapter_config.json").is_file():
         base = read_object(folder / "adapter_config.json", _ADVICE).get("base_model_name_or_path")
         raise ValueError(

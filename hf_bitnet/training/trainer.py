@@ -25,7 +25,7 @@ from .checks import LossStyle, check_arguments, check_model, check_parallelism, 
 from .distillation import DistillationConfig, Distiller, LossBalance
 from .distillation.alignment import auxiliary_weight
 from .distillation.cached import COLUMNS, CachedCollator, check_cached, without_cached
-from .distillation.teacher import CACHED, Teacher, classes_of, fingerprint, make_teacher, prepare_teacher, starts_as
+from .distillation.teacher import CACHED, SELF, Teacher, classes_of, fingerprint, make_teacher, prepare_teacher, starts_as
 from .guarded import Guards
 from .layer_history import LayerHistory
 from .lean import rounds_stochastically, to_lean
@@ -132,7 +132,7 @@ class QATMixin(Guards, Published):
         else:
             made = make_teacher(teacher, student, config, self.accelerator)
             self._fingerprint = fingerprint(made)
-            self._balance.of_itself = teacher == "self" or starts_as(made, student)
+            self._balance.of_itself = teacher == SELF or starts_as(made, student)
             wrapped = prepare_teacher(made, self.accelerator, config)
         self._distiller = Distiller(config, wrapped, made, compiled=self.args.torch_compile, seed=self.args.seed)
 

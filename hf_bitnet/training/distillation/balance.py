@@ -52,7 +52,7 @@ class LossBalance(AddOn):
         self.names = [*(name for name, weight in outer.items() if weight > 0.0), *weights]
         self._accelerator, self._decay = accelerator, config.balance_decay
         self._active = config.balance and bool(weights)
-        self.of_itself, self._of_labels = False, 1.0 - config.alpha
+        self.of_itself, self._of_labels = False, outer["ce"]
         device = accelerator.device
         self._outer = torch.tensor([weight for weight in outer.values() if weight > 0.0], device=device)
         self._first, self._last = (KL if config.alpha > 0.0 else CE), (CE if config.alpha < 1.0 else KL)
