@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import tempfile
 import time
@@ -22,7 +21,7 @@ from benchmarks.study.arms import ARMS, COMMON, Arm
 from benchmarks.study.plan import STUDIES, Run, Study
 from benchmarks.train_step import transformers_arm
 
-LENGTH, MOST_DRAWN = 256, 4096
+LENGTH = 256
 UNREAD = 128
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -68,11 +67,10 @@ def text_for(study: Study, arm: Arm, text: Text, count: int, seed: int) -> tuple
     """What an arm trains on in `count` windows: the text, or part of it beside what the teacher writes; and seconds."""
     if not arm.drawn:
         return text.train, 0.0
-    part = min(round(arm.drawn * count), MOST_DRAWN)
+    part = min(round(arm.drawn * count), len(text.train))
     drawn, seconds = drawn_text(study.model, text.train[:: len(text.train) // part][:part])  # starts from everywhere
-    repeated = drawn.repeat(math.ceil(arm.drawn * count / part), 1)[: round(arm.drawn * count)]
     order = torch.randperm(len(text.train), generator=torch.Generator().manual_seed(seed))
-    return torch.cat([text.train[order[: count - len(repeated)]], repeated]), seconds
+    return torch.cat([text.train[order[: count - part]], drawn]), seconds
 
 
 def start_of(study: Study, seed: int) -> nn.Module:
