@@ -3,8 +3,8 @@
 transformers has no plug-in discovery, and importing its quantizer registry takes over a second. So `import hf_bitnet` only
 leaves a note in the import system; when `transformers.quantizers.auto` is imported (by `from_pretrained`, say), the note
 runs and `hf_bitnet.plugin` adds itself. One method of transformers is extended, too: a quantized model that is pushed gets our
-card (`hub/pushed.py`, which is imported at the first push). In the same way, two functions of peft learn of our experts when
-peft is imported (`plugin/adapters.py`).
+card (`hub/pushed.py`, which is imported at the first push). In the same way, peft learns of our experts and of packed weights
+when it is imported (`plugin/adapters.py`).
 """
 
 from __future__ import annotations
@@ -82,11 +82,16 @@ def _extend_transformers(_: ModuleType) -> None:
     mixin._upload_modified_files = upload
 
 
-def _extend_peft(conversions: ModuleType) -> None:
+def _extend_conversions(conversions: ModuleType) -> None:
     importlib.import_module(f"{__package__}.plugin.adapters").leave_separate_experts(conversions)
+
+
+def _extend_tuners(tuners: ModuleType) -> None:
+    importlib.import_module(f"{__package__}.plugin.adapters").refuse_merges_into_packed_layers(tuners)
 
 
 _EXTENSIONS = {
     "transformers.quantizers.auto": _extend_transformers,
-    "peft.utils.transformers_weight_conversion": _extend_peft,
+    "peft.utils.transformers_weight_conversion": _extend_conversions,
+    "peft.tuners.tuners_utils": _extend_tuners,
 }

@@ -58,6 +58,20 @@ def test_merged_models_come_back(way: Callable[[Any, Any], Any], target: Any, tm
     assert not any("base_layer" in name or "lora" in name for name in loaded.config.quantization_config.quantized_modules)
 
 
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+@torch.no_grad()
+def test_merges_into_packed_layers_are_refused_before_they_begin(merge: str) -> None:
+    model, batch = tiny("llama")
+    packed = hb.BitNetQuantizationConfig.bitnet_b158(keep=["lm_head", r"self_attn"], form="packed", min_coverage=0.0)
+    wrapped = adapted(hb.quantize_model(model, packed), target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    expected, floats = wrapped(**batch).logits, model.model.layers[0].self_attn.q_proj.base_layer.weight.clone()
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj is packed.*nothing was merged.*hf_bitnet\.unpack_model"):
+        getattr(wrapped, merge)()
+    assert floats.equal(model.model.layers[0].self_attn.q_proj.base_layer.weight)
+    torch.testing.assert_close(wrapped(**batch).logits, expected)
+    adapted(tiny("llama")[0]).merge_and_unload()
+
+
 def test_config_of_an_adapted_model_is_that_of_the_plain_one() -> None:
     model, _ = tiny("llama")
     hb.quantize_model(model, hb.BitNetQuantizationConfig.bitnet_b158())

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,6 +108,20 @@ def test_balance_and_logs(tmp_path: Path) -> None:
 
 
 _RAMP = {"ramp": "linear", "end": 0.8, "log_gap": False}
+
+
+def test_a_teacher_is_known_as_the_start_of_a_student_with_adapters(tmp_path: Path) -> None:
+    plain().save_pretrained(tmp_path / "path")
+    target = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["up_proj"])
+    student = peft.get_peft_model(quantized(), target)  # type: ignore[arg-type]
+    teachers: dict[str, Any] = {
+        "path": str(tmp_path / "path"),
+        "adapted": peft.get_peft_model(plain(), peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"])),  # type: ignore[arg-type]
+        "other": plain(seed=5),
+    }
+    for name, teacher in teachers.items():
+        trainer = make_trainer(tmp_path / name, student, teacher=teacher, distillation={"hidden": {}})
+        assert trainer._balance is not None and trainer._balance.of_itself == (name != "other"), name
 
 
 @pytest.mark.parametrize(("teacher", "alpha"), [("self", 0.5), ("self", 1.0), ("path", 0.5), ("other", 0.5), ("other", 1.0)])

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from ...surgery import full_precision_copy, output_head, trained_layers
+from ...surgery.adapters import own_modules, own_names
 from ..sharding import is_sharded
 from .config import DistillationConfig
 
@@ -192,11 +193,14 @@ def whole_head(teacher: nn.Module) -> nn.Linear | None:
 
 @torch.no_grad()
 def starts_as(teacher: nn.Module, student: nn.Module) -> bool:
-    """Whether the student has the teacher's weights, up to rounding; told by the first quantized layer that both have."""
-    theirs = dict(teacher.named_parameters())
+    """Whether the student has the teacher's weights, up to rounding; told by the first quantized layer that both have.
+
+    Adapters of either do not count: they start at nothing.
+    """
+    theirs, names = dict(own_modules(teacher)), own_names(student)
     for name, layer in trained_layers(student):
-        weight, other = layer.weight.detach(), theirs.get(f"{name}.weight")
-        if other is not None and not is_sharded(weight) and other.shape == weight.shape:
+        weight, other = layer.weight.detach(), getattr(theirs.get(names.get(id(layer), name)), "weight", None)
+        if isinstance(other, Tensor) and not is_sharded(weight) and other.shape == weight.shape:
             other = other.detach().to(weight)
             return bool(torch.dist(other, weight) <= _ROUNDING * weight.norm())
     return False
