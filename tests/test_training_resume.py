@@ -19,7 +19,7 @@ import torch
 import transformers as tf
 
 from hf_bitnet.training.resume import last_complete_checkpoint
-from tests.qat import ONE_LAYER, assert_same, losses, make_trainer, quantized, weights
+from tests.qat import ONE_LAYER, assert_same, losses, make_trainer, quantized, said, weights
 from tests.tiny import tiny
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -292,6 +292,26 @@ def test_another_schedule_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFi
         make_trainer(tmp_path, quantized(), quantization_schedule=schedule, max_steps=4).train(resume_from_checkpoint=True)
         said = [record.getMessage() for record in caplog.records if "another quantization schedule" in record.getMessage()]
         assert len(said) == len(words) and all(f"(different: {word})" in line for word, line in zip(words, said, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", [True, False], ids=["with its state", "weights only"])
+def test_other_settings_are_told(optimizer: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3, "save_only_model": not optimizer}
+    make_trainer(tmp_path, quantized(), max_steps=2, **run).train()
+    kept = json.loads((tmp_path / "checkpoint-2" / "qat_arguments.json").read_text())
+    assert (kept["learning_rate"], kept["cautious"], kept["regularizers"]) == (1e-3, False, None)
+    make_trainer(tmp_path, quantized(), max_steps=3, **run).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not said(caplog)  # a longer run is as before
+    other = {**run, "learning_rate": 2e-3, "cautious": True, "regularizers": {"sparsity": 1e-6}, "save_strategy": "no"}
+    trainer = make_trainer(tmp_path, quantized(), max_steps=3, lr_scheduler_type="constant", **other)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    rate = "learning_rate was 0.001 and is 0.002"
+    goes_on, *stays = said(caplog)
+    assert "cautious was False and is True, " in goes_on and "regularizers was None and is {'sparsity': 1e-06}" in goes_on
+    assert goes_on.endswith("; the run goes on with the new ones") and (rate in goes_on) == (not optimizer)
+    assert [rate in line and line.endswith("part of the optimizer's state") for line in stays] == [True] * optimizer
+    # which is the truth
+    assert trainer.optimizer.param_groups[0]["lr"] == (1e-3 if optimizer else 2e-3)
 
 
 # ---- mixtures of experts ----

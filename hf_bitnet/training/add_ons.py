@@ -1,4 +1,4 @@
-"""Which callbacks the fields of QATArguments ask for. Own."""
+"""Which callbacks run beside the loop: one for every run, others where a field of QATArguments asks for them. Own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from .freezing import FreezingCallback, FreezingOptions
 from .int8_backward import Int8BackwardCallback, Int8BackwardOptions
 from .noise import GridPullCallback, GridPullOptions, WeightNoiseCallback, WeightNoiseOptions
 from .ranges import OnlineCalibrationCallback, OnlineCalibrationOptions
+from .settings_note import SettingsNote
 
 
 def add_ons(args: QATArguments) -> list[AddOn]:
     """In the order of their events."""
-    made: list[AddOn] = []
+    made: list[AddOn] = [SettingsNote(args)]
     if isinstance(args.weight_noise, WeightNoiseOptions):
         made.append(WeightNoiseCallback(args.weight_noise))
     if isinstance(args.online_calibration, OnlineCalibrationOptions):

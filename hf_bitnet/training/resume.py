@@ -55,12 +55,17 @@ def _missing(folder: Path, step: int, world_size: int) -> str | None:
     if torn := _torn(folder):
         return torn
     random_states = len(list(folder.glob("rng_state*.pth")))
-    if random_states and not any(next(folder.glob(pattern), None) for pattern in _OPTIMIZERS):
+    if random_states and not has_optimizer(folder):
         return "no state of the optimizer"
     # other ranks may still be writing theirs when the main one is done; none at all is save_only_model
     if 0 < random_states < world_size:
         return f"{random_states} of {world_size} random states"
     return None
+
+
+def has_optimizer(folder: Path) -> bool:
+    """Whether a checkpoint has the state of the optimizer."""
+    return any(next(folder.glob(pattern), None) for pattern in _OPTIMIZERS)
 
 
 def _torn(folder: Path) -> str | None:
