@@ -125,7 +125,11 @@ def test_quantization_options(words: list[str], fields: dict[str, Any]) -> None:
         (["quantize", "{base}", "o", "--override", "k_proj=kep"], "overrides['k_proj'] is 'kep'; legal: 'keep' or a dict"),
         (["quantize", "{base}", "o", "--dtype", "float99"], "--dtype float99 is no dtype"),
         (["quantize", "{base}", "o", "--fit", "gptq"], "--fit gptq needs text: --fit-file train.txt"),
-        (["quantize", "{base}", "o", "--fit-file", "a.txt"], "--fit-file without --fit; add --fit gptq"),
+        (["quantize", "{base}", "o", "--activation", "int8_static"], "int8_static activations are packed with ranges that are"),
+        (
+            ["quantize", "{base}", "o", "--override", "k_proj=activation:int8_static"],
+            "found on text: --fit-file train.txt (or --fo",
+        ),
         (["quantize", "{base}", "o", "--granularity", "group"], "group"),
         (["eval", "{base}", "--text", "t", "--length", "0"], "must be at least 1, got 0"),
         (["export", "{base}", "o"], "in which format? hf-bitnet export MODEL OUT --format NAME (--list shows them)"),

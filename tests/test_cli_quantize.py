@@ -56,6 +56,37 @@ def test_quantize_with_fitted_weights(base: Path, tmp_path: Path, capsys: Captur
         assert name == other and torch.equal(ours, theirs.to(ours.dtype)), name
 
 
+@pytest.mark.parametrize("fit", [None, "gptq"])
+@pytest.mark.parametrize("form", ["packed", "train"])
+def test_quantize_calibrates(base: Path, tmp_path: Path, capsys: Captured, form: str, fit: str | None) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("ba be bi " * 400)
+    fields = {"activation": "int8_static", "sub_norm": ["down_proj"]}
+    words = ["--activation", "int8_static", "--sub-norm", "down_proj", "--form", form, "--fit-file", text, "--fit-windows", "2"]
+    code, _, err = run(capsys, "quantize", base, tmp_path / "out", *words, *([] if fit is None else ["--fit", fit]))
+    assert (code, err) == (0, "")
+    model = tf.AutoModelForCausalLM.from_pretrained(base).float()
+    length = min(256, model.config.max_position_embeddings)
+    batches = [{"input_ids": hb.text_windows(tf.AutoTokenizer.from_pretrained(base), [text], length, max_windows=2)}]
+    hb.calibrate(hb.quantize_model(model, hb.BitNetQuantizationConfig.bitnet_b158(**fields)), batches)
+    if fit is not None:
+        hb.fit_weights(model, batches)
+    if form == "packed":
+        hb.pack_model(model)
+    saved = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert any("act_scale" in name for name in saved) and any("sub_norm" in name for name in saved)
+    for name, theirs in model.state_dict().items():
+        assert torch.equal(saved[name], theirs.to(saved[name].dtype)), name
+
+
+def test_quantize_refuses_text_for_nothing(base: Path, tmp_path: Path, capsys: Captured) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("ba be bi " * 400)
+    code, _, err = run(capsys, "quantize", base, tmp_path / "out", "--fit-file", text)
+    assert code == 2 and "--fit-file without --fit; add --fit gptq" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_quantize_json_is_all_of_the_output(base: Path, tmp_path: Path, capsys: Captured) -> None:
     code, printed, _ = run(capsys, "quantize", base, tmp_path / "out", "--json")
     result = json.loads(printed)

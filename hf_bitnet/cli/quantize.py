@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import transformers
 
-from .. import BitNetQuantizationConfig, coverage, fit_weights, open_model, pack_model, quantize_model, text_windows
+from .. import BitNetQuantizationConfig, calibrate, coverage, fit_weights, open_model, pack_model, quantize_model, text_windows
 from ..calibration import METHODS, FitReport
 from ..files import new_folder, refuse_existing, refuse_overlap
 from ..hub import library_versions, model_card, write_card
 from ..publish.opening import model_class, tokenizer_at
-from ..surgery import FusedExpertsError
+from ..quantizers import ACTIVATION_SCHEMES
+from ..surgery import FusedExpertsError, quantized_layers
 from .common import config_from, dtype_of, quietly, say, summary, texts
 from .options import UsageError
 
@@ -63,32 +64,53 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _quantized(arguments: argparse.Namespace, kind: Any, config: BitNetQuantizationConfig) -> tuple[Any, FitReport | None]:
     """The loaded model in the config's form, and what the fit did, where there was one."""
-    dtype = dtype_of(arguments.dtype)
-    if arguments.fit is None:
-        if arguments.fit_file is not None:
-            raise UsageError("--fit-file without --fit; add --fit gptq")
-        try:
-            return kind.from_pretrained(arguments.model, dtype=dtype, quantization_config=config, **_HUB), None
-        except FusedExpertsError:  # which takes the memory of the float model
-            return quantize_model(kind.from_pretrained(arguments.model, dtype=dtype, **_HUB), config), None
-    METHODS.get(arguments.fit)  # a misspelt one is told before anything is read
-    if arguments.fit != "least_squares" and arguments.fit_file is None:
+    if arguments.fit is not None:
+        METHODS.get(arguments.fit)  # a misspelt one is told before anything is read
+    if arguments.fit not in (None, "least_squares") and arguments.fit_file is None:
         raise UsageError(f"--fit {arguments.fit} needs text: --fit-file train.txt (or --fit least_squares, which does without)")
-    stored = kind.from_pretrained(arguments.model, dtype=dtype, device_map="meta", **_HUB).dtype
+    static = _static_activations(config)
+    if static and arguments.fit_file is None and config.form == "packed":
+        raise UsageError(
+            f"{static} activations are packed with ranges that are found on text: --fit-file train.txt (or --form train, and "
+            "the ranges when it is trained)"
+        )
+    if arguments.fit is None and arguments.fit_file is None:
+        return _rounded(arguments, kind, config), None
+    stored = kind.from_pretrained(arguments.model, dtype=dtype_of(arguments.dtype), device_map="meta", **_HUB).dtype
     # float32, so that the weights behind the codes are exact; what stays float goes back to its dtype in the end
     model = kind.from_pretrained(arguments.model, dtype=torch.float32, **_HUB)
-    batches = None
-    if arguments.fit_file is not None:
-        tokenizer = tokenizer_at(arguments.model)
-        files = texts(arguments.fit_file)
-        length = min(_FIT_LENGTH, getattr(model.config, "max_position_embeddings", None) or _FIT_LENGTH)
-        windows = text_windows(tokenizer, files, length, max_windows=arguments.fit_windows)
-        batches = [{"input_ids": part} for part in windows.split(_FIT_BATCH)]
+    batches = None if arguments.fit_file is None else _batches(arguments, model)
     quantize_model(model, BitNetQuantizationConfig(**{**config.fields(), "form": "train"}))
-    report = fit_weights(model, batches, method=arguments.fit)
+    if any(layer.activation.static or layer.sub_norm is not None for _, layer in quantized_layers(model)):
+        if batches is not None:
+            calibrate(model, batches)
+    elif arguments.fit is None:
+        raise UsageError("--fit-file without --fit; add --fit gptq")
+    report = None if arguments.fit is None else fit_weights(model, batches, method=arguments.fit)
     if config.form == "packed":
         pack_model(model)
     return model.to(stored), report
+
+
+def _static_activations(config: BitNetQuantizationConfig) -> str | None:
+    """The first scheme of the config whose ranges have to be calibrated."""
+    named = [config.activation, *(change.get("activation") for change in config.overrides.values() if isinstance(change, dict))]
+    return next((name for name in named if name is not None and ACTIVATION_SCHEMES.get(name).static), None)
+
+
+def _rounded(arguments: argparse.Namespace, kind: Any, config: BitNetQuantizationConfig) -> Any:
+    dtype = dtype_of(arguments.dtype)
+    try:
+        return kind.from_pretrained(arguments.model, dtype=dtype, quantization_config=config, **_HUB)
+    except FusedExpertsError:  # which takes the memory of the float model
+        return quantize_model(kind.from_pretrained(arguments.model, dtype=dtype, **_HUB), config)
+
+
+def _batches(arguments: argparse.Namespace, model: Any) -> list[dict[str, torch.Tensor]]:
+    length = min(_FIT_LENGTH, getattr(model.config, "max_position_embeddings", None) or _FIT_LENGTH)
+    tokenizer, files = tokenizer_at(arguments.model), texts(arguments.fit_file)
+    windows = text_windows(tokenizer, files, length, max_windows=arguments.fit_windows)
+    return [{"input_ids": part} for part in windows.split(_FIT_BATCH)]
 
 
 def _copy_processor(arguments: argparse.Namespace, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Says which settings of a run are others than those of the checkpoint that it goes on from. Own.
 
-A run that goes on with other settings is legal, and is not the run that would have gone through. Trainer compares logging, saving,
-evaluation and the batch size; schedules, teachers and quantization have notes of their own (`strength.py`, `resume.py`).
+A run that goes on with other settings is legal, and is not the run that would have gone through. Trainer compares logging,
+saving, evaluation and the batch size; schedules, teachers and quantization have notes of their own (`strength.py`, `resume.py`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,14 @@ _OF_TRAINER = (
     "fp16",
 )
 # these do not change what is trained, or are compared elsewhere
-_LEFT_OUT = ("quantization_schedule", "eval_at_full_strength", "nan_guard", "spike_rollback", "quant_logging", "training_preset")
+_LEFT_OUT = (
+    "quantization_schedule",
+    "eval_at_full_strength",
+    "nan_guard",
+    "spike_rollback",
+    "quant_logging",
+    "training_preset",
+)
 
 
 def _compared() -> list[str]:
@@ -75,7 +82,9 @@ class SettingsNote(AddOn):
         # a note of another version may lack some
         different = [name for name in now if name in before and before[name] != now[name]]
         kept = [name for name in different if name in _IN_THE_STATE] if has_optimizer(checkpoint) else []
-        self._say(checkpoint, before, now, [name for name in different if name not in kept], "the run goes on with the new ones")
+        self._say(
+            checkpoint, before, now, [name for name in different if name not in kept], "the run goes on with the new ones"
+        )
         self._say(checkpoint, before, now, kept, "the old ones stay, they are part of the optimizer's state")
 
     def _settings(self) -> dict[str, Any]:

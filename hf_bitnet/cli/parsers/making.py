@@ -16,6 +16,7 @@ def add_quantize(commands: Any) -> None:
         "  hf-bitnet quantize ./model out --form train            # float weights, to be trained\n"
         "  hf-bitnet quantize ./model out --weight int4 --override 'down_proj=weight:int8' --keep 'layers\\.0\\.'\n"
         "  hf-bitnet quantize org/model out --preset w2a8 --fit gptq --fit-file train.txt\n"
+        "  hf-bitnet quantize org/model out --preset w8a8 --activation int8_static --fit-file train.txt\n"
         "  hf-bitnet quantize org/model --dry-run                 # what would be quantized; writes nothing",
     )
     add_model(parser)
@@ -27,7 +28,12 @@ def add_quantize(commands: Any) -> None:
     parser.add_argument(
         "--fit", metavar="METHOD", help="fit the weights instead of rounding them: gptq (needs --fit-file) or least_squares"
     )
-    parser.add_argument("--fit-file", nargs="+", metavar="FILE", help="UTF-8 text to fit on; for language models")
+    parser.add_argument(
+        "--fit-file",
+        nargs="+",
+        metavar="FILE",
+        help="UTF-8 text to fit on, and to find static activation ranges and the gains of sub-norms on; for language models",
+    )
     parser.add_argument("--fit-windows", type=positive, default=128, metavar="N", help="of 256 tokens (default: 128)")
     parser.add_argument("--dry-run", action="store_true", help="only show what would be quantized, from the model's shapes")
     parser.add_argument("--force", action="store_true", help="replace a model in OUT")
