@@ -1,7 +1,7 @@
 """Says which settings of a run are others than those of the checkpoint that it goes on from. Own.
 
 A run that goes on with other settings is legal, and is not the run that would have gone through. Trainer compares logging,
-saving, evaluation and the batch size; schedules, teachers and quantization have notes of their own (`strength.py`, `resume.py`).
+saving, evaluation and the batch size; schedules, teachers and schemes have notes of their own (`strength.py`, `resume.py`).
 """
 
 from __future__ import annotations
