@@ -65,7 +65,7 @@ def _check_merge(model: nn.Module) -> None:
         if "base_layer" not in module._modules:
             continue
         layer = without_adapter(module)
-        if isinstance(layer, QuantizedLayer | QuantizedEmbedding) and not layer.weight.is_floating_point():
+        if isinstance(layer, QuantizedLayer | QuantizedEmbedding) and not layer.get_parameter("weight").is_floating_point():
             raise ValueError(
                 f"{name} is packed, and adapters are merged into float weights; nothing was merged. Unpack the model before: "
                 "hf_bitnet.unpack_model(model); hf_bitnet.pack_model(model.merge_and_unload())"
