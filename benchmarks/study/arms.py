@@ -64,7 +64,9 @@ ARMS: dict[str, Arm] = {
     ),
     "learned scale": Arm("ParetoQ (arXiv 2502.02631): LSQ, SEQ at 2 bits", {"weight_scale": "learned"}),
     "threshold scale": Arm("TWN (arXiv 1605.04711): threshold 0.7 mean", {"weight_scale": "threshold"}),
-    "softmax relaxation": Arm("Hestia (arXiv 2601.20745) without Hessian", {"relaxation": "softmax"}, _ramp(end=0.9)),
+    "softmax relaxation": Arm(
+        "Hestia (arXiv 2601.20745) without Hessian", {"relaxation": "softmax"}, _ramp(end=0.9), rates=(*_RATES, 8e-3)
+    ),
     "annealed residual": Arm("Arenas: Sherry (arXiv 2601.07892)", {"relaxation": "residual"}, _ramp(end=0.9)),
     "tanh relay": Arm("CAT-Q (arXiv 2606.26650), the relaxation alone", {"relaxation": "relay"}, _ramp(end=0.5)),
     "linear ramp": Arm("Hugging Face blog, 2024", {}, _ramp(end=0.3)),
@@ -132,4 +134,11 @@ ARMS["all, ramp"] = replace(
 )
 ARMS["all, learned scale"] = replace(
     ARMS["all but TWN's scale"], source="own: the same, and ParetoQ's scale", quantization={"weight_scale": "learned"}
+)
+ARMS["all, softmax relaxation"] = Arm(
+    "own: all but TWN's scale, and Hestia's relaxation",
+    {"relaxation": "softmax"},
+    arguments={**_EARLY, **_FAST_NORMS, **_ramp(end=0.9)},
+    drawn=0.5,
+    rates=(*OFTEN_RATES, 2e-3),
 )

@@ -20,6 +20,7 @@ _COMPARED = (
     "annealed residual",
     "pull and noise",
     "all",
+    "all, softmax relaxation",
 )
 _CONVERSIONS = ("plain", "learned scale", "GPTQ start", "all but TWN's scale")
 _TEXT_ONLY = ("full-precision twin", "labels only")
