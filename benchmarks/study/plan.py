@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.study.arms import ARMS, OFTEN_RATES
+from benchmarks.study.arms import ARMS
 
 SMALL, LARGE = "novels-llama-small", "novels-llama"
 # what the parts of "all" do by themselves is in the ablation
@@ -23,6 +23,7 @@ _COMPARED = (
     "all, softmax relaxation",
 )
 _CONVERSIONS = ("plain", "learned scale", "GPTQ start", "all but TWN's scale")
+_BATCHES = {"per_device_train_batch_size"}
 _TEXT_ONLY = ("full-precision twin", "labels only")
 
 
@@ -85,7 +86,7 @@ STUDIES: dict[str, Study] = {
         "what each part does, 1.58 bits, one learning rate",
         _TERNARY,
         # those with other batches want other rates
-        tuple(name for name, arm in ARMS.items() if arm.quantization is not None and arm.rates != OFTEN_RATES),
+        tuple(name for name, arm in ARMS.items() if arm.quantization is not None and not arm.arguments.keys() & _BATCHES),
         tokens=500_000,
         seeds=3,
         rates=(2e-3,),
