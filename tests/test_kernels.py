@@ -85,6 +85,21 @@ def test_autocast_changes_nothing(operation: str, body: dispatch.Body) -> None:
 
 
 @each_body
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_the_default_dtype_changes_nothing(operation: str, body: dispatch.Body, dtype: torch.dtype) -> None:
+    """from_pretrained and many scripts set it."""
+    function = _serve(body)
+    for case, args in cases.CASES[operation]():
+        expected, before = function(*args), torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            found = function(*args)
+        finally:
+            torch.set_default_dtype(before)
+        assert _same(found, expected), case
+
+
+@each_body
 def test_fresh_memory_is_never_read(operation: str, body: dispatch.Body) -> None:
     """With new tensors filled by NaN or huge integers, a kernel that reads what it did not write gives itself away."""
     function, definition = _serve(body), getattr(reference, operation)

@@ -7,7 +7,10 @@ once a step. Under torch.compile the blocks would only unroll; there the compile
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +36,11 @@ def _whole(x: Tensor, elements: int) -> bool:
     return elements <= _BLOCK or torch.compiler.is_compiling() or not x.is_cpu
 
 
+def _as_they_are(device: torch.device) -> AbstractContextManager[Any]:
+    """Without autocast, which knows no meta device."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def int_matmul_onednn(a: Tensor, b: Tensor) -> Tensor:
     """Exact int8 (M, K) x int8 (N, K) -> int32 (M, N) through `torch._int_mm`."""
     # torch 2.13 misreads operands whose strides are ambiguous (K = 1) or 0 (expanded), and returns uninitialised memory
@@ -44,7 +52,7 @@ def int_matmul_onednn(a: Tensor, b: Tensor) -> Tensor:
 def int_matmul_float32(a: Tensor, b: Tensor) -> Tensor:
     """Exact int8 (M, K) x int8 (N, K) -> int32 (M, N) in float32, in slices of K short enough for float32 to be exact."""
     out = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
-    with torch.autocast(a.device.type, enabled=False):  # autocast would round these products to bfloat16
+    with _as_they_are(a.device):  # autocast would round these products to bfloat16
         for start in range(0, a.shape[1], _EXACT_FLOAT32_TERMS):
             part = slice(start, start + _EXACT_FLOAT32_TERMS)
             out += (a[:, part].float() @ b[:, part].float().t()).to(torch.int32)
@@ -67,7 +75,7 @@ def make_int_linear(int_matmul: Callable[[Tensor, Tensor], Tensor]) -> Callable[
         if w_scale.shape[-1] > 1:
             return _grouped_linear(x_codes, x_scale, x_zero, w_codes, w_scale, w_zero, bias, dtype)
         # what a zero point of the input takes off: its multiple of each row's sum of levels
-        w_sum = torch.zeros((), device=w_codes.device)
+        w_sum = torch.zeros((), dtype=torch.float32, device=w_codes.device)
         if x_zero is not None:
             w_sum = w_codes.sum(dim=-1, dtype=torch.int32).float() - w_zero * w_codes.shape[-1]
         w_scale = w_scale.reshape(1, -1)
@@ -75,7 +83,8 @@ def make_int_linear(int_matmul: Callable[[Tensor, Tensor], Tensor]) -> Callable[
         def block(x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
             y = int_matmul(x, w_codes)
             if w_zero:
-                y = y - w_zero * x.sum(dim=-1, keepdim=True, dtype=torch.int32)
+                # Python numbers times integers would have the default dtype
+                y = y.float() - w_zero * x.sum(dim=-1, keepdim=True, dtype=torch.int32).float()
             if zero is not None:
                 y = y - zero * w_sum
             y = y * (scale * w_scale) if w_scale.numel() == 1 else (y * scale).mul_(w_scale)
@@ -105,7 +114,7 @@ def _grouped_linear(
     """A scale that changes along K cannot leave the sum: one float32 product over dequantized weights."""
     x = x_codes.float() if x_zero is None else x_codes.float() - x_zero
     w = ((w_codes.float() - w_zero).unflatten(-1, (w_scale.shape[-1], -1)) * w_scale.unsqueeze(-1)).flatten(-2)
-    with torch.autocast(x.device.type, enabled=False):
+    with _as_they_are(x.device):
         y = (x @ w.t()) * x_scale
     return (y if bias is None else y + bias).to(dtype)
 
@@ -202,7 +211,7 @@ def fixed_matmul(
         levels = scale_rows(levels, of_codes.reshape(-1, 1), a.dtype)
     if of_a is not None:
         a = (a * of_a.reshape(1, -1)).to(a.dtype)
-    with torch.autocast(a.device.type, enabled=False):  # it would round a float32 product to bfloat16
+    with _as_they_are(a.device):  # autocast would round a float32 product to bfloat16
         y = _product(a, levels.to(a.dtype))
     return y.to(dtype) if scale is None else _scale_all(y, scale, dtype)
 

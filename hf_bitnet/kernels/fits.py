@@ -12,12 +12,23 @@ from torch import Tensor
 
 from .reference import PackedWeight
 
+_MOST_TERMS = 1 << 17  # of -128 times 127, and one more would still fit
+
 
 def check_codes(a: Tensor, b: Tensor) -> None:
     """int8 (M, K) and int8 (N, K)."""
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or a.dtype != torch.int8 or b.dtype != torch.int8:
         found = f"{a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}"
         raise ValueError(f"an integer product takes int8 (M, K) and int8 (N, K), not {found}")
+    _check_terms(a.shape[1])
+
+
+def _check_terms(k: int) -> None:
+    """So many products of two int8 are summed in int32."""
+    if k > _MOST_TERMS:
+        raise ValueError(
+            f"an integer product of 8 bits sums {_MOST_TERMS:,} terms at most, not {k:,}; their int32 sum may overflow"
+        )
 
 
 def check_input(x_codes: Tensor, x_scale: Tensor, x_zero: Tensor | None) -> None:
@@ -27,6 +38,13 @@ def check_input(x_codes: Tensor, x_scale: Tensor, x_zero: Tensor | None) -> None
         raise ValueError("the input of an integer product is int8 (M, K), with a scale (and zero point) float32 (M, 1)")
 
 
+def check_device(x: Tensor, *others: Tensor | None) -> None:
+    """All on the device of x: a kernel is launched there, and reads the others' addresses as its own."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise ValueError(f"all tensors of a kernel have to be on one device, not on {x.device} and {other.device}")
+
+
 def check_matrix(x: Tensor) -> None:
     """A matrix of rows."""
     if x.dim() != 2:
@@ -34,10 +52,14 @@ def check_matrix(x: Tensor) -> None:
 
 
 def check_weight(weight: Tensor, scale: Tensor, bias: Tensor | None, k: int, width: int) -> None:
-    """(N, width) for k inputs, scale (1, 1), (N, 1) or (N, G), bias (N,) or None."""
+    """uint8 (N, width) for k inputs, or int8 codes (N, k); scale (1, 1), (N, 1) or (N, G), bias (N,) or None."""
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ValueError(f"a weight of shape {tuple(weight.shape)}; {k} inputs need (outputs, {width})")
+    if weight.dtype not in (torch.uint8, torch.int8):
+        raise ValueError(f"a weight of {weight.dtype}; packed ones are torch.uint8, codes torch.int8")
     n = weight.shape[0]
+    if width == k:
+        _check_terms(k)
     check_scale(scale, n, k)
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"a bias of shape {tuple(bias.shape)} fits no weight of {n} outputs")

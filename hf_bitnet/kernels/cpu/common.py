@@ -34,7 +34,14 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def require_cpu(*tensors: Tensor | None) -> None:
-    """Raises ValueError when a tensor is on another device: the library would read its address as the CPU's."""
+    """Raises ValueError when a tensor is on another device, or has no memory: the library reads what is at its address."""
     for tensor in tensors:
-        if tensor is not None and not tensor.is_cpu:
+        if tensor is None:
+            continue
+        if not tensor.is_cpu:
             raise ValueError(f"all tensors of a CPU kernel have to be on the CPU, one is on {tensor.device}")
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # a DTensor has the address 0
+            raise ValueError(
+                f"a {type(tensor).__name__} has no memory that a CPU kernel could read; a sharded weight is put together "
+                "before its layer is called (model(...), or unshard())"
+            )

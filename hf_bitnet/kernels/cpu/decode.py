@@ -48,7 +48,8 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 
 def _is_rotatable(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    if is_recording() or not all(type(x) is Tensor and x.is_cpu for x in (q, k, cos, sin)):
+    computed = not is_recording() and all(type(x) is Tensor and x.is_cpu for x in (q, k, cos, sin))
+    if not computed or q.dim() != 4 or k.dim() != 4:
         return False
     batch, _, tokens, d = q.shape
     return (

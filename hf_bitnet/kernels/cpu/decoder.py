@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..decoder import ACTIVATIONS, DecoderLayer, Norm, fits
 from ..reference import PackedWeight
-from .common import FLOATS, check
+from .common import FLOATS, check, require_cpu
 from .library import functions
 from .products import NO_RESULT, describe
 
@@ -60,8 +60,10 @@ class Described:
     def __init__(self, layer: DecoderLayer) -> None:
         dtype = layer.input_norm.weight.dtype
         known = dtype in FLOATS and layer.activation in ACTIVATIONS
-        if not known or not fits(layer, dtype) or any(not tensor.is_cpu for tensor in _tensors(layer)):
+        of_biases = {bias.dtype for _, _, bias in _weights(layer) if bias is not None}
+        if not known or not of_biases <= FLOATS.keys() or not fits(layer, dtype):
             raise ValueError("the parts of this decoder layer do not belong together; every operation by itself says why")
+        require_cpu(*_tensors(layer))
         groups = {scale.shape[1] for _, scale, _ in _weights(layer)}
         if groups != {1}:
             raise ValueError("a decoder layer is decoded in one call only with scales of tensors or channels, not of groups")
@@ -111,6 +113,9 @@ def decode_layers(steps: Sequence[tuple[Described, Place, int]], x: Tensor, cos:
     Raises:
         ValueError: the parts do not belong together, or a buffer is full.
     """
+    if x.dim() != 3 or cos.dim() != 3:
+        found = f"{tuple(x.shape)} and {tuple(cos.shape)}"
+        raise ValueError(f"x and cos are (batch, tokens, hidden) and (batch or 1, tokens, head size), not {found}")
     batch, tokens, hidden = x.shape
     size, dtype = cos.shape[-1], x.dtype
     if cos.shape != sin.shape or cos.shape[0] not in (1, batch) or cos.shape[-2] != tokens:

@@ -37,10 +37,10 @@ def fixed_matmul(
     factor = 1.0 if scale is None else scale.item()
     if k <= _SUMMED_AT_ONCE:
         return _call(a, a_scale, codes, zero_point, factor, dtype)
-    total = torch.zeros(m, n, device="cpu")
+    total = torch.zeros(m, n, dtype=torch.float32, device="cpu")
     for start in range(0, k, _SUMMED_AT_ONCE):
         part = slice(start, start + _SUMMED_AT_ONCE)
-        of_part = None if a_scale is None else a_scale.view(-1)[part]
+        of_part = None if a_scale is None else a_scale.reshape(-1)[part]
         total += _call(a[:, part], of_part, codes[part], zero_point, factor, torch.float32)
     return total.to(dtype)
 

@@ -124,8 +124,9 @@ _KEPT: KeptFor[_Block] = KeptFor()
 def traits_of(codes: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
     """What must not have changed for a kept block to describe this weight."""
     if bias is None:
-        return codes.data_ptr(), codes.nbytes, scale.data_ptr(), scale.nbytes
-    return codes.data_ptr(), codes.nbytes, scale.data_ptr(), scale.nbytes, bias.data_ptr(), bias.nbytes, bias.dtype
+        return codes.data_ptr(), codes.shape, codes.stride(), scale.data_ptr(), scale.shape
+    of_bias = bias.data_ptr(), bias.shape, bias.dtype
+    return codes.data_ptr(), codes.shape, codes.stride(), scale.data_ptr(), scale.shape, of_bias
 
 
 def _make(x: Tensor, weights: Sequence[PackedWeight], spec: tuple[Any, ...]) -> tuple[_Block, Tensor, Sequence[PackedWeight]]:

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..fits import check_matrix, check_weight
+from ..fits import check_device, check_matrix, check_weight
 from ..reference import CODES_PER_BYTE, Layout, PackedWeight, RowQuantization
 from . import products
 from .language import EXACT, INTERPRETED, narrowed
@@ -370,6 +370,7 @@ def packed_linears(
     (m, k), per = x.shape, CODES_PER_BYTE[layout.bits]
     for weight in weights:
         check_weight(*weight, k, -(-k // per))
+        check_device(x, *weight)
     if m > _MANY_ROWS or not k or not all(fits_tiles(scale, k, per) for _, scale, _ in weights):
         codes, x_scale = quantize_rows(x, *rows)
         return [packed_int_linear(codes, x_scale, None, *weight, layout, dtype) for weight in weights]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..fits import check_codes, check_input, check_weight
+from ..fits import check_codes, check_device, check_input, check_weight
 from .language import EXACT, narrowed
 from .support import bucket, on_device_of
 from .tuning import sizes, tuned
@@ -237,6 +237,7 @@ def laid_out(codes: Tensor) -> Tensor:
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """`reference.int_matmul`."""
     check_codes(a, b)
+    check_device(a, b)
     a, b = laid_out(a), laid_out(b)
     (m, k), n = a.shape, b.shape[0]
     if not k:
@@ -265,6 +266,7 @@ def int_linear(
     check_codes(x_codes, w_codes)
     check_input(x_codes, x_scale, x_zero)
     check_weight(w_codes, w_scale, bias, x_codes.shape[1], x_codes.shape[1])
+    check_device(x_codes, x_scale, x_zero, w_codes, w_scale, bias)
     x_codes, w_codes = laid_out(x_codes), laid_out(w_codes)
     (m, k), n, groups = x_codes.shape, w_codes.shape[0], w_scale.shape[-1]
     out = torch.empty(m, n, dtype=dtype, device=x_codes.device)
