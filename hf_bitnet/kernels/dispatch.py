@@ -234,7 +234,8 @@ def fixed_matmul(
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype a linear layer's output has for input `x`: the autocast dtype where autocast is on, else x's own."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):  # autocast leaves float64 alone
+    # autocast leaves float64 alone, and knows no meta device
+    if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(device):
         return x.dtype
     return torch.get_autocast_dtype(device)
 

@@ -40,6 +40,11 @@ def check_arguments(args: Any, kind: type[QATArguments], trainer: str, has_teach
         )
     if has_teacher and named.get("compute_loss_func") is not None:
         raise ValueError("compute_loss_func and teacher both define the loss; give one of them")
+    if args.load_best_model_at_end and args.quantization_schedule is not None and not args.eval_at_full_strength:
+        raise ValueError(
+            "load_best_model_at_end would compare evaluations at different strengths, and choose a soft model, which is not "
+            "the quantized one that is left; leave eval_at_full_strength=False out, or load_best_model_at_end"
+        )
     if args.regularizers and args.deepspeed:
         raise ValueError(
             "regularizers add to the gradients after backward, and DeepSpeed keeps these to itself; leave regularizers out, or "
@@ -131,9 +136,10 @@ class LossStyle(enum.Enum):
 
 
 def loss_style(model: nn.Module) -> LossStyle:
-    """Read from the source of the model's forward: only `self.loss_function` takes the number of items.
+    """Read from the source of the model's forward: only `self.loss_function` takes the number of items, where it is handed on.
 
-    (126 model files of transformers 5.23 make a CrossEntropyLoss of their own, yet take **kwargs.)
+    (126 model files of transformers 5.23 make a CrossEntropyLoss of their own, yet take **kwargs; some 40, among them the
+    classifiers on decoders, call `self.loss_function` without them.)
     """
     for kind in type(unwrap_peft_model(model)).__mro__:
         if "forward" not in vars(kind):
@@ -142,10 +148,25 @@ def loss_style(model: nn.Module) -> LossStyle:
             source = inspect.getsource(inspect.unwrap(vars(kind)["forward"]))
         except (OSError, TypeError):  # defined at a prompt: nothing to read
             return LossStyle.OTHER
-        if "self.loss_function(" in source:
-            return LossStyle.SUM
+        if calls := _calls(source, "self.loss_function("):
+            handed_on = all("**" in call or "num_items_in_batch" in call for call in calls)
+            return LossStyle.SUM if handed_on else LossStyle.MEAN
         if "CrossEntropyLoss(" in source:
             return LossStyle.MEAN
         if "super().forward(" not in source:
             break
     return LossStyle.OTHER
+
+
+def _calls(source: str, opening: str) -> list[str]:
+    """What stands in the brackets of each call in a source."""
+    found, start = [], source.find(opening)
+    while start >= 0:
+        end = start = start + len(opening)
+        depth = 1
+        while depth and end < len(source):
+            depth += {"(": 1, ")": -1}.get(source[end], 0)
+            end += 1
+        found.append(source[start : end - 1])
+        start = source.find(opening, end)
+    return found

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -119,11 +120,15 @@ class FreezingCallback(AddOn):
         self._options = options
         self._records: dict[str, _Record] = {}
         self._saved: dict[str, Tensor] = {}
+        self._saved_schemes: dict[str, str] = {}
 
     def start(self, checkpoint: Path | None) -> None:
-        self._records = {}
+        self._records, self._saved, self._saved_schemes = {}, {}, {}
         path = None if checkpoint is None else checkpoint / _FILE
-        self._saved = load_file(path) if path is not None and path.is_file() else {}
+        if path is not None and path.is_file():
+            with safe_open(path, framework="pt") as file:
+                self._saved_schemes = file.metadata() or {}
+                self._saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for name, layer in trained_layers(kwargs["model"]):
@@ -152,15 +157,17 @@ class FreezingCallback(AddOn):
         record = self._records.get(name)
         if record is None or record.quantizer != layer.quantizer:  # a new stage of bits has other codes
             record = self._records[name] = _Record(layer.quantizer, codes)
+            # a checkpoint at the end of a stage has the codes of that stage
+            same = self._saved_schemes.get(name) == layer.quantizer.scheme
             for field in record.tensors():
                 saved = self._saved.pop(f"{name}.{field}", None)
-                if saved is not None:
+                if saved is not None and same:
                     setattr(record, field, saved.to(codes.device))
         return record
 
     def save(self, checkpoint: Path) -> None:
         tensors = {f"{name}.{field}": value for name, each in self._records.items() for field, value in each.tensors().items()}
-        save_file(tensors, checkpoint / _FILE)
+        save_file(tensors, checkpoint / _FILE, {name: each.quantizer.scheme for name, each in self._records.items()})
 
     def figures(self) -> dict[str, float]:
         held = [record.held for record in self._records.values()]

@@ -21,6 +21,7 @@ from .learning_rate import TwoStage, TwoStageScheduler
 from .regularizers import Regularization
 from .resume import last_complete_checkpoint
 from .rollback import RollbackOptions, Rollbacks, SpikeError, find_spike
+from .sharding import on_any_rank
 from .stability import StuckWatch, first_not_finite, patient
 
 # it comes before any Trainer, and is no base of it
@@ -148,12 +149,14 @@ class Guards(_Base):
     def _stop_at(self, norm: float, batches: list[dict[str, Any]]) -> NoReturn:
         """Names the layer, then raises RuntimeError, or goes the way of a loss spike where there is one."""
         assert isinstance(self.model, nn.Module)
-        step, cause = self.state.global_step + 1, ""
+        step, cause, anywhere = self.state.global_step + 1, None, False
         for batch in batches:
             cause = first_not_finite(self.model, functools.partial(self._loss_again, self.model, batch))
-            if "is finite when" not in cause:
+            anywhere = on_any_rank(cause is not None, self.args.device)  # ranks leave together
+            if anywhere:
                 break
-        why = f"the gradient norm is {norm}: {cause}"
+        unknown = "the same batches are finite when they are run again (dropout, or an unstable kernel?)"
+        why = f"the gradient norm is {norm}: {cause or ('it comes from another process' if anywhere else unknown)}"
         if self._rollbacks is not None:
             raise SpikeError(step, norm, self.state.global_step, why)
         raise RuntimeError(

@@ -61,8 +61,11 @@ class TwoStageScheduler(LambdaLR):
     """
 
     def __init__(self, optimizer: Optimizer, options: TwoStage, warmup: int, total: int) -> None:
-        # saved with the scheduler: on resume the optimizer's groups hold the decay of the moment
-        self.decays = [group.get("weight_decay") for group in optimizer.param_groups]
+        # a second run with the same optimizer finds the decay where the first one left it, as on resume; like initial_lr
+        for group in optimizer.param_groups:
+            if "weight_decay" in group:
+                group.setdefault("initial_weight_decay", group["weight_decay"])
+        self.decays = [group.get("initial_weight_decay") for group in optimizer.param_groups]
         self._is_second = lambda step: options.second(step, total)
         super().__init__(optimizer, lambda step: options.factor(step, warmup, total))
 

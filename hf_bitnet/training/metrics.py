@@ -22,12 +22,18 @@ class TrainMetrics(TrainerCallback):
         terms: names of the losses of the distillation; none without a teacher.
         device: of the training.
         regularization: whose terms are logged, if there is one.
+        always: log the schedule also where the monitor is off, for what compares losses of one stage.
     """
 
     def __init__(
-        self, monitor: QuantMonitor, terms: list[str], device: torch.device, regularization: Regularization | None = None
+        self,
+        monitor: QuantMonitor,
+        terms: list[str],
+        device: torch.device,
+        regularization: Regularization | None = None,
+        always: bool = False,
     ) -> None:
-        self._regularization = regularization
+        self._regularization, self._always = regularization, always
         self.history = LayerHistory()
         self._monitor = monitor
         self._names = [f"distill/{name}" for name in terms]
@@ -62,7 +68,7 @@ class TrainMetrics(TrainerCallback):
         if measured is not None:
             names += self._monitor.NAMES
             parts.append(measured)
-        logs = dict(schedule) if self._monitor.enabled else {}
+        logs = dict(schedule) if self._monitor.enabled or self._always else {}
         if parts:
             values = torch.cat(parts).tolist()
             logs |= dict(zip(names, values, strict=False))  # type: ignore[arg-type]

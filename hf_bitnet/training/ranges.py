@@ -17,6 +17,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..calibration import OBSERVERS, ObserverOptions
 from ..calibration.passes import Range
+from ..modules import QuantizedLayer
 from ..surgery import trained_layers
 from .add_on import AddOn
 from .options import number, whole
@@ -53,7 +54,8 @@ class OnlineCalibrationOptions:
 class OnlineCalibrationCallback(AddOn):
     """Watches static layers by hooks that hang only in the steps that are observed.
 
-    A layer without a range takes the first one from the first tensor that reaches it.
+    A layer without a range takes the first one from the first tensor that reaches it, in whichever step (an expert may be
+    chosen late) or evaluation that is; its hook hangs until then.
     """
 
     def __init__(self, options: OnlineCalibrationOptions) -> None:
@@ -61,6 +63,7 @@ class OnlineCalibrationCallback(AddOn):
         self._ranges: list[Range] = []
         self._hooks: list[Any] = []
         self._left = 0
+        self._without: list[_First] = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.torch_compile:
@@ -73,6 +76,12 @@ class OnlineCalibrationCallback(AddOn):
                 "online_calibration: no layer has a static activation range; quantize with "
                 "BitNetQuantizationConfig(activation='int8_static'), or leave it out"
             )
+        self._forget_first()
+        static = [layer for _, layer in trained_layers(kwargs["model"]) if layer.activation.static]
+        self._without = [_First(Range(layer, self._observer())) for layer in static if not float(_scale_of(layer))]
+
+    def _observer(self) -> Any:
+        return OBSERVERS.get(self._options.method)(ObserverOptions(self._options.percentile))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._unhook()
@@ -80,11 +89,10 @@ class OnlineCalibrationCallback(AddOn):
         step = state.global_step
         if step % self._options.every or step >= self._options.until * state.max_steps:
             return
-        kind, options = OBSERVERS.get(self._options.method), ObserverOptions(self._options.percentile)
         self._left = self._options.samples
         for _, layer in trained_layers(kwargs["model"]):
             if layer.activation.static:
-                watched = Range(layer, kind(options))
+                watched = Range(layer, self._observer())
                 self._ranges.append(watched)
                 self._hooks.append(layer.register_forward_pre_hook(_watch(watched), with_kwargs=True))
 
@@ -97,14 +105,36 @@ class OnlineCalibrationCallback(AddOn):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._unhook()
+        if self._without:
+            self._share_first()
         if self._ranges:
             self._move(self._ranges)
             self._ranges = []
 
     @torch.no_grad()
+    def _share_first(self) -> None:
+        """First ranges become those of all ranks; what no rank has reached goes on waiting."""
+        seen = torch.stack([torch.stack([first.scale, (first.scale > 0).float()]) for first in self._without])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(seen)
+        waiting = []
+        for first, (total, count) in zip(self._without, seen.tolist(), strict=True):
+            if count:
+                first.scale.fill_(total / count)
+                first.hook.remove()
+            else:
+                waiting.append(first)
+        self._without = waiting
+
+    def _forget_first(self) -> None:
+        for first in self._without:
+            first.hook.remove()
+        self._without = []
+
+    @torch.no_grad()
     def _move(self, ranges: list[Range]) -> None:
         """Moves each range towards what was seen; on every rank alike. A layer that was not reached keeps its own."""
-        used = [_scale(each) for each in ranges]
+        used = [_scale_of(each.layer) for each in ranges]
         seen = torch.stack([each.scale() if each.seen else scale for each, scale in zip(ranges, used, strict=True)])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(seen)
@@ -115,6 +145,7 @@ class OnlineCalibrationCallback(AddOn):
     def finish(self, model: nn.Module) -> None:
         """However the run ended, no hook stays."""
         self._unhook()
+        self._forget_first()
 
     def _unhook(self) -> None:
         for hook in self._hooks:
@@ -122,9 +153,29 @@ class OnlineCalibrationCallback(AddOn):
         self._hooks = []
 
 
-def _scale(watched: Range) -> Tensor:
-    assert watched.layer.act_scale is not None
-    return watched.layer.act_scale
+class _First:
+    """Waits for the first tensor that reaches a layer without a range; before that layer computes with it.
+
+    Attributes:
+        scale: of the layer. hook: takes itself back.
+    """
+
+    def __init__(self, watched: Range) -> None:
+        self._watched, self.scale = watched, _scale_of(watched.layer)
+        self.hook = watched.layer.register_forward_pre_hook(self._observe, with_kwargs=True)
+
+    def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        if x.numel() and not self._watched.seen:
+            with torch.no_grad():
+                self._watched.update(x.detach())
+                self._watched.seen += 1
+                self.scale.copy_(self._watched.scale())
+
+
+def _scale_of(layer: QuantizedLayer) -> Tensor:
+    assert layer.act_scale is not None
+    return layer.act_scale
 
 
 def _watch(watched: Range) -> Any:
@@ -134,8 +185,5 @@ def _watch(watched: Range) -> Any:
             with torch.no_grad():
                 watched.update(x.detach())
                 watched.seen += 1
-                scale = _scale(watched)
-                # 0: never calibrated, and this forward needs one
-                scale.copy_(torch.where(scale > 0, scale, watched.scale()))
 
     return observe

@@ -39,6 +39,21 @@ def last_complete_checkpoint(output_dir: str | Path, world_size: int, up_to: int
     return None
 
 
+def complete_checkpoint(output_dir: str | Path, world_size: int) -> str | bool:
+    """`last_complete_checkpoint`; raises ValueError where there are some, and none is complete. True where there is none,
+    for which Trainer has an error.
+    """
+    found = last_complete_checkpoint(output_dir, world_size)
+    broken = {} if found else {path: _number(path) for path in sorted(Path(output_dir).glob("checkpoint-*"))}
+    said = [f"{path.name}: {_missing(path, int(step[1]), world_size)}" for path, step in broken.items() if step]
+    if said:
+        raise ValueError(
+            f"{str(output_dir)!r} holds no complete checkpoint to resume from ({'; '.join(said)}); leave "
+            "resume_from_checkpoint out to begin anew"
+        )
+    return found or True
+
+
 def _number(path: Path) -> re.Match[str] | None:
     return re.fullmatch(r"checkpoint-(\d+)", path.name) if path.is_dir() else None
 
@@ -94,6 +109,13 @@ def check_whole(folder: str | Path) -> None:
         raise ValueError(
             f"{folder} cannot be resumed from: {torn}; resume_from_checkpoint=True takes the last complete checkpoint"
         )
+
+
+def check_resumed(folder: str | Path, schemes: Mapping[str, str], teacher: str | None) -> None:
+    """Raises ValueError for a checkpoint that was cut short, or trained with another quantization or teacher."""
+    check_whole(folder)
+    check_schemes(folder, schemes)
+    check_teacher(folder, teacher)
 
 
 def write_teacher(folder: str | Path, fingerprint: str | None) -> None:

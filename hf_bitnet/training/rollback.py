@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from .options import number, whole
+from .resume import has_optimizer
 
 logger = logging.getLogger(__name__)
 _NOTES = "qat_rollbacks.json"
@@ -135,7 +136,8 @@ class Rollbacks:
 
     def slow_down(self, checkpoint: str, optimizer: Any, scheduler: Any) -> None:
         """Multiplies the rates that `checkpoint` brought by what it does not know of yet."""
-        known = len(_read(Path(checkpoint)))
+        # without the optimizer's state it brought none
+        known = len(_read(Path(checkpoint))) if has_optimizer(Path(checkpoint)) else 0
         factor = math.prod(each.slowdown for each in self.done[known:])
         if factor == 1.0:
             return

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -36,6 +37,16 @@ def keep_weights_float32(accelerator: Accelerator) -> torch.dtype | None:
 
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
     return dtype
+
+
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether it is true in any process; every rank has to ask. Where models are sharded, ranks run forwards together or not at
+    all, so what they decide by their own batches has to be decided together."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    found = torch.tensor(float(flag), dtype=torch.float32, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
 
 
 def is_sharded(weight: Tensor) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..surgery import trained_layers
+from .sharding import on_any_rank
 
 logger = logging.getLogger(__name__)
 # below this share of changed latents, in so many logs one after the other, a warning is due
@@ -23,8 +24,8 @@ _STUCK, _STUCK_LOGS = 0.1, 3
 # ---- NaN and infinity ----
 
 
-def first_not_finite(model: nn.Module, run: Callable[[], Tensor]) -> str:
-    """Runs one batch again and says where NaN or infinity comes from first: a parameter, an output, or a gradient.
+def first_not_finite(model: nn.Module, run: Callable[[], Tensor]) -> str | None:
+    """Runs one batch again and says where NaN or infinity comes from first: a parameter, an output, or a gradient; or None.
 
     Args:
         run: forward and loss of the batch. The gradients of `model` are lost.
@@ -48,13 +49,14 @@ def first_not_finite(model: nn.Module, run: Callable[[], Tensor]) -> str:
         loss = run()
         if not found and not _finite(loss):
             found.append("every layer's output is finite and the loss is not: look at the labels and the loss function")
-        if not found:
+        # the backward of a sharded model is one of all ranks
+        if not on_any_rank(bool(found), loss.device):
             loss.backward()
     finally:
         for hook in hooks:
             hook.remove()
         model.zero_grad()
-    return found[0] if found else "the same batch is finite when it is run again (dropout, or an unstable kernel?)"
+    return found[0] if found else None
 
 
 def _finite(tensor: Any) -> bool:

@@ -33,7 +33,7 @@ from .metrics import TrainMetrics
 from .monitor import QuantMonitor
 from .optimizers import refuse_options, set_up
 from .published import Published
-from .resume import check_schemes, check_teacher, check_whole, last_complete_checkpoint, write_teacher
+from .resume import check_resumed, complete_checkpoint, write_teacher
 from .sharding import keep_weights_float32
 from .strength import StrengthCallback, schemes_of
 
@@ -57,8 +57,11 @@ class QATMixin(Guards, Published):
     arguments_class: type[QATArguments] = QATArguments
     learns_from_teachers: bool = False
     args: QATArguments
-    distillation: DistillationConfig | None
+    distillation: DistillationConfig | None = None
     """What is learned from the teacher; None without."""
+    _distiller: Distiller | None = None
+    _balance: LossBalance | None = None
+    _fingerprint: str | None = None
 
     def __init__(
         self,
@@ -102,16 +105,13 @@ class QATMixin(Guards, Published):
             self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and self._loss_style is LossStyle.SUM
         self._scaled_for_accumulation = self.loss_is_scaled_for_ga  # what the trainer beside this one says of its loss
         self._made_optimizer = False
-        self._distiller: Distiller | None = None
-        self.distillation: DistillationConfig | None = None
-        self._balance: LossBalance | None = None
         self._setup_teacher(teacher)
         self._last_inputs: dict[str, Any] | None = None  # of a micro-batch, while the soft and the hard model differ
         monitor = QuantMonitor(args.quant_logging)
         self._strength, self._codes = StrengthCallback(on_new_stage=monitor.start), KeptCodesCallback()
         self.setup_guards(args)
         learned = [] if self._balance is None else self._balance.names
-        self._qat_metrics = TrainMetrics(monitor, learned, args.device, self.regularization)
+        self._qat_metrics = TrainMetrics(monitor, learned, args.device, self.regularization, args.spike_rollback is not None)
         self._add_ons = [*([self._balance] if self._balance else []), *add_ons(args)]
         for callback in (self._strength, self._codes, self._qat_metrics, *self._add_ons):
             self.add_callback(callback)
@@ -152,15 +152,12 @@ class QATMixin(Guards, Published):
                 check_calibrated(name, layer)
         found = resume_from_checkpoint is True
         if found:
-            # True again where there is none: Trainer has an error for that
-            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir), self.args.world_size) or True
+            resume_from_checkpoint = complete_checkpoint(str(self.args.output_dir), self.args.world_size)
         self.start_guards(str(self.args.output_dir) if found else resume_from_checkpoint)
-        if self._distiller is not None:
+        if self._distiller is not None and self.model_init is None:
             self._distiller.reset(self.accelerator.unwrap_model(self.model))
         if isinstance(resume_from_checkpoint, str):
-            check_whole(resume_from_checkpoint)
-            check_schemes(resume_from_checkpoint, schemes_of(self.model))
-            check_teacher(resume_from_checkpoint, None if self._distiller is None else self._fingerprint)
+            check_resumed(resume_from_checkpoint, schemes_of(self.model), self._fingerprint)
         return super().train(resume_from_checkpoint, *others, **named)
 
     def prepare_run(self, checkpoint: str | bool | None) -> None:
@@ -184,6 +181,8 @@ class QATMixin(Guards, Published):
         model = super().call_model_init(trial)
         if self.args.lean:
             to_lean(model)
+        if self._distiller is not None:
+            self._distiller.reset(model)
         return model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -245,7 +244,8 @@ class QATMixin(Guards, Published):
         finally:
             self.model_accepts_loss_kwargs = accepts
         self.loss_is_scaled_for_ga = True
-        return self._over_ranks(loss * (inputs["labels"].ne(-100).sum() / items)), outputs
+        counted = inputs["labels"][..., int(self._loss_shifts_labels) :]  # as Trainer counts items
+        return self._over_ranks(loss * (counted.ne(-100).sum() / items)), outputs
 
     def _distill(
         self, distiller: Distiller, model: nn.Module, inputs: dict[str, Any], items: Tensor | int | None
@@ -254,7 +254,7 @@ class QATMixin(Guards, Published):
         micro_batches = getattr(self, "current_gradient_accumulation_steps", 1)
         result = distiller(model, self.model, inputs, self.state.global_step)
         sums = torch.cat((result.main, torch.stack(result.inner).to(result.main.dtype))) if result.inner else result.main
-        means = sums / (max(result.tokens, 1) * micro_batches if items is None else items)
+        means = sums / (max(result.tokens, 1) * micro_batches if items is None else max(items, 1))  # there may be no label
         means = self._over_ranks(means) if items is not None else means
         loss, *terms = self._balance.weigh(means, self._strength.strength)
         self._qat_metrics.add(*terms)
@@ -369,7 +369,7 @@ class QATMixin(Guards, Published):
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             self._strength.write(folder)
-            write_teacher(folder, None if self._distiller is None else self._fingerprint)
+            write_teacher(folder, self._fingerprint)
             for each in self._add_ons:
                 each.save(folder)
         super()._save_checkpoint(model, trial)

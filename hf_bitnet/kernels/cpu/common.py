@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DTYPES = {**FLOATS, torch.int8: 3}
+_PLAIN: Any = getattr(Tensor, "__torch_dispatch__", None)
 _ERRORS = {1: "an argument makes no sense to them", 2: "this level does not offer it", 3: "out of memory"}
 
 
@@ -40,7 +43,7 @@ def require_cpu(*tensors: Tensor | None) -> None:
             continue
         if not tensor.is_cpu:
             raise ValueError(f"all tensors of a CPU kernel have to be on the CPU, one is on {tensor.device}")
-        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # a DTensor has the address 0
+        if getattr(type(tensor), "__torch_dispatch__", _PLAIN) is not _PLAIN:  # a DTensor has the address 0
             raise ValueError(
                 f"a {type(tensor).__name__} has no memory that a CPU kernel could read; a sharded weight is put together "
                 "before its layer is called (model(...), or unshard())"

@@ -6,6 +6,7 @@ Leaves out: the loss, the teacher.
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ def labels_are_next(model: nn.Module, inputs: dict[str, Any]) -> bool:
         here = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
         following = nn.functional.cross_entropy(logits[..., :-1, :].flatten(0, -2), labels[..., 1:].flatten())
         own, here, following = torch.stack((loss.float(), here, following)).tolist()
+    if math.isnan(own):  # no label at all
+        return False
     if not min(abs(own - here), abs(own - following)) <= _AGREES * abs(own):
         logger.warning(
             "the model's own loss is %.4g; the cross entropy of its logits is %.4g, and %.4g against the next labels. "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...surgery import output_head
+from ..sharding import on_any_rank
 from .alignment import (
     IGNORED,
     labels_are_next,
@@ -153,9 +154,12 @@ class Distiller:
                     f"the labels are {labels.dtype if isinstance(labels, Tensor) else type(labels).__name__}; distillation is "
                     "for classes (an int64 tensor), not for regression or several labels at once; leave `teacher` out"
                 )
-            if not labels.ne(IGNORED).any():
+            labelled = bool(labels.ne(IGNORED).any())
+            if not on_any_rank(labelled, labels.device):
                 return False  # nothing to align in this batch
-            self._shift = labels_are_next(student, one_sequence(inputs, labels))
+            # the forward of a sharded model is one of all ranks, also of those that learn nothing from it
+            found = labels_are_next(student, one_sequence(inputs, labels))
+            self._shift = on_any_rank(labelled and found, labels.device)
         return bool(self._shift)
 
     def _logits_are_plain(self, student: nn.Module, inputs: dict[str, Any], labels: Tensor | None) -> bool:

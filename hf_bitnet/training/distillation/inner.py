@@ -30,10 +30,11 @@ class InnerStates:
     Args:
         places: name -> module and what to take of its output.
         compiled: whether the model is wrapped in torch.compile; the hooks are then left out of its graph.
+        learns: whether it is trained by what is kept.
     """
 
-    def __init__(self, places: Places, compiled: bool) -> None:
-        self._places = places
+    def __init__(self, places: Places, compiled: bool, *, learns: bool = False) -> None:
+        self._places, self._learns, self._needs_grad = places, learns, False
         self._found: dict[str, Tensor] | None = None
         self._hooks = {name: self._hook(name, take, compiled) for name, (_, take) in places.items()}
 
@@ -41,6 +42,11 @@ class InnerStates:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             if self._found is None:  # a compiled model does not notice that its hooks are gone
                 return
+            if self._needs_grad and not torch.is_grad_enabled():
+                raise ValueError(
+                    f"{name} is computed without a gradient, as activation checkpointing with use_reentrant=True does; write "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}"
+                )
             self._found[name] = take(output[0] if isinstance(output, tuple | list) else output)
 
         return torch.compiler.disable(keep) if compiled else keep
@@ -48,7 +54,7 @@ class InnerStates:
     @contextlib.contextmanager
     def kept(self) -> Iterator[dict[str, Tensor]]:
         """The states of a forward inside, by name. Hooks are gone afterwards: recomputed layers would call them again."""
-        self._found = found = {}
+        self._found, self._needs_grad = (found := {}), self._learns and torch.is_grad_enabled()
         handles = [module.register_forward_hook(self._hooks[name]) for name, (module, _) in self._places.items()]
         try:
             yield found
@@ -86,7 +92,8 @@ class InnerTerms:
             mine, other = relation_layers(self._relations, len(ours), len(theirs))
             student_places |= _projections(self._relations, student, *ours[mine])
             teacher_places |= _projections(self._relations, teacher, *theirs[other])
-        self.student, self.teacher = InnerStates(student_places, compiled), InnerStates(teacher_places, False)
+        self.student = InnerStates(student_places, compiled, learns=True)
+        self.teacher = InnerStates(teacher_places, False)
 
     def __call__(
         self, student: dict[str, Tensor], teacher: dict[str, Tensor], weights: Tensor, exists: Tensor | None
