@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from hf_bitnet.surgery import trained_layers
 from hf_bitnet.training.cautious import make_cautious
 from hf_bitnet.training.int8_backward import Int8BackwardCallback
 from hf_bitnet.training.mars import correct_gradients
@@ -264,3 +265,53 @@ def test_every_process_hears_of_another_teacher(tmp_path: Path) -> None:
     _launch(_OTHER_TEACHER, str(tmp_path))
     said = [(tmp_path / f"said-{rank}").read_text() for rank in range(2)]
     assert said[0] == said[1] and "trained with another teacher" in said[0]
+
+
+_BORDERS = """
+import json, os, sys
+from tests.test_training_distributed import run_at_borders, take_processes_for_gpus
+take_processes_for_gpus()
+found = run_at_borders(sys.argv[1], sys.argv[2])
+open(f"{sys.argv[1]}/found-{os.environ['RANK']}.json", "w").write(json.dumps(found))
+"""
+
+
+def run_at_borders(folder: str, what: str) -> Any:
+    """Three steps of a sharded model, on the first or the second rank with something that the other has not."""
+    torch.set_num_threads(1)
+    rank, shard = int(os.environ["RANK"]), {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    fields: dict[str, Any] = {"fsdp": True, "fsdp_config": shard, "max_steps": 3, "per_device_train_batch_size": 2}
+    batches: list[Any] = []
+
+    def collate(rows: list[Any]) -> dict[str, Any]:
+        batches.append(tf.default_data_collator(rows))
+        if what == "labels" and rank == 1 and len(batches) == 1:
+            batches[0]["labels"].fill_(-100)
+        return batches[-1]
+
+    model = quantized(activation="int8_static" if what == "ranges" else "int8")
+    if what == "nan" and rank == 0:
+        spoilt = lambda module, args, output: output * float("nan") if trainer.state.global_step == 1 else output  # noqa: E731
+        model.model.embed_tokens.register_forward_hook(spoilt)
+    fields |= {"teacher": "self"} if what == "labels" else {}
+    fields |= {"online_calibration": {"every": 2, "until": 1.0}} if what == "ranges" else {}
+    trainer = make_trainer(folder, model, data_collator=collate, **fields)
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        return str(error)
+    if what == "ranges":
+        return [float(layer.act_scale) for _, layer in trained_layers(model)]  # type: ignore[arg-type]
+    return [log["loss"] for log in losses(trainer)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["labels", "nan", "ranges"])
+def test_sharded_ranks_decide_together(what: str, tmp_path: Path) -> None:
+    """A forward of one rank alone would wait for the others for ever, and ranges of one rank alone quantize otherwise."""
+    _launch(_BORDERS, str(tmp_path), what)
+    found = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in (0, 1)]
+    if what == "nan":
+        assert "the output of model.embed_tokens" in found[0] and "it comes from another process" in found[1]
+    else:
+        assert found[0] == found[1] and all(number > 0 for number in found[0])

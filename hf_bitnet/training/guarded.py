@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -79,6 +80,11 @@ class Guards(_Base):
         checkpoint = last_complete_checkpoint(str(self.args.output_dir), self.args.world_size, spike.last_good)
         self._rollbacks.add(spike, checkpoint, self.args.should_save)
         self.accelerator.wait_for_everyone()
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            raise RuntimeError(
+                f"step {spike.step}: {spike.why}; the rollback is noted, and a model that FSDP has sharded is loaded when a "
+                "process starts: start the same command again with resume_from_checkpoint=True"
+            )
         if self._made_optimizer:
             self.optimizer = None
         return checkpoint

@@ -45,7 +45,7 @@ class InnerStates:
             if self._needs_grad and not torch.is_grad_enabled():
                 raise ValueError(
                     f"{name} is computed without a gradient, as activation checkpointing with use_reentrant=True does; write "
-                    "gradient_checkpointing_kwargs={'use_reentrant': False}"
+                    "activation_checkpointing_kwargs={'use_reentrant': False}"
                 )
             self._found[name] = take(output[0] if isinstance(output, tuple | list) else output)
 
