@@ -98,10 +98,11 @@ def _patterns(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name if (pattern := _NUMBER.sub("*", name)) in kept else pattern for name in quantized))
 
 
-def is_listed(name: str, patterns: list[str], base_prefix: str) -> bool:
-    """Whether module `name` is in a config's `quantized_modules`, with or without the model's `base_model_prefix`."""
-    names = {name, f"{base_prefix}.{name}", name.removeprefix(f"{base_prefix}.")}
-    return any(each in patterns or _NUMBER.sub("*", each) in patterns for each in names)
+def listed_name(name: str, patterns: list[str], base_prefix: str) -> str | None:
+    """The name by which a config's `quantized_modules` knows module `name`: its own, or with or without the model's
+    `base_model_prefix`, where another class saved it. None where it is not there."""
+    names = (name, f"{base_prefix}.{name}", name.removeprefix(f"{base_prefix}."))
+    return next((each for each in names if each in patterns or _NUMBER.sub("*", each) in patterns), None)
 
 
 def _native_settings(model: nn.Module, config: BitNetQuantizationConfig) -> dict[str, Any] | None:

@@ -5,7 +5,8 @@ Leaves out: files, and the loading itself (`plugin/`).
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +25,21 @@ from ..modules import (
     TrainedLayer,
 )
 from ..quantizers import ACTIVATION_SCHEMES
-from .attached import attach, attach_native, is_listed
+from .attached import attach, attach_native, copied, listed_name
 from .coverage import check_finite
 from .experts import FusedExpertsError, separate_experts, separates_what_files_hold_fused
 from .places import Places
-from .select import Choice, choose, choose_tables
+from .select import Choice, choose, choose_tables, is_linear
 from .swap import check_coverage, check_layer, chosen_layers, make_spec, name_idle_patterns, swap_layers
+from .vocabulary import head_layers
 from .walk import quantized_layers, quantized_tables
 
 
 def prepare_model(model: nn.Module, config: BitNetQuantizationConfig, *, saved: bool) -> None:
     """Replaces layers of a model on the meta device by empty quantized ones, and attaches the config.
+
+    A checkpoint of another class has other names for the same layers. What patterns of the config say of them is then spelled
+    out in the config that is attached.
 
     Args:
         saved: the checkpoint is quantized already, by this config; its list of layers decides. Else it is a float
@@ -45,7 +50,9 @@ def prepare_model(model: nn.Module, config: BitNetQuantizationConfig, *, saved: 
     with separate_experts(model):
         listed = saved and config.quantized_modules is not None
         chosen = _saved_layers(model, config) if listed else chosen_layers(model, config)
-        if not listed:
+        if listed:
+            config = _spelled_out(model, config, chosen)
+        else:
             name_idle_patterns(model, config)
         for choice in chosen:
             check_layer(choice, model, config)
@@ -97,14 +104,29 @@ def prepare_native(model: nn.Module, config: NativeBitNetConfig, skip: list[str]
 
 def _saved_layers(model: nn.Module, config: BitNetQuantizationConfig) -> list[Choice]:
     patterns, base_prefix = config.quantized_modules or [], getattr(model, "base_model_prefix", "")
-    found = [*choose_tables(model, config), *choose(model, config)]
-    chosen = [choice for choice in found if is_listed(choice.name, patterns, base_prefix)]
+    vocabulary, chosen = head_layers(model, config), []
+    for choice in [*choose_tables(model, config), *choose(model, config)]:
+        listed = listed_name(choice.name, patterns, base_prefix)
+        if listed is not None:
+            by_name = is_linear(choice.module) and id(choice.module) not in vocabulary
+            chosen.append(replace(choice, layer=config.layer(listed)) if by_name else choice)
     if not chosen:
         raise ValueError(
             f"none of the quantized layers that the checkpoint lists ({', '.join(patterns[:5])}, ...) is in "
             f"{type(model).__name__}; load it with the model class that saved it"
         )
     return chosen
+
+
+def _spelled_out(model: nn.Module, config: BitNetQuantizationConfig, chosen: list[Choice]) -> BitNetQuantizationConfig:
+    """`config`, with an override for each layer that it would quantize otherwise under the name that it has here."""
+    vocabulary = head_layers(model, config)
+    own = {
+        rf"^{re.escape(choice.name)}$": asdict(choice.layer)
+        for choice in chosen
+        if is_linear(choice.module) and id(choice.module) not in vocabulary and choice.layer != config.layer(choice.name)
+    }
+    return copied(config, overrides={**own, **config.overrides}) if own else config
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ from ..quantizers import ACTIVATION_SCHEMES, WeightQuantizer
 from ..relaxations import RELAXATIONS
 from ..ste import ESTIMATORS
 from .adapters import has_adapters, own_names
-from .attached import attach, config_of, copied, detach
+from .attached import attach, config_of, copied, detach, listed_name
 from .coverage import check_finite, coverage, float_dtype
 from .experts import fuse_experts, layers_of_experts, separate_experts
 from .places import Places, check_inside
@@ -263,7 +263,8 @@ def unpack_model(model: Model, *, weight_scale: str | None = None) -> Model:
     made: list[tuple[nn.Module, nn.Module]] = []
     for name, packed in layers:
         own = names.get(id(packed), name)
-        spec = replace(make_spec(heads.get(own) or config.layer(own), config), sub_norm=False)
+        known = listed_name(own, config.quantized_modules or [], getattr(model, "base_model_prefix", "")) or own
+        spec = replace(make_spec(heads.get(own) or config.layer(known), config), sub_norm=False)
         made.append((packed, _unpacked(name, packed, spec, dtype)))
     for name, table in quantized_tables(model):
         plain = plain_embedding(table, nn.Parameter(_latent(name, table, table.quantizer, dtype)))
