@@ -349,3 +349,35 @@ def test_nothing_changes_without_the_fields(tmp_path: Path) -> None:
     quantize_model(model, BitNetQuantizationConfig(form="packed")).save_pretrained(tmp_path)
     assert type(model.model.embed_tokens) is nn.Embedding and type(model.lm_head) is nn.Linear
     assert load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].dtype == torch.float32
+
+
+def _bart() -> tuple[Any, dict[str, torch.Tensor]]:
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 80))}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    model = tf.BartForConditionalGeneration(tf.BartConfig(vocab_size=96, d_model=48, pad_token_id=0, **sizes, **heads)).eval()
+    ids = torch.randint(3, 90, (2, 7))
+    return model, {"input_ids": ids, "decoder_input_ids": ids}
+
+
+@pytest.mark.parametrize("form", ["train", "packed", "while it is loaded"])
+@pytest.mark.parametrize("resized", [False, True], ids=["as made", "resized"])
+@pytest.mark.parametrize("make", [lambda: tiny("t5"), _bart], ids=["t5", "bart"])
+@torch.no_grad()
+def test_one_table_in_three_places(make: Any, resized: bool, form: str, tmp_path: Path) -> None:
+    """Encoder, decoder and head share it; resizing makes it one module by three names."""
+    model, batch = make()
+    if resized:
+        model.resize_token_embeddings(104)
+    config = BitNetQuantizationConfig(form="train" if form == "train" else "packed", embeddings="int8")
+    if form == "while it is loaded":
+        model.save_pretrained(tmp_path / "float")
+        loaded = type(model).from_pretrained(tmp_path / "float", quantization_config=config)
+        quantize_model(model, config)
+    else:
+        quantize_model(model, config).save_pretrained(tmp_path / "once")
+        loaded = type(model).from_pretrained(tmp_path / "once")
+    loaded.save_pretrained(tmp_path / "again")
+    expected = model(**batch).logits
+    for found in (loaded, type(model).from_pretrained(tmp_path / "again")):
+        assert found.eval()(**batch).logits.equal(expected)

@@ -188,6 +188,11 @@ class PackedEmbedding(QuantizedEmbedding):
         value = self.source.codes(rows, scale).dequantize(self.like.dtype)
         return self.spec.scaled(value).view(*input.shape, self.embedding_dim)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:  # files hold one for each table, also where tables are one module, and share no memory there
+            destination[f"{prefix}like"] = destination[f"{prefix}like"].clone()
+
 
 def plain_embedding(table: QuantizedEmbedding, weight: Tensor) -> nn.Embedding:
     """The plain table that `table` stands for, over the parameter `weight` (num_embeddings, embedding_dim)."""

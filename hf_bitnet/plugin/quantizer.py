@@ -63,7 +63,9 @@ class BitNetQuantizer(HfQuantizer):
     def _after_tensors(self, model: Any, info: Any) -> None:
         # what transformers will tie to a tensor that is there, in either direction, is not missing
         tied = [{target, source} for target, source in model.all_tied_weights_keys.items()]
-        coming = {key for pair in tied if pair - info.missing_keys for key in pair}
+        coming: set[str] = set()
+        while found := [pair for pair in tied if pair - coming and pair - (info.missing_keys - coming)]:
+            coming.update(*found)
         experts = surgery.layers_of_experts(model)
         check_loaded(info, self.layers, self.errors, self.quantization_config, self.pre_quantized, coming, experts)
         self.new = {name for name in self.layers if f"{name}.weight" in info.missing_keys - coming}

@@ -16,9 +16,13 @@ from torch import nn
 _INSIDE = (("base_layer", None), ("original_module", "modules_to_save"), ("token_adapter", None))
 
 
-def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` without adapters, and without their names in the names."""
-    yield from _walk(base_of(model), "", set())
+def own_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` without adapters, and without their names in the names.
+
+    Args:
+        every_name: a module that stands in several places is there by each of its names.
+    """
+    yield from _walk(base_of(model), "", None if every_name else set())
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -53,11 +57,12 @@ def has_adapters(model: nn.Module) -> bool:
     return any("base_layer" in module._modules for module in model.modules())
 
 
-def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+def _walk(module: nn.Module, name: str, seen: set[int] | None) -> Iterator[tuple[str, nn.Module]]:
     module = without_adapter(module)
-    if id(module) in seen:
-        return
-    seen.add(id(module))
+    if seen is not None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
     yield name, module
     for key, child in module._modules.items():
         if child is not None:

@@ -90,7 +90,8 @@ def _configs(model: nn.Module) -> list[PreTrainedConfig]:
 def _patterns(model: nn.Module) -> list[str]:
     """Names of the quantized modules; numbers are written as "*" where that covers no linear map and no table that is kept."""
     quantized, kept = [], set()
-    for name, module in own_modules(model):
+    # a resized table is one module in several places, and where it is loaded again there are as many
+    for name, module in own_modules(model, every_name=True):
         if isinstance(module, QuantizedLayer | QuantizedEmbedding):
             quantized.append(name)
         elif is_linear(module) or is_table(module):

@@ -151,7 +151,7 @@ _ANY: tuple[Any, Any] = (None, None)
 
 # ---- ties ----
 
-_SCALE = ".weight_scale"
+_WEIGHT, _SCALE, _LIKE = ".weight", ".weight_scale", ".like"
 
 
 @contextmanager
@@ -197,16 +197,18 @@ def _share(source: nn.Module, other: nn.Module) -> None:
 
 
 def declare_ties(model: nn.Module) -> None:
-    """Tells transformers which scales are tied beside their packed weights, so that it neither misses nor stores them twice."""
+    """Tells transformers what is tied beside packed weights, so that it neither misses nor stores it twice."""
     declared = getattr(model, "all_tied_weights_keys", None)
     if declared is None:
         return
-    for key in [key for key in declared if key.endswith(_SCALE)]:
+    for key in [key for key in declared if key.endswith((_SCALE, _LIKE))]:
         del declared[key]
     for target, source in list(declared.items()):
-        packed = [isinstance(_owner(model, key), PackedBitLinear | PackedEmbedding) for key in (target, source)]
-        if all(packed) and target.endswith(_SCALE.removesuffix("_scale")):
-            declared[f"{target}_scale"] = f"{source}_scale"
+        owners = _owner(model, target), _owner(model, source)
+        beside = [_SCALE] if all(isinstance(each, PackedBitLinear | PackedEmbedding) for each in owners) else []
+        beside += [_LIKE] if all(isinstance(each, PackedEmbedding) for each in owners) else []
+        if target.endswith(_WEIGHT):
+            declared |= {target.removesuffix(_WEIGHT) + each: source.removesuffix(_WEIGHT) + each for each in beside}
 
 
 def _owner(model: nn.Module, key: str) -> nn.Module | None:
