@@ -29,6 +29,12 @@ _MARKS = (_CONFIG, _REPORT)
 # what huggingface_hub leaves beside what it downloads; and what Trainer needs to go on
 _CACHES = (".cache",)
 _OF_TRAINING = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "trainer_state.json")
+# what save_pretrained of models, tokenizers and processors writes, what exporters write, and what repositories bring along
+_OF_MODELS = (
+    *("*.json", "model*.safetensors", "pytorch_model*.bin", "*.gguf", "*.onnx", "*.onnx_data", "*.onnx.data"),
+    *("*.model", "*.spm", "*.tiktoken", "*.jinja", "merges.txt", "vocab.txt", "vocab.*", "bpe.codes", "dict.txt"),
+    *("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", ".gitattributes", ".gitignore", "*.svg"),
+)
 
 
 def beside(path: Path) -> Path:
@@ -103,7 +109,7 @@ def refuse_existing(folder: str | os.PathLike[str], *, overwrite: bool, advice: 
 
     Args:
         overwrite: allows to replace a folder that holds a model (a config.json or export.json), and nothing that is no part
-            of one: no other folders (.git, runs), no state of a training run.
+            of one: no other folders (.git, runs), no adapter, no code, no notes, no state of a training run.
         advice: how the caller's user allows it.
     """
     path = Path(folder)
@@ -129,8 +135,11 @@ def _no_part_of_a_model(folder: Path) -> str | None:
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
         written = {Path(name).parts[0] for name in json.loads((folder / _REPORT).read_text(encoding="utf-8")).get("files", ())}
     for entry in sorted(folder.iterdir()):
-        folders = entry.is_dir() and entry.name not in _CACHES
-        if entry.name not in written and (folders or entry.name in _OF_TRAINING):
+        if entry.is_dir():
+            known = entry.name in _CACHES
+        else:
+            known = any(map(entry.match, _OF_MODELS)) and entry.name not in _OF_TRAINING
+        if entry.name not in written and not known:
             return entry.name
     return None
 

@@ -82,7 +82,8 @@ def test_the_present_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.
 
 def test_only_a_model_is_replaced(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {})
-    for name, made in ((".git", "folder"), ("checkpoint-500", "folder"), ("optimizer.pt", "file")):
+    files_of_users = [(name, "file") for name in ("adapter_model.safetensors", "notes.md", "prepare.py", "rows.csv")]
+    for name, made in ((".git", "folder"), ("checkpoint-500", "folder"), ("optimizer.pt", "file"), *files_of_users):
         (tmp_path / name).mkdir() if made == "folder" else (tmp_path / name).write_text("")
         with pytest.raises(ValueError, match=f"holds '{name}' beside a model, so it is not replaced; move that"):
             refuse_existing(tmp_path, overwrite=True)

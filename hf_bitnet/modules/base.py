@@ -27,6 +27,15 @@ def unwrapped(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
+def other_form(layer: nn.Module, state_dict: dict[str, Any], prefix: str) -> str | None:
+    """What is wrong where a state dict has packed bytes for a float weight, or floats for a packed one: they would be cast."""
+    given, own = state_dict.get(f"{prefix}weight"), layer._parameters.get("weight")
+    if not isinstance(given, Tensor) or own is None or given.is_floating_point() == own.is_floating_point():
+        return None
+    form, way = ("in train form", "unpack_model") if given.is_floating_point() else ("packed", "pack_model")
+    return f"{prefix}weight holds {given.dtype}, so it is {form}, and the model is not; call hf_bitnet.{way}(model) first"
+
+
 class QuantizedLayer(nn.Module):
     """A linear map y = x W^T + b whose W is a set of codes and a scale.
 
@@ -45,6 +54,14 @@ class QuantizedLayer(nn.Module):
     act_scale: Tensor | None
     sub_norm: SubNorm | None
     int8_backward: Int8Backward | None = None
+
+    def _load_from_state_dict(self, *args: Any, **named: Any) -> None:
+        state_dict, prefix, *_, errors = args  # torch calls it by position
+        problem = other_form(self, state_dict, prefix)
+        if problem is not None:
+            errors.append(problem)  # which load_state_dict raises; nothing is copied
+        else:
+            super()._load_from_state_dict(*args, **named)
 
     @property
     def quantizer(self) -> WeightQuantizer:

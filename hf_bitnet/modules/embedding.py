@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..quantizers import Quantized, WeightQuantizer
 from ..relaxations import LINEAR, Relaxation
 from ..ste import STE
-from .base import QuantizedLayer, keep_float32
+from .base import QuantizedLayer, keep_float32, other_form
 from .functional import FakeQuantizeWeight, Latent, Packed
 from .relaxed import mixed_weight
 
@@ -59,6 +59,14 @@ class QuantizedEmbedding(nn.Embedding):
     """
 
     spec: EmbeddingSpec
+
+    def _load_from_state_dict(self, *args: Any, **named: Any) -> None:
+        state_dict, prefix, *_, errors = args  # torch calls it by position
+        problem = other_form(self, state_dict, prefix)
+        if problem is not None:
+            errors.append(problem)  # which load_state_dict raises; nothing is copied
+        else:
+            super()._load_from_state_dict(*args, **named)
 
     def setup(self, like: nn.Embedding, spec: EmbeddingSpec) -> None:
         """Takes over everything of a table but its weight, without nn.Embedding's constructor, which would allocate one."""

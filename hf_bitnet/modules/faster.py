@@ -83,8 +83,8 @@ class FasterNorm(Faster):
         return {}
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        weight = self._parameters["weight"]  # type: ignore[attr-defined]
-        if hidden_states.dtype != weight.dtype or not _eager_without_gradient(hidden_states, weight):
+        weight = self._parameters.get("weight")  # type: ignore[attr-defined]  # None in a replica of nn.DataParallel
+        if weight is None or hidden_states.dtype != weight.dtype or not _eager_without_gradient(hidden_states, weight):
             return super().forward(hidden_states)  # type: ignore[misc]
         return kernels.rms_norm(hidden_states, weight, epsilon(self))
 

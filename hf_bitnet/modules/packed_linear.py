@@ -134,8 +134,9 @@ class PackedBitLinear(QuantizedLayer, nn.Linear):
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Packed weight, scale and bias. Read from the dict, because nn.Module's attributes cost half a microsecond each."""
         parameters = self._parameters
-        weight, scale = parameters["weight"], parameters["weight_scale"]
-        assert weight is not None and scale is not None
+        weight, scale = parameters.get("weight"), parameters.get("weight_scale")
+        if weight is None or scale is None:  # a replica of nn.DataParallel has plain attributes
+            return self.weight, self.weight_scale, self.bias
         return weight, scale, parameters.get("bias")
 
     def extra_repr(self) -> str:

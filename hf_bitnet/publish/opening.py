@@ -46,6 +46,8 @@ def open_model(path: str | os.PathLike[str], **options: Any) -> Any:
             return _imported(path, options)
         raise
     options.setdefault("dtype", "auto")
+    if not options["trust_remote_code"] and "/" in str(getattr(config, "_attn_implementation", None)):
+        options.setdefault("attn_implementation", "eager")  # the checkpoint names a kernel of the Hub, which would be run
     settings = getattr(config, "quantization_config", None)
     if not isinstance(settings, dict) or settings.get("quant_method") != NATIVE_METHOD:
         return kind.from_pretrained(path, **options)

@@ -92,7 +92,7 @@ def choose_tables(model: nn.Module, config: BitNetQuantizationConfig) -> list[Ch
 
 
 def check_tables(model: nn.Module, config: BitNetQuantizationConfig) -> None:
-    """Raises ValueError as `check_vocabulary` does, and when the raw weight of a chosen table is read."""
+    """Raises ValueError as `check_vocabulary` does, and when the raw weight of a chosen table or head is read."""
     check_vocabulary(model, config)
     raw = set(_raw_readers(model, is_table))
     for choice in choose_tables(model, config):
@@ -100,6 +100,14 @@ def check_tables(model: nn.Module, config: BitNetQuantizationConfig) -> None:
             raise ValueError(
                 f"embeddings={config.embeddings!r}: the parent of {choice.name} reads its raw weight, which would be bytes; "
                 "leave embeddings out"
+            )
+    heads = head_layers(model, config)
+    raw = set(_raw_readers(model, is_linear)) if heads else set()
+    for name, head in model.named_modules():
+        if id(head) in heads and id(head) in raw:
+            raise ValueError(
+                f"embeddings={config.embeddings!r}, output_head={config.output_head!r}: the parent of the output head {name} "
+                "reads its raw weight, which would be bytes; leave that field out (both, where the head is tied)"
             )
 
 
