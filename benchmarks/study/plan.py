@@ -54,7 +54,7 @@ _TERNARY = {"weight": "ternary"}
 
 STUDIES: dict[str, Study] = {
     "ternary": Study("1.58 bits, one scale a tensor: the comparison", _TERNARY, _COMPARED),
-    "ternary-6m": Study("the best of it, four times the tokens", _TERNARY, ("all", "all, softmax relaxation"), tokens=6_000_000),
+    "ternary-6m": Study("the best, four times the tokens", _TERNARY, ("all", "all, softmax relaxation"), tokens=6_000_000),
     "channel": Study("1.58 bits, one scale a channel", {**_TERNARY, "granularity": "channel"}, (*_CONVERSIONS, "all")),
     "2-bit": Study(
         "2 bits, one scale a channel",
