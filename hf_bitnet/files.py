@@ -32,8 +32,19 @@ _OF_TRAINING = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "trainer_state.
 # what save_pretrained of models, tokenizers and processors writes, what exporters write, and what repositories bring along
 _OF_MODELS = (
     *("*.json", "model*.safetensors", "pytorch_model*.bin", "*.gguf", "*.onnx", "*.onnx_data", "*.onnx.data"),
-    *("*.model", "*.spm", "*.tiktoken", "*.jinja", "merges.txt", "vocab.txt", "vocab.*", "bpe.codes", "dict.txt"),
-    *("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", ".gitattributes", ".gitignore", "*.svg"),
+    *(
+        "*.model",
+        "*.spm",
+        "*.tiktoken",
+        "*.jinja",
+        "merges.txt",
+        "vocab.txt",
+        "vocab.*",
+        "bpe.codes",
+        "dict.txt",
+        "*.tokenizer",
+    ),
+    *("README.md", "training_args.bin", "LICENSE*", "NOTICE*", "USE_POLICY*", ".gitattributes", ".gitignore", "*.svg"),
 )
 
 

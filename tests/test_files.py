@@ -88,6 +88,16 @@ def test_only_a_model_is_replaced(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"holds '{name}' beside a model, so it is not replaced; move that"):
             refuse_existing(tmp_path, overwrite=True)
         (tmp_path / name).rmdir() if made == "folder" else (tmp_path / name).unlink()
+    for name in (
+        "training_args.bin",
+        "prophetnet.tokenizer",
+        "vocab.json",
+        "merges.txt",
+        "README.md",
+        "model-00001.safetensors",
+    ):
+        (tmp_path / name).write_text("")
+    refuse_existing(tmp_path, overwrite=True)
     for name in (".cache", "pictures"):  # of huggingface_hub, and of an export
         (tmp_path / name).mkdir()
     write_json(tmp_path / "export.json", {"files": {"pictures/curve.svg": 1}})

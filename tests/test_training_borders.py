@@ -229,3 +229,20 @@ def test_ranges_before_the_first_step(tmp_path: Path) -> None:
     trainer.train()
     measured = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     assert len(measured) == 2 and all(loss > 0 for loss in measured)
+
+
+class _Broadcast(tf.TrainerCallback):
+    """What DDP's broadcast of buffers does where the first rank was not reached."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.global_step:
+            for _, layer in trained_layers(kwargs["model"]):
+                layer.act_scale.zero_()  # type: ignore[union-attr]
+
+
+def test_first_ranges_come_back(tmp_path: Path) -> None:
+    model = quantized(activation="int8_static")
+    trainer = make_trainer(tmp_path, model, online_calibration={}, eval_on_start=True, max_steps=2, callbacks=[_Broadcast()])
+    trainer.train()
+    assert all(log["loss"] > 0 for log in losses(trainer))
+    assert all(float(layer.act_scale) > 0 for _, layer in trained_layers(model))  # type: ignore[arg-type]

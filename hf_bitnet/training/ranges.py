@@ -166,11 +166,14 @@ class _First:
 
     def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
-        if x.numel() and not self._watched.seen:
-            with torch.no_grad():
+        if not x.numel():
+            return
+        with torch.no_grad():
+            if not self._watched.seen:
                 self._watched.update(x.detach())
                 self._watched.seen += 1
-                self.scale.copy_(self._watched.scale())
+            # again where DDP has put the 0 of a rank that was not reached in its place
+            self.scale.copy_(torch.where(self.scale > 0, self.scale, self._watched.scale()))
 
 
 def _scale_of(layer: QuantizedLayer) -> Tensor:
